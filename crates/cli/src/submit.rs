@@ -1,0 +1,375 @@
+//! `drayman submit`: one job from the command line, or many from standard input.
+
+use std::io::{BufRead, Read};
+use std::time::Duration;
+
+use console::{Common, Failure, Out, complain};
+use queue_core::config::{self, TelemetryConfig};
+use queue_core::ids::{JobId, User};
+use queue_core::job::CALL_MAX;
+use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
+use serde::Deserialize;
+use serde_json::{Value, json};
+use telemetry::{LogConfig, LogLevel, Telemetry};
+use tokio::sync::mpsc;
+use tracing::Instrument;
+
+use crate::cli::{FAILED, NOT_OVER, REFUSED, Submit};
+use crate::follow::{Move, follow};
+use crate::watch;
+
+/// Longest line of `--jsonl`. More than any limit on payloads lets through.
+const LINE_MAX_BYTES: u64 = 16 << 20;
+
+/// Where a calling program says in which trace it calls.
+const TRACEPARENT_VARIABLE: &str = "TRACEPARENT";
+
+/// Exit codes, the one that counts first where several apply.
+const PRECEDENCE: [u8; 6] = [console::UNREACHABLE, console::USAGE, REFUSED, console::NOT_FOUND, FAILED, NOT_OVER];
+
+/// What the command line or a line of JSON says about a job.
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+struct Order {
+    id: Option<String>,
+    user: Option<String>,
+    database: Option<String>,
+    host: Option<String>,
+    port: Option<u16>,
+    dbname: Option<String>,
+    dbuser: Option<String>,
+    pass: Option<String>,
+    query: Option<Value>,
+    onsuccess: Option<String>,
+    onerror: Option<String>,
+    timeout: Option<String>,
+    max_attempts: Option<u32>,
+    delay: Option<String>,
+}
+
+impl Order {
+    /// This order, with what it does not say taken from another.
+    fn or(self, other: &Order) -> Order {
+        let other = other.clone();
+        let names_host = [&self.host, &self.dbname, &self.dbuser, &self.pass].iter().any(|field| field.is_some());
+        // Where it runs is said in one way or in the other.
+        let connection = if self.database.is_some() { Order::default() } else { other.clone() };
+        Order {
+            id: self.id,
+            user: self.user.or(other.user),
+            database: self.database.or(if names_host { None } else { other.database }),
+            host: self.host.or(connection.host),
+            port: self.port.or(connection.port),
+            dbname: self.dbname.or(connection.dbname),
+            dbuser: self.dbuser.or(connection.dbuser),
+            pass: self.pass.or(connection.pass),
+            query: self.query.or(other.query),
+            onsuccess: self.onsuccess.or(other.onsuccess),
+            onerror: self.onerror.or(other.onerror),
+            timeout: self.timeout.or(other.timeout),
+            max_attempts: self.max_attempts.or(other.max_attempts),
+            delay: self.delay.or(other.delay),
+        }
+    }
+
+    fn into_job(self) -> Result<NewJob, String> {
+        let user = User::new(self.user.ok_or("user is missing")?).map_err(|fault| fault.to_string())?;
+        let database = match (self.database, self.host) {
+            (Some(_), Some(_)) => return Err("database and host exclude each other".into()),
+            (Some(name), None) => Database::Named(name),
+            (None, Some(host)) => Database::Connection {
+                host,
+                port: self.port.unwrap_or(5432),
+                dbname: self.dbname.ok_or("dbname is missing")?,
+                dbuser: self.dbuser.ok_or("dbuser is missing")?,
+                pass: self.pass.unwrap_or_default(),
+            },
+            (None, None) => return Err("database or host is missing".into()),
+        };
+        let query = match self.query.ok_or("query is missing")? {
+            Value::String(text) => text,
+            form => form.to_string(),
+        };
+        let mut job = NewJob::new(user, database, query);
+        if let Some(id) = self.id {
+            job.id = JobId::new(id).map_err(|fault| fault.to_string())?;
+        }
+        job.onsuccess = self.onsuccess;
+        job.onerror = self.onerror;
+        job.timeout = duration("timeout", self.timeout)?;
+        job.max_attempts = self.max_attempts;
+        job.delay = duration("delay", self.delay)?.unwrap_or_default();
+        Ok(job)
+    }
+}
+
+fn duration(name: &str, text: Option<String>) -> Result<Option<Duration>, String> {
+    let parsed = text.map(|text| humantime::parse_duration(&text)).transpose();
+    parsed.map_err(|fault| format!("{name} is no duration: {fault}"))
+}
+
+/// What happened to what was submitted.
+struct Report {
+    json: bool,
+    many: bool,
+    out: Out,
+    codes: Vec<u8>,
+    ids: Vec<String>,
+}
+
+impl Report {
+    fn done(&mut self, place: usize, id: &str, result: Result<Submitted, EnqueueError>) {
+        match result {
+            Ok(submitted) => {
+                let there = matches!(submitted, Submitted::AlreadyThere(_));
+                if self.json {
+                    self.out.json(&json!({ "id": id, "result": if there { "already_there" } else { "queued" } }));
+                } else {
+                    self.out.line(id);
+                    if there {
+                        complain(format_args!("job {id} was there already, nothing was changed"));
+                    }
+                }
+                self.ids.push(id.to_owned());
+            }
+            Err(error) => {
+                let (code, word) = match &error {
+                    EnqueueError::Invalid(_) => (console::USAGE, "invalid"),
+                    EnqueueError::Full { .. } | EnqueueError::TooLarge { .. } => (REFUSED, "refused"),
+                    EnqueueError::Refused(_) | EnqueueError::Failed(_) => (console::UNREACHABLE, "failed"),
+                    EnqueueError::Unknown { .. } => (console::UNREACHABLE, "unknown"),
+                };
+                let advice = match &error {
+                    EnqueueError::Unknown { .. } => {
+                        format!("; ask with `drayman status {id}`, or submit it again with this id")
+                    }
+                    _ => String::new(),
+                };
+                self.fault(place, Some(id), code, word, &format!("{error}{advice}"));
+            }
+        }
+    }
+
+    fn fault(&mut self, place: usize, id: Option<&str>, code: u8, word: &str, message: &str) {
+        if self.json {
+            let line = self.many.then_some(place);
+            self.out.json(&json!({ "line": line, "id": id, "result": word, "error": message }));
+        } else if self.many {
+            complain(format_args!("line {place}: {message}"));
+        } else {
+            complain(message);
+        }
+        self.codes.push(code);
+    }
+
+    fn code(&self) -> u8 {
+        PRECEDENCE.into_iter().find(|code| self.codes.contains(code)).unwrap_or(console::OK)
+    }
+}
+
+/// Submits, and waits if asked to.
+pub async fn run(common: &Common, args: Submit) -> Result<u8, Failure> {
+    let order = order(&args)?;
+    let wait = args.wait;
+    let mut report = Report { json: common.json, many: args.jsonl, out: Out::default(), codes: vec![], ids: vec![] };
+    let store = if args.jsonl {
+        let (config, store) = common.connect().await?;
+        submit_lines(&Producer::new(store.clone(), config.limits), &order, &mut report).await;
+        store
+    } else {
+        // What can't be a job is refused before anything is connected to.
+        let job = order.into_job().map_err(Failure::usage)?;
+        let id = job.id.clone();
+        let (config, store) = common.connect().await?;
+        let traces = traces(&config.telemetry)?;
+        let result = enqueue(&Producer::new(store.clone(), config.limits), job).await;
+        if let Some(traces) = traces {
+            traces.stop().await;
+        }
+        report.done(1, id.as_str(), result);
+        store
+    };
+    if let Some(limit) = wait {
+        let (ids, json) = (std::mem::take(&mut report.ids), report.json);
+        let out = &mut report.out;
+        let ended = follow(&store, ids, limit, |movement| match &movement {
+            // Standard output has the ids alone, for scripts.
+            Move::To { id, status, .. } if !json => complain(format_args!("{id} {status}")),
+            _ => watch::show(out, json, &movement),
+        });
+        report.codes.push(ended.await?.code());
+    }
+    store.close().await;
+    Ok(report.code())
+}
+
+/// Starts to export traces, if a collector is configured. Nothing is logged.
+fn traces(config: &TelemetryConfig) -> Result<Option<Telemetry>, Failure> {
+    if config.otlp_endpoint.is_none() {
+        return Ok(None);
+    }
+    let log = LogConfig { level: LogLevel::off(), ..LogConfig::default() };
+    Telemetry::start(&log, config).map(Some).map_err(Failure::usage)
+}
+
+/// Submits a job under a span, whose trace the job carries on. The span belongs to the trace of who called this program,
+/// if the environment names one.
+async fn enqueue(producer: &Producer, mut job: NewJob) -> Result<Submitted, EnqueueError> {
+    let caller = std::env::var(TRACEPARENT_VARIABLE).ok();
+    let span = tracing::info_span!("submit", job = %job.id, user = %job.user);
+    if let Some(caller) = &caller {
+        telemetry::follow(&span, caller);
+    }
+    job.traceparent = telemetry::traceparent(&span).or(caller);
+    producer.enqueue(job).instrument(span).await
+}
+
+/// What the command line says.
+fn order(args: &Submit) -> Result<Order, Failure> {
+    let pass = match (&args.pass_file, &args.database) {
+        (Some(path), _) => {
+            let read = std::fs::read_to_string(path);
+            let text = read.map_err(|fault| Failure::usage(format!("cannot read {}: {fault}", path.display())))?;
+            Some(text.trim_end_matches(['\r', '\n']).to_owned())
+        }
+        (None, None) => std::env::var(config::PASS_VARIABLE).ok(),
+        (None, Some(_)) => None,
+    };
+    let query = match (&args.file, args.sql.as_slice()) {
+        _ if args.jsonl => None,
+        (Some(path), _) => {
+            let read = std::fs::read_to_string(path);
+            Some(read.map_err(|fault| Failure::usage(format!("cannot read {}: {fault}", path.display())))?.into())
+        }
+        (None, []) => return Err(Failure::usage("there is no query: give SQL, --file or -")),
+        (None, [dash]) if dash == "-" => {
+            let mut text = String::new();
+            let read = std::io::stdin().lock().take(LINE_MAX_BYTES).read_to_string(&mut text);
+            read.map_err(|fault| Failure::usage(format!("cannot read standard input: {fault}")))?;
+            Some(text.into())
+        }
+        (None, [text]) => Some(text.clone().into()),
+        (None, texts) => Some(texts.into()),
+    };
+    Ok(Order {
+        id: args.id.clone(),
+        user: args.user.clone(),
+        database: args.database.clone(),
+        host: args.host.clone(),
+        port: args.port,
+        dbname: args.dbname.clone(),
+        dbuser: args.dbuser.clone(),
+        pass,
+        query,
+        onsuccess: args.onsuccess.clone(),
+        onerror: args.onerror.clone(),
+        timeout: args.timeout.clone(),
+        max_attempts: args.max_attempts,
+        delay: args.delay.clone(),
+    })
+}
+
+/// Submits a job a line, as many as have come in one round trip. Stops when Redis does.
+async fn submit_lines(producer: &Producer, flags: &Order, report: &mut Report) {
+    let mut lines = read_lines();
+    let mut waiting = Vec::new();
+    while lines.recv_many(&mut waiting, CALL_MAX).await > 0 {
+        let last = waiting.last().map_or(0, |(place, _)| *place);
+        let mut jobs = Vec::new();
+        let mut read = Vec::new();
+        for (place, line) in waiting.drain(..) {
+            let job = line.and_then(|line| read_order(&line)).and_then(|order| order.or(flags).into_job());
+            read.push((place, job.as_ref().map(|job| job.id.clone()).map_err(String::clone)));
+            jobs.extend(job.ok());
+        }
+        let mut results = producer.enqueue_many(jobs).await.into_iter();
+        let mut lost = false;
+        for (place, job) in read {
+            match job {
+                Ok(id) => {
+                    let result = results.next().expect("one result a job");
+                    lost |= matches!(&result, Err(EnqueueError::Unknown { .. } | EnqueueError::Failed(_)));
+                    report.done(place, id.as_str(), result);
+                }
+                Err(fault) => report.fault(place, None, console::USAGE, "invalid", &fault),
+            }
+        }
+        if lost {
+            complain(format_args!("stopped after line {last}; what follows it was not submitted"));
+            return;
+        }
+    }
+}
+
+fn read_order(line: &str) -> Result<Order, String> {
+    // The fault names the place, and fields or types at most: not the text, which may hold a password.
+    serde_json::from_str(line).map_err(|fault| match fault.classify() {
+        serde_json::error::Category::Data => format!("not a job: {}", without_values(&fault.to_string())),
+        _ => "not a JSON object".to_owned(),
+    })
+}
+
+/// serde repeats the value that has the wrong type; between `invalid type: ` and `, expected` it may be a secret.
+fn without_values(fault: &str) -> String {
+    match (fault.split_once(": "), fault.split_once(", expected")) {
+        (Some((what, _)), Some((_, expected))) if what.starts_with("invalid") => format!("{what}, expected{expected}"),
+        _ => fault.to_owned(),
+    }
+}
+
+/// The lines of standard input, numbered, blank ones left out. Read by a thread of its own: it may block for ever.
+fn read_lines() -> mpsc::Receiver<(usize, Result<String, String>)> {
+    let (sender, receiver) = mpsc::channel(CALL_MAX);
+    std::thread::spawn(move || {
+        let mut input = std::io::stdin().lock();
+        for place in 1.. {
+            let mut bytes = Vec::new();
+            let line = match (&mut input).take(LINE_MAX_BYTES).read_until(b'\n', &mut bytes) {
+                Ok(0) => return,
+                Ok(_) if bytes.len() as u64 == LINE_MAX_BYTES => Err("the line is too long".to_owned()),
+                Ok(_) => String::from_utf8(bytes).map_err(|_| "the line is not UTF-8".to_owned()),
+                Err(fault) => Err(format!("cannot read: {fault}")),
+            };
+            let broken = line.as_ref().is_err_and(|fault| !fault.contains("UTF-8"));
+            let blank = line.as_ref().is_ok_and(|line| line.trim().is_empty());
+            if !blank && sender.blocking_send((place, line)).is_err() || broken {
+                return;
+            }
+        }
+    });
+    receiver
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn order(line: &str) -> Order {
+        read_order(line).unwrap()
+    }
+
+    #[test]
+    fn a_line_wins_over_the_flags_and_names_its_database_whole() {
+        let named = Order { user: Some("u".into()), database: Some("d".into()), ..Order::default() };
+        let hosted = order(r#"{"user":"v","host":"h","port":1,"dbname":"n","dbuser":"r","pass":"p","timeout":"5s"}"#);
+        let job = order(r#"{"query":"q"}"#).or(&named).into_job().unwrap();
+        assert_eq!((job.user.as_str(), job.database), ("u", Database::Named("d".into())));
+        let job = order(r#"{"query":"q","database":"d"}"#).or(&hosted).into_job().unwrap();
+        assert_eq!((job.user.as_str(), job.database), ("v", Database::Named("d".into())));
+        assert_eq!(job.timeout, Some(Duration::from_secs(5)));
+        let whole = hosted.clone().or(&Order { query: Some("q".into()), ..named.clone() }).into_job().unwrap();
+        assert!(matches!(whole.database, Database::Connection { port: 1, .. }));
+        let part = order(r#"{"query":["a","b"],"host":"i"}"#).or(&hosted).into_job().unwrap();
+        assert!(matches!(part.database, Database::Connection { host, pass, .. } if host == "i" && pass == "p"));
+        assert_eq!(part.query, r#"["a","b"]"#);
+    }
+
+    #[test]
+    fn a_wrong_line_is_not_repeated() {
+        for line in [r#"{"pass":"marker""#, r#"{"port":"marker"}"#, r#"{"user":{"marker":1}}"#, r#""marker""#] {
+            let fault = read_order(line).unwrap_err();
+            assert!(!fault.contains("marker"), "{fault}");
+        }
+        assert!(read_order(r#"{"queri":"x"}"#).unwrap_err().contains("unknown field `queri`"));
+    }
+}

@@ -1,0 +1,172 @@
+//! What the tests of the command-line programs share: running them, and a worker made of nothing but its session.
+
+// Each test program uses its own part of this.
+#![allow(dead_code)]
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use queue_core::Store;
+use queue_core::config::{RedisConfig, Url};
+use queue_core::ids::{PoolPattern, SessionId};
+use queue_core::scripts::{Fields, Finished, Verdict};
+use queue_core::session::{Claim, Fairness, Service, Session};
+use testkit::RedisServer;
+
+/// The database that the programs use here.
+pub const DB: u8 = 5;
+
+/// What a program did.
+#[derive(Debug)]
+pub struct Ran {
+    pub code: i32,
+    pub out: String,
+    pub err: String,
+}
+
+impl Ran {
+    /// The lines of its output.
+    pub fn lines(&self) -> Vec<&str> {
+        self.out.lines().collect()
+    }
+
+    /// Its output as JSON, an object a line.
+    pub fn json(&self) -> Vec<serde_json::Value> {
+        self.out
+            .lines()
+            .map(|line| serde_json::from_str(line).unwrap_or_else(|_| panic!("no JSON: {self:?}")))
+            .collect()
+    }
+}
+
+/// A program of ours on a server.
+pub struct Program {
+    path: &'static str,
+    url: String,
+    env: Vec<(String, String)>,
+}
+
+impl Program {
+    pub fn new(path: &'static str, server: &RedisServer) -> Self {
+        Self { path, url: server.url_db(DB), env: Vec::new() }
+    }
+
+    pub fn at(path: &'static str, url: &str) -> Self {
+        Self { path, url: url.into(), env: Vec::new() }
+    }
+
+    pub fn env(mut self, name: &str, value: &str) -> Self {
+        self.env.push((name.into(), value.into()));
+        self
+    }
+
+    pub fn command(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(self.path);
+        for (name, _) in std::env::vars_os() {
+            if name.to_string_lossy().starts_with("DRAYMAN_") {
+                command.env_remove(name);
+            }
+        }
+        // Not the configuration of the machine that the tests run on.
+        command.env("DRAYMAN_CONFIG", "/dev/null").env("DRAYMAN_REDIS__URL", &self.url);
+        command.envs(self.env.iter().map(|(name, value)| (name, value))).args(args);
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        command
+    }
+
+    pub fn run(&self, args: &[&str]) -> Ran {
+        self.start(args).end()
+    }
+
+    pub fn run_with(&self, args: &[&str], stdin: &[u8]) -> Ran {
+        let mut child = self.command(args).stdin(Stdio::piped()).spawn().unwrap();
+        let mut pipe = child.stdin.take().unwrap();
+        let stdin = stdin.to_vec();
+        // In a thread: a program that writes before it has read all must not block us.
+        let writer = std::thread::spawn(move || pipe.write_all(&stdin));
+        let ran = Running(child).end();
+        let _ = writer.join();
+        ran
+    }
+
+    pub fn start(&self, args: &[&str]) -> Running {
+        Running(self.command(args).spawn().unwrap())
+    }
+}
+
+/// A program that runs.
+pub struct Running(pub Child);
+
+impl Running {
+    pub fn end(self) -> Ran {
+        let output = self.0.wait_with_output().unwrap();
+        let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+        Ran { code: output.status.code().unwrap_or(-1), out: text(output.stdout), err: text(output.stderr) }
+    }
+
+    pub fn has_ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+}
+
+pub async fn store(server: &RedisServer) -> Store {
+    let config = RedisConfig { url: Url::new(server.url_db(DB)), ..RedisConfig::default() };
+    Store::connect(&config).await.unwrap()
+}
+
+/// A worker that serves every pool, and runs nothing.
+pub async fn worker(store: &Store) -> Session {
+    let service = Service {
+        pools: vec![PoolPattern::new("sql:*").unwrap(), PoolPattern::new("db:*").unwrap()],
+        default_capacity: 4,
+        capacities: Vec::new(),
+        fairness: Fairness::Jobs,
+    };
+    Session::open(store.clone(), SessionId::generate("test", 1), service, "test", 1).await.unwrap()
+}
+
+/// Takes the one job that there is to take. What foreign producers have pushed is noticed first.
+pub async fn take_one(store: &Store, session: &Session) -> Claim {
+    let users = store.command("SMEMBERS", &[store.keys().queued_users().as_bytes()]).await.unwrap();
+    let users: Vec<Vec<u8>> = users.texts("SMEMBERS").unwrap().into_iter().map(String::into_bytes).collect();
+    store.notice(&users).await.unwrap();
+    let mut claims = session.take(10).await.unwrap().unwrap().claims;
+    assert_eq!(claims.len(), 1, "{claims:?}");
+    claims.remove(0)
+}
+
+/// Ends a job with a status.
+pub async fn finish(claim: Claim, status: &str) {
+    let verdict = Verdict::Final { keep_ms: 600_000 };
+    let fields = Fields::new().with("status", status);
+    let finished = claim.finish(verdict, Duration::from_millis(5), fields, false).await.unwrap();
+    assert_eq!(finished, Finished::Ended);
+}
+
+/// The fields of a job.
+pub fn hash(server: &RedisServer, id: &str) -> BTreeMap<String, String> {
+    server.raw_db(DB, &["HGETALL", &format!("batch:jobs:{id}")]).map()
+}
+
+/// Submits by plain commands, as a foreign producer does.
+pub fn push(server: &RedisServer, id: &str, user: &str, fields: &[(&str, &str)]) {
+    let mut client = server.client(DB);
+    let key = format!("batch:jobs:{id}");
+    let mut hset = vec!["HSET", &key, "user", user, "status", "pending"];
+    fields.iter().for_each(|(name, value)| hset.extend([*name, *value]));
+    client.call(&hset);
+    client.call(&["LPUSH", &format!("batch:queue:{user}"), id]);
+    client.call(&["SADD", "batch:indexes:queue", user]);
+    client.call(&["PUBLISH", "batch:users", user]);
+}
+
+/// Waits for a state.
+pub fn until(what: &str, mut reached: impl FnMut() -> bool) {
+    let start = Instant::now();
+    while !reached() {
+        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}

@@ -1,0 +1,64 @@
+//! Errors, cut by what a caller will do about them.
+
+/// What can go wrong between us and Redis.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The request itself is wrong; sending it again won't help.
+    #[error("{0}")]
+    Request(String),
+    /// The configuration is wrong.
+    #[error("{0}")]
+    Config(#[from] crate::config::Fault),
+    /// Redis can't be reached or does not serve now. Whether the command ran is unknown: every script is safe to send again.
+    #[error("redis does not answer: {0}")]
+    Unavailable(String),
+    /// Redis refused the command: wrong credentials, missing rights, out of memory, read-only.
+    #[error("redis refused: {0}")]
+    Refused(String),
+    /// The server's keys are of another major version of the protocol.
+    #[error("the keys on this server are of protocol version {found}, this program speaks {ours}")]
+    Version {
+        /// What the server's key says.
+        found: String,
+        /// What this program speaks.
+        ours: String,
+    },
+    /// A reply that the protocol does not know: a bug, here or in a script.
+    #[error("unexpected reply from {script}: {reply}")]
+    Reply {
+        /// The script or command that was called.
+        script: &'static str,
+        /// What came back, cut short.
+        reply: String,
+    },
+}
+
+impl Error {
+    /// Whether a key holds another type than the command wants: somebody else has written it.
+    pub fn is_wrong_type(&self) -> bool {
+        matches!(self, Error::Refused(text) if text.starts_with("WRONGTYPE"))
+    }
+
+    /// Whether waiting and sending the same again may help.
+    pub fn is_transient(&self) -> bool {
+        match self {
+            Error::Unavailable(_) => true,
+            // A server that is loading, failing over or short of memory serves again later.
+            Error::Refused(text) => [
+                "LOADING",
+                "READONLY",
+                "BUSY",
+                "OOM",
+                "MASTERDOWN",
+                "TRYAGAIN",
+                "CLUSTERDOWN",
+                "NOREPLICAS",
+                "UNKILLABLE",
+                "MISCONF",
+            ]
+            .iter()
+            .any(|word| text.starts_with(word)),
+            Error::Request(_) | Error::Config(_) | Error::Version { .. } | Error::Reply { .. } => false,
+        }
+    }
+}

@@ -1,0 +1,216 @@
+//! Every key and channel: one constructor, its Redis type, its owner and its lifetime.
+//!
+//! The table below is the only place where a key's text stands. Rust code builds keys through [`Keys`]; scripts build them
+//! through the functions that [`Keys::prelude`] renders from the same table, so the two can't differ.
+//!
+//! Keys that begin with `batch:` or `limits:` are the layout that foreign producers write and foreign readers read. All others
+//! begin with `drayman:` and may carry a hash tag, `drayman:{tag}:…`, so that a partition of the keyspace can live on one
+//! node of a cluster.
+
+use std::fmt::Write as _;
+
+/// What a key holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Holds {
+    /// A string.
+    String,
+    /// A list.
+    List,
+    /// A set.
+    Set,
+    /// A sorted set.
+    SortedSet,
+    /// A hash.
+    Hash,
+    /// A stream.
+    Stream,
+    /// Nothing: the name of a pub/sub channel.
+    Channel,
+}
+
+impl Holds {
+    /// The word that Redis answers to `TYPE`.
+    pub fn type_name(self) -> &'static str {
+        match self {
+            Holds::String => "string",
+            Holds::List => "list",
+            Holds::Set => "set",
+            Holds::SortedSet => "zset",
+            Holds::Hash => "hash",
+            Holds::Stream => "stream",
+            Holds::Channel => "none",
+        }
+    }
+}
+
+/// One row of the table.
+#[derive(Debug, Clone, Copy)]
+pub struct Key {
+    /// Name of the constructor.
+    pub name: &'static str,
+    /// The key; `{}` stands for the one parameter, `{tag}` for the place of the hash tag.
+    pub template: &'static str,
+    /// What it holds.
+    pub holds: Holds,
+}
+
+macro_rules! keys {
+    ($($(#[doc = $doc:literal])+ $name:ident $(($param:ident))? = $template:literal, $holds:ident;)+) => {
+        /// Every key of the protocol.
+        pub const TABLE: &[Key] = &[$(Key { name: stringify!($name), template: $template, holds: Holds::$holds }),+];
+
+        impl Keys {
+            $($(#[doc = $doc])+
+            pub fn $name(&self $(, $param: &str)?) -> String {
+                let parameter: Option<&str> = None $(.or(Some($param)))?;
+                self.build($template, parameter)
+            })+
+        }
+    };
+}
+
+/// Builds keys.
+#[derive(Debug, Clone, Default)]
+pub struct Keys {
+    tag: Option<String>,
+}
+
+keys! {
+    /// One job. Fields in [`crate::job::FIELDS`]. Written by producers, then by the claim's holder. Expires after its retention.
+    job(id) = "batch:jobs:{}", Hash;
+    /// A user's pending job ids: pushed left, taken right. Empty means absent.
+    queue(user) = "batch:queue:{}", List;
+    /// Users whose queue is not empty.
+    queued_users = "batch:indexes:queue", Set;
+    /// A user's jobs being worked on, for foreign readers: an id enters at take and leaves with its claim.
+    wip(user) = "batch:wip:user:{}", List;
+    /// Users who have jobs being worked on, for foreign readers.
+    wip_users = "batch:wip:users", Set;
+    /// Scheduling lock of a database host in the foreign layout; the leader holds it so that no foreign worker schedules the
+    /// host too. Lives 5 s unless renewed.
+    host_lock(host) = "batch:locks:{}", String;
+    /// A user's limits: `timeout` in ms for a statement, `weight` for its share. Written by operators; no expiry.
+    limits(user) = "limits:batch:{}", Hash;
+    /// Queue layout older than per-user lists: ids by database host. The leader empties it.
+    old_queue(host) = "batch:queues:{}", List;
+    /// Ids set aside because no job could be made of them: `id`, `user`, `reason`. Holds the newest 10,000 or so.
+    rejected = "batch:rejected", Stream;
+    /// Where foreign producers announce a push: the user's name.
+    announcements = "batch:users", Channel;
+
+    /// Version of this protocol, `major.minor`. Written by the first to connect; an unknown major is refused.
+    version = "drayman:{tag}version", String;
+    /// A pool: `v` its virtual time, `newest` the start tag of the latest newcomer, `running`, `capacity`, `user_limit`,
+    /// `blocked` while a foreign worker schedules it, `idle_since`. Made at first use, forgotten after a day of idleness
+    /// unless it has a capacity or limit of its own.
+    pool(pool) = "drayman:{tag}pool:{}", Hash;
+    /// Users of a pool who have a job to take and are below their limit, by start tag.
+    ready(pool) = "drayman:{tag}ready:{}", SortedSet;
+    /// Users of a pool by finish tag, for as long as it is ahead of the pool's virtual time.
+    debt(pool) = "drayman:{tag}debt:{}", SortedSet;
+    /// How many jobs each user has running in a pool; no entry for none.
+    busy(pool) = "drayman:{tag}busy:{}", Hash;
+    /// A user's expected run time in a pool, in µs, where the pool is fair by time. Kept for a week after the last correction.
+    pace(pool) = "drayman:{tag}pace:{}", Hash;
+    /// Pools that may have something to take, by when they last had their turn.
+    pools = "drayman:{tag}pools", SortedSet;
+    /// Running jobs: id → session, fence, pool, user, charged cost, the user's finish tag and the kind of fairness,
+    /// separated by tabs. A job runs if and only if it is here.
+    claims = "drayman:{tag}claims", Hash;
+    /// Ids claimed by a session → the number of the take that claimed them. Removed with the session.
+    work(session) = "drayman:{tag}work:{}", Hash;
+    /// Ids that a session is asked to cancel. Removed with the session.
+    cancels(session) = "drayman:{tag}cancels:{}", Set;
+    /// A session: `host`, `pid`, `started_at`, `service`, `beat`, `beat_at`, `take`, `held`. Removed when closed or reclaimed.
+    session(session) = "drayman:{tag}session:{}", Hash;
+    /// All sessions.
+    sessions = "drayman:{tag}sessions", Set;
+    /// Sessions with nothing to do that serve the same pool patterns, by since when. Emptied by wake-ups.
+    parked(service) = "drayman:{tag}parked:{}", SortedSet;
+    /// The services that somebody may be parked for.
+    services = "drayman:{tag}services", Set;
+    /// The leader: session and term, separated by a tab. Lives for the leader's TTL unless renewed.
+    leader = "drayman:{tag}leader", String;
+    /// The latest leader's term.
+    term = "drayman:{tag}term", String;
+    /// Scheduled jobs by when they are due, in ms.
+    due = "drayman:{tag}due", SortedSet;
+    /// Queued ids that have no hash yet, `id user` by when they are given up, in ms.
+    missing = "drayman:{tag}missing", SortedSet;
+    /// Jobs in a final status by when they ended, in ms. Trimmed to the retention.
+    finished = "drayman:{tag}finished", SortedSet;
+    /// Where a parked session hears that there is work.
+    wake(session) = "drayman:{tag}wake:{}", Channel;
+    /// Where a session hears which job to cancel.
+    cancel(session) = "drayman:{tag}cancel:{}", Channel;
+    /// Where the moves of a user's jobs are published: `id status`.
+    events(user) = "drayman:{tag}events:{}", Channel;
+}
+
+impl Keys {
+    /// Keys of the one partition of a standalone server.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Keys of one partition of many: its tag stands in braces in each of them.
+    pub fn with_tag(tag: impl Into<String>) -> Self {
+        Self { tag: Some(tag.into()) }
+    }
+
+    fn tag_text(&self) -> String {
+        self.tag.as_ref().map(|tag| format!("{{{tag}}}:")).unwrap_or_default()
+    }
+
+    fn build(&self, template: &str, parameter: Option<&str>) -> String {
+        let key = template.replace("{tag}", &self.tag_text());
+        match parameter {
+            Some(parameter) => key.replacen("{}", parameter, 1),
+            None => key,
+        }
+    }
+
+    /// The same constructors as Lua functions in a table `K`, to stand before a script's text.
+    pub fn prelude(&self) -> String {
+        let mut lua = String::from("local K = {}\n");
+        for key in TABLE {
+            let text = key.template.replace("{tag}", &self.tag_text());
+            let line = match text.split_once("{}") {
+                Some((before, "")) => {
+                    format!("function K.{}(x) return '{before}' .. x end", key.name)
+                }
+                Some((before, after)) => format!("function K.{}(x) return '{before}' .. x .. '{after}' end", key.name),
+                None => format!("function K.{}() return '{text}' end", key.name),
+            };
+            writeln!(lua, "{line}").expect("writing to a String can't fail");
+        }
+        lua
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_tag_stands_in_our_keys_and_not_in_the_foreign_ones() {
+        let plain = Keys::new();
+        let tagged = Keys::with_tag("p3");
+        assert_eq!(plain.job("x"), "batch:jobs:x");
+        assert_eq!(tagged.job("x"), "batch:jobs:x");
+        assert_eq!(plain.ready("sql:h"), "drayman:ready:sql:h");
+        assert_eq!(tagged.ready("sql:h"), "drayman:{p3}:ready:sql:h");
+        assert!(tagged.prelude().contains("function K.ready(x) return 'drayman:{p3}:ready:' .. x end"));
+    }
+
+    #[test]
+    fn no_two_keys_can_meet() {
+        for (i, a) in TABLE.iter().enumerate() {
+            for b in &TABLE[i + 1..] {
+                let stem = |key: &Key| key.template.replace("{tag}", "").trim_end_matches("{}").to_owned();
+                let (a, b) = (stem(a), stem(b));
+                assert!(a != b, "{a} stands twice");
+            }
+        }
+    }
+}

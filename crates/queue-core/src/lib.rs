@@ -1,0 +1,33 @@
+//! Drayman's protocol on Redis, in reading order: words, the door, verbs.
+//!
+//! The one crate that knows Redis. A job's state changes only inside a script; only the holder of a claim ends a run.
+
+// Words: no I/O.
+pub mod config;
+pub mod error;
+pub mod ids;
+pub mod job;
+pub mod keys;
+pub mod model;
+
+// The door.
+pub mod group;
+pub mod reply;
+pub mod scripts;
+pub mod store;
+
+// Verbs.
+pub mod cancel;
+pub mod events;
+pub mod inspect;
+pub mod leader;
+pub mod producer;
+pub mod session;
+
+pub use error::Error;
+pub use store::Store;
+
+/// Programs of another major version refuse to work on the same keys.
+pub const VERSION_MAJOR: u32 = 1;
+/// Raised by additions that older programs may ignore.
+pub const VERSION_MINOR: u32 = 0;

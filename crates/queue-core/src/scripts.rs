@@ -1,0 +1,723 @@
+//! The table of scripts: each with a typed call and a typed reply. All changes of a job's state happen in them.
+
+use crate::error::Error;
+use crate::ids::{Fence, IdError, JOB_ID_MAX_BYTES, JobId, Pool, SessionId, USER_MAX_BYTES, User};
+use crate::job::{FIELDS, MISSING_MS, REJECTED_MS};
+use crate::keys::Keys;
+use crate::reply::Reply;
+use crate::store::Store;
+
+/// One script.
+#[derive(Debug)]
+pub struct Script {
+    /// Its name, that of its file.
+    pub name: &'static str,
+    /// Its text, without the prelude.
+    pub body: &'static str,
+}
+
+macro_rules! scripts {
+    ($($constant:ident = $name:literal;)+) => {
+        $(#[doc = concat!("`", $name, ".lua`")]
+        pub static $constant: Script = Script { name: $name, body: include_str!(concat!("scripts/", $name, ".lua")) };)+
+
+        /// Every script.
+        pub static TABLE: &[&Script] = &[$(&$constant),+];
+    };
+}
+
+scripts! {
+    ENQUEUE = "enqueue";
+    NOTICE = "notice";
+    TAKE = "take";
+    MARK = "mark";
+    FINISH = "finish";
+    CANCEL = "cancel";
+    SESSION_OPEN = "session_open";
+    SESSION_BEAT = "session_beat";
+    SESSION_END = "session_end";
+    CAPACITY = "capacity";
+    LEAD = "lead";
+    UPKEEP = "upkeep";
+    HOST_LOCK = "host_lock";
+    OLD_QUEUE = "old_queue";
+    SWEEP = "sweep";
+    POOL_SWEEP = "pool_sweep";
+    WIP = "wip";
+    INSPECT = "inspect";
+}
+
+/// What stands before every script: the keys, the constants, the functions that scripts share.
+pub fn prelude(keys: &Keys) -> String {
+    let fields: Vec<String> = FIELDS.iter().map(|(name, most)| format!("'{name}', {most}")).collect();
+    format!(
+        "{}local MAX_ID, MAX_USER = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}\n\
+         local MISSING_MS, MAX_REJECTED_MS = {MISSING_MS}, {REJECTED_MS}\n\
+         local FIELDS = {{{}}}\n{}",
+        keys.prelude(),
+        fields.join(", "),
+        include_str!("scripts/common.lua"),
+    )
+}
+
+/// Arguments of a call, in order.
+#[derive(Debug, Default)]
+pub struct Args(Vec<Vec<u8>>);
+
+impl Args {
+    fn new() -> Self {
+        Self::default()
+    }
+
+    fn text(mut self, text: impl AsRef<[u8]>) -> Self {
+        self.0.push(text.as_ref().to_vec());
+        self
+    }
+
+    fn number(self, number: impl Into<i128>) -> Self {
+        self.text(number.into().to_string())
+    }
+
+    fn fields(self, fields: &Fields) -> Self {
+        fields.0.iter().fold(self, |args, (name, value)| args.text(name).text(value))
+    }
+
+    fn counted_fields(self, fields: &Fields) -> Self {
+        self.number(fields.0.len() as u64 * 2).fields(fields)
+    }
+}
+
+/// Fields to write into a job's hash. `Debug` shows their names alone.
+#[derive(Clone, Default, PartialEq, Eq)]
+pub struct Fields(Vec<(&'static str, Vec<u8>)>);
+
+impl std::fmt::Debug for Fields {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_list().entries(self.0.iter().map(|(name, _)| name)).finish()
+    }
+}
+
+impl Fields {
+    /// No fields.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Adds a field.
+    pub fn with(mut self, name: &'static str, value: impl AsRef<[u8]>) -> Self {
+        self.0.push((name, value.as_ref().to_vec()));
+        self
+    }
+
+    /// Adds a field if there is a value for it.
+    pub fn with_some(self, name: &'static str, value: Option<impl AsRef<[u8]>>) -> Self {
+        match value {
+            Some(value) => self.with(name, value),
+            None => self,
+        }
+    }
+
+    /// These fields and then those: of two with one name the later counts.
+    pub fn and(mut self, more: Fields) -> Self {
+        self.0.extend(more.0);
+        self
+    }
+
+    /// The value of a field.
+    pub fn get(&self, name: &str) -> Option<&[u8]> {
+        self.0.iter().find(|(field, _)| *field == name).map(|(_, value)| value.as_slice())
+    }
+
+    /// Bytes of all values.
+    pub fn bytes(&self) -> usize {
+        self.0.iter().map(|(_, value)| value.len()).sum()
+    }
+}
+
+/// A job to submit, as the script takes it.
+#[derive(Debug, Clone)]
+pub struct Submission {
+    /// Its id.
+    pub id: JobId,
+    /// Its owner.
+    pub user: User,
+    /// How long it waits before it may be taken.
+    pub delay_ms: u64,
+    /// Its other fields.
+    pub fields: Fields,
+}
+
+/// What became of a submission.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Enqueued {
+    /// It is queued.
+    Queued,
+    /// A job with this id exists; nothing was written.
+    Exists,
+    /// The user has as many jobs queued as are allowed.
+    Full(u64),
+    /// The fields are larger than allowed; how many bytes they have.
+    TooLarge(u64),
+    /// The queue's key can't be used.
+    Refused(String),
+}
+
+/// One job as a take hands it out. `Debug` shows no value of its fields.
+#[derive(Clone)]
+pub struct Taken {
+    /// Its id.
+    pub id: JobId,
+    /// Its owner.
+    pub user: User,
+    /// The pool whose capacity it uses.
+    pub pool: Pool,
+    /// The fence of this claim.
+    pub fence: Fence,
+    /// The user's own statement timeout in ms, if one is set.
+    pub user_timeout_ms: Option<u64>,
+    values: Vec<Option<Vec<u8>>>,
+}
+
+impl std::fmt::Debug for Taken {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { id, user, pool, fence, .. } = self;
+        write!(f, "Taken({id} of {user} in {pool}, fence {fence})")
+    }
+}
+
+impl Taken {
+    /// The bytes of one of [`FIELDS`]; `None` if it is absent.
+    pub fn bytes(&self, field: &str) -> Option<&[u8]> {
+        let place = FIELDS.iter().position(|(name, _)| *name == field).expect("a field of the table");
+        self.values.get(place)?.as_deref()
+    }
+
+    /// The text of one of [`FIELDS`], `None` if it is absent or empty; the error names the field that is not UTF-8.
+    pub fn text(&self, field: &'static str) -> Result<Option<&str>, String> {
+        match self.bytes(field).filter(|bytes| !bytes.is_empty()) {
+            None => Ok(None),
+            Some(bytes) => match std::str::from_utf8(bytes) {
+                Ok(text) => Ok(Some(text)),
+                Err(_) => Err(format!("field {field} is not valid UTF-8")),
+            },
+        }
+    }
+
+    /// The number in one of [`FIELDS`]; 0 if it is absent or none.
+    pub fn number(&self, field: &'static str) -> u64 {
+        self.text(field).ok().flatten().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    }
+}
+
+/// What a take returns.
+#[derive(Debug)]
+pub enum TakeReply {
+    /// The session is not registered any more.
+    Lost,
+    /// Jobs, and when the next scheduled job of any pool is due.
+    Taken {
+        /// The jobs, now claimed.
+        jobs: Vec<Taken>,
+        /// In ms from now.
+        due_in_ms: Option<u64>,
+    },
+}
+
+/// What a write under a claim returns.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mark {
+    /// Written; the claim is held.
+    Held,
+    /// Written; the claim is held, and a cancel of the job is asked for.
+    CancelAsked,
+    /// Nothing was written: the claim is not ours any more.
+    Stale,
+}
+
+/// How a claim ends.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// The fields carry the job's final status; the record is kept this long.
+    Final {
+        /// In ms.
+        keep_ms: u64,
+    },
+    /// More statements are to come: back to the front of its queue.
+    Next,
+    /// Given back untouched, to the front of its queue.
+    Back,
+    /// To be tried again.
+    Later {
+        /// In ms from now.
+        after_ms: u64,
+    },
+}
+
+/// The end of one claim.
+#[derive(Debug, Clone)]
+pub struct Finish {
+    /// The job.
+    pub id: JobId,
+    /// The claim's fence.
+    pub fence: Fence,
+    /// How it ends.
+    pub verdict: Verdict,
+    /// How long the job ran, in µs.
+    pub ran_us: u64,
+    /// Fields to write.
+    pub fields: Fields,
+}
+
+/// What became of a finish.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finished {
+    /// It is recorded.
+    Ended,
+    /// It had been recorded before: an earlier answer was lost.
+    Repeated,
+    /// The claim is not ours any more; nothing was written.
+    Stale,
+}
+
+/// What a heartbeat returns.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Beat {
+    /// The session is not registered any more: all its claims are others' or nobody's.
+    Lost,
+    /// The session lives.
+    Alive {
+        /// Jobs of this session that are to be cancelled.
+        cancels: Vec<String>,
+        /// All claims of the session, where their number is not the believed one.
+        claims: Vec<(String, Fence)>,
+    },
+}
+
+/// A waiting job's cancel: what to write if its `query` field is still as seen.
+#[derive(Debug, Clone)]
+pub struct CancelOrder {
+    /// The job.
+    pub id: JobId,
+    /// Its `query` field when the caller looked.
+    pub seen_query: Vec<u8>,
+    /// What to write if it still waits.
+    pub fields: Fields,
+}
+
+/// What became of a cancel.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum CancelReply {
+    /// It waited and is cancelled now.
+    Cancelled,
+    /// It runs; its worker is told.
+    Requested,
+    /// It had ended before, with this status.
+    Over(String),
+    /// It changed since the caller looked.
+    Changed,
+    /// There is no such job.
+    Missing,
+}
+
+/// One job as it is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Inspected {
+    /// There is no hash of it.
+    Missing,
+    /// There is one.
+    Found {
+        /// Some session holds its claim: it runs.
+        claimed: bool,
+        /// The fields that were asked for, in order.
+        values: Vec<Inspection>,
+    },
+}
+
+/// One field of a job as it is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Inspection {
+    /// It is not there.
+    Absent,
+    /// Its bytes.
+    Bytes(Vec<u8>),
+    /// It is larger than was asked for, and was not read; how many bytes it has.
+    TooLarge(u64),
+}
+
+/// Whether the maintenance is ours to do.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Lead {
+    /// We lead, in this term.
+    Leader(u64),
+    /// Another session leads.
+    Follower(String),
+    /// Nobody leads: we resigned.
+    Nobody,
+}
+
+/// What a script of the leader says to one that does not lead (any more).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("another worker leads")]
+pub struct NotLeader;
+
+/// What one pass over the waiting jobs did.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Upkeep {
+    /// Scheduled jobs that joined their queues.
+    pub promoted: u64,
+    /// Ids whose hash came late.
+    pub found: u64,
+    /// Ids whose hash never came.
+    pub given_up: u64,
+    /// Entries of the index of finished jobs that outlived the retention.
+    pub trimmed: u64,
+}
+
+/// How the leader's attempt to end a session went.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SessionEnd {
+    /// It is gone; this many jobs went back to their queues in this call.
+    Ended(u64),
+    /// This many jobs went back; there are more: call again.
+    More(u64),
+    /// It beat again: nothing was done.
+    Alive,
+}
+
+type Led<T> = Result<Result<T, NotLeader>, Error>;
+
+fn id<T, E: Into<IdError>>(parsed: Result<T, E>, script: &'static str) -> Result<T, Error> {
+    parsed.map_err(|error| Error::Reply { script, reply: error.into().to_string() })
+}
+
+impl Store {
+    /// Submits jobs; one result each, in order.
+    pub async fn enqueue(&self, most_queued: u64, largest: u64, jobs: &[Submission]) -> Result<Vec<Enqueued>, Error> {
+        let mut args = Args::new().number(most_queued).number(largest);
+        for job in jobs {
+            args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms).counted_fields(&job.fields);
+        }
+        let replies = self.call(&ENQUEUE, args.0).await?.array("enqueue")?;
+        expect_len(&replies, jobs.len(), "enqueue")?;
+        replies
+            .into_iter()
+            .map(|reply| match &reply {
+                Reply::Bytes(word) if word == b"queued" => Ok(Enqueued::Queued),
+                Reply::Bytes(word) if word == b"exists" => Ok(Enqueued::Exists),
+                Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
+                    (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
+                    (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge(bytes.int("enqueue")? as u64)),
+                    (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
+                    _ => Err(reply.unexpected("enqueue")),
+                },
+                _ => Err(reply.unexpected("enqueue")),
+            })
+            .collect()
+    }
+
+    /// Looks at the queues of users; returns how many of them became ready.
+    pub async fn notice(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
+        Ok(self.call(&NOTICE, users.to_vec()).await?.int("notice")? as u64)
+    }
+
+    /// Takes up to `n` jobs. The same `number` again returns the same jobs.
+    pub async fn take(
+        &self,
+        session: &SessionId,
+        service: &str,
+        number: u64,
+        n: usize,
+        default_capacity: u32,
+        fairness: &str,
+    ) -> Result<TakeReply, Error> {
+        let args = Args::new()
+            .text(session.as_str())
+            .text(service)
+            .number(number)
+            .number(n as u64)
+            .number(default_capacity)
+            .text(fairness);
+        let mut items = self.call(&TAKE, args.0).await?.array("take")?.into_iter();
+        match items.next().as_ref().and_then(Reply::text) {
+            Some("lost") => return Ok(TakeReply::Lost),
+            Some("taken") => {}
+            _ => return Err(Reply::Array(items.collect()).unexpected("take")),
+        }
+        let due_in_ms =
+            items.next().as_ref().and_then(Reply::text).and_then(|text| text.parse::<f64>().ok()).map(|ms| ms as u64);
+        let jobs = items.map(taken).collect::<Result<_, _>>()?;
+        Ok(TakeReply::Taken { jobs, due_in_ms })
+    }
+
+    /// Writes fields of a running job under its claim; with none, asks whether the claim holds.
+    pub async fn mark(&self, session: &SessionId, id: &JobId, fence: Fence, fields: &Fields) -> Result<Mark, Error> {
+        let args = Args::new().text(session.as_str()).text(id.as_str()).number(fence.0).fields(fields);
+        let reply = self.call(&MARK, args.0).await?;
+        match reply.text() {
+            Some("held") => Ok(Mark::Held),
+            Some("cancel") => Ok(Mark::CancelAsked),
+            Some("stale") => Ok(Mark::Stale),
+            _ => Err(reply.unexpected("mark")),
+        }
+    }
+
+    /// Ends claims; one result each, in order. `wake` tells another session about what becomes free.
+    pub async fn finish(&self, session: &SessionId, wake: bool, ends: &[Finish]) -> Result<Vec<Finished>, Error> {
+        let mut args = Args::new().text(session.as_str()).number(u8::from(wake));
+        for end in ends {
+            let (verdict, ms) = match end.verdict {
+                Verdict::Final { keep_ms } => ("final", keep_ms),
+                Verdict::Next => ("next", 0),
+                Verdict::Back => ("back", 0),
+                Verdict::Later { after_ms } => ("later", after_ms),
+            };
+            args = args
+                .text(end.id.as_str())
+                .number(end.fence.0)
+                .text(verdict)
+                .number(end.ran_us)
+                .number(ms)
+                .counted_fields(&end.fields);
+        }
+        let replies = self.call(&FINISH, args.0).await?.array("finish")?;
+        expect_len(&replies, ends.len(), "finish")?;
+        replies
+            .iter()
+            .map(|reply| match reply.text() {
+                Some("ended") => Ok(Finished::Ended),
+                Some("repeated") => Ok(Finished::Repeated),
+                Some("stale") => Ok(Finished::Stale),
+                _ => Err(reply.unexpected("finish")),
+            })
+            .collect()
+    }
+
+    /// Cancels jobs; one result each, in order.
+    pub async fn cancel(&self, keep_ms: u64, orders: &[CancelOrder]) -> Result<Vec<CancelReply>, Error> {
+        let mut args = Args::new().number(keep_ms);
+        for order in orders {
+            args = args.text(order.id.as_str()).text(&order.seen_query).counted_fields(&order.fields);
+        }
+        let replies = self.call(&CANCEL, args.0).await?.array("cancel")?;
+        expect_len(&replies, orders.len(), "cancel")?;
+        replies
+            .iter()
+            .map(|reply| match (reply, reply.text()) {
+                (_, Some("cancelled")) => Ok(CancelReply::Cancelled),
+                (_, Some("requested")) => Ok(CancelReply::Requested),
+                (_, Some("changed")) => Ok(CancelReply::Changed),
+                (_, Some("missing")) => Ok(CancelReply::Missing),
+                (Reply::Array(items), _) if items.first().and_then(Reply::text) == Some("over") => {
+                    Ok(CancelReply::Over(items.get(1).and_then(Reply::lossy).unwrap_or_default()))
+                }
+                _ => Err(reply.unexpected("cancel")),
+            })
+            .collect()
+    }
+
+    /// Reads fields of jobs, none of them larger than said; one result each, in order.
+    pub async fn inspect<'a>(
+        &self,
+        fields: &[(&'static str, usize)],
+        ids: impl IntoIterator<Item = &'a str>,
+    ) -> Result<Vec<Inspected>, Error> {
+        let mut args = Args::new().number(fields.len() as u64);
+        for (name, most) in fields {
+            args = args.text(name).number(*most as u64);
+        }
+        let before = args.0.len();
+        args = ids.into_iter().fold(args, |args, id| args.text(id));
+        let count = args.0.len() - before;
+        let replies = self.call(&INSPECT, args.0).await?.array("inspect")?;
+        expect_len(&replies, count, "inspect")?;
+        replies.into_iter().map(|reply| inspected(reply, fields.len())).collect()
+    }
+
+    /// Registers a session.
+    pub async fn session_open(
+        &self,
+        session: &SessionId,
+        service: &str,
+        host: &str,
+        pid: u32,
+        capacities: &[(Pool, u32)],
+    ) -> Result<(), Error> {
+        let mut args = Args::new()
+            .text(session.as_str())
+            .text(service)
+            .text(host)
+            .number(pid)
+            .number(crate::VERSION_MAJOR)
+            .number(crate::VERSION_MINOR);
+        for (pool, capacity) in capacities {
+            args = args.text(pool.as_str()).number(*capacity);
+        }
+        let reply = self.call(&SESSION_OPEN, args.0).await?;
+        match reply.text() {
+            Some("open") => Ok(()),
+            Some(version) => Err(Error::Version {
+                found: version.to_owned(),
+                ours: format!("{}.{}", crate::VERSION_MAJOR, crate::VERSION_MINOR),
+            }),
+            None => Err(reply.unexpected("session_open")),
+        }
+    }
+
+    /// Gives pools a capacity, or the default one of whoever takes; returns how many may have something to take.
+    pub async fn set_capacities(&self, pools: &[(Pool, Option<u32>)]) -> Result<u64, Error> {
+        let args = pools.iter().fold(Args::new(), |args, (pool, capacity)| {
+            args.text(pool.as_str()).text(capacity.map(|capacity| capacity.to_string()).unwrap_or_default())
+        });
+        Ok(self.call(&CAPACITY, args.0).await?.int("capacity")? as u64)
+    }
+
+    /// One heartbeat. `held` is how many claims the worker believes it holds.
+    pub async fn session_beat(&self, session: &SessionId, held: usize) -> Result<Beat, Error> {
+        let args = Args::new().text(session.as_str()).number(held as u64);
+        let mut items = self.call(&SESSION_BEAT, args.0).await?.array("session_beat")?.into_iter();
+        match items.next().as_ref().and_then(Reply::text) {
+            Some("lost") => Ok(Beat::Lost),
+            Some("alive") => {
+                let cancels = items.next().unwrap_or(Reply::Nil).texts("session_beat")?;
+                let flat = items.next().unwrap_or(Reply::Nil).texts("session_beat")?;
+                let claims = flat
+                    .chunks_exact(2)
+                    .filter_map(|pair| Some((pair[0].clone(), Fence(pair[1].parse().ok()?))))
+                    .collect();
+                Ok(Beat::Alive { cancels, claims })
+            }
+            _ => Err(Reply::Array(items.collect()).unexpected("session_beat")),
+        }
+    }
+
+    /// The worker's own end of its session: what it still holds goes back to the queues.
+    pub async fn session_close(&self, session: &SessionId) -> Result<SessionEnd, Error> {
+        let reply = self.call(&SESSION_END, Args::new().text("close").text(session.as_str()).0).await?;
+        session_end(reply)?.map_err(|NotLeader| Error::Reply { script: "session_end", reply: "not_leader".into() })
+    }
+
+    /// The leader's end of a session whose beat stood still.
+    pub async fn session_reclaim(&self, session: &str, beat: u64, leader: &SessionId, term: u64) -> Led<SessionEnd> {
+        let args = Args::new().text("reclaim").text(session).number(beat).text(leader.as_str()).number(term);
+        session_end(self.call(&SESSION_END, args.0).await?)
+    }
+
+    /// Takes, renews or (with no TTL) gives up the leadership.
+    pub async fn lead(&self, session: &SessionId, ttl_ms: Option<u64>) -> Result<Lead, Error> {
+        let wish = if ttl_ms.is_some() { "hold" } else { "resign" };
+        let args = Args::new().text(session.as_str()).number(ttl_ms.unwrap_or(0)).text(wish);
+        let items = self.call(&LEAD, args.0).await?.array("lead")?;
+        match (items.first().and_then(Reply::text), items.get(1)) {
+            (Some("leader"), Some(term)) => Ok(Lead::Leader(term.int("lead")? as u64)),
+            (Some("follower"), Some(holder)) => Ok(Lead::Follower(holder.lossy().unwrap_or_default())),
+            (Some("none"), _) => Ok(Lead::Nobody),
+            _ => Err(Reply::Array(items).unexpected("lead")),
+        }
+    }
+
+    /// One pass over scheduled jobs, ids without a hash, and the index of finished jobs.
+    pub async fn upkeep(&self, leader: &SessionId, term: u64, retention_ms: u64) -> Led<Upkeep> {
+        let args = Args::new().text(leader.as_str()).number(term).number(retention_ms);
+        let reply = self.call(&UPKEEP, args.0).await?;
+        if reply.text() == Some("not_leader") {
+            return Ok(Err(NotLeader));
+        }
+        let items = reply.array("upkeep")?;
+        expect_len(&items, 5, "upkeep")?;
+        let count = |at: usize| items[at].int("upkeep").map(|number| number as u64);
+        Ok(Ok(Upkeep { promoted: count(1)?, found: count(2)?, given_up: count(3)?, trimmed: count(4)? }))
+    }
+
+    /// Holds the foreign layout's locks of hosts; returns the hosts that a foreign worker schedules.
+    pub async fn host_lock(&self, leader: &SessionId, term: u64, ttl_ms: u64, hosts: &[String]) -> Led<Vec<String>> {
+        let args = Args::new().text(leader.as_str()).number(term).number(ttl_ms);
+        let args = hosts.iter().fold(args, |args, host| args.text(host));
+        led(self.call(&HOST_LOCK, args.0).await?, |reply| reply.texts("host_lock"))
+    }
+
+    /// Moves jobs from an old-layout queue; returns how many, and whether more are left.
+    pub async fn old_queue(&self, leader: &SessionId, term: u64, host: &[u8]) -> Led<(u64, bool)> {
+        let args = Args::new().text(leader.as_str()).number(term).text(host);
+        led(self.call(&OLD_QUEUE, args.0).await?, |reply| {
+            let items = reply.array("old_queue")?;
+            expect_len(&items, 2, "old_queue")?;
+            Ok((items[1].int("old_queue")? as u64, items[0].text() == Some("more")))
+        })
+    }
+
+    /// Removes hashes untouched for so many ms that are final or referenced by nothing.
+    pub async fn sweep(&self, leader: &SessionId, term: u64, untouched_ms: u64, ids: &[Vec<u8>]) -> Led<u64> {
+        let args = Args::new().text(leader.as_str()).number(term).number(untouched_ms);
+        let args = ids.iter().fold(args, |args, id| args.text(id));
+        led(self.call(&SWEEP, args.0).await?, |reply| Ok(reply.int("sweep")? as u64))
+    }
+
+    /// Forgets pools that have been idle for so many ms.
+    pub async fn pool_sweep(&self, leader: &SessionId, term: u64, idle_ms: u64, pools: &[Vec<u8>]) -> Led<u64> {
+        let args = Args::new().text(leader.as_str()).number(term).number(idle_ms);
+        let args = pools.iter().fold(args, |args, pool| args.text(pool));
+        led(self.call(&POOL_SWEEP, args.0).await?, |reply| Ok(reply.int("pool_sweep")? as u64))
+    }
+
+    /// Clears a user's work-in-progress list of what is not being worked on.
+    pub async fn wip(&self, leader: &SessionId, term: u64, user: &[u8]) -> Led<u64> {
+        let args = Args::new().text(leader.as_str()).number(term).text(user);
+        led(self.call(&WIP, args.0).await?, |reply| Ok(reply.int("wip")? as u64))
+    }
+}
+
+fn led<T>(reply: Reply, read: impl FnOnce(Reply) -> Result<T, Error>) -> Led<T> {
+    if reply.text() == Some("not_leader") { Ok(Err(NotLeader)) } else { read(reply).map(Ok) }
+}
+
+fn expect_len(items: &[Reply], n: usize, script: &'static str) -> Result<(), Error> {
+    if items.len() == n { Ok(()) } else { Err(Reply::Array(items.to_vec()).unexpected(script)) }
+}
+
+fn inspected(reply: Reply, fields: usize) -> Result<Inspected, Error> {
+    if reply.text() == Some("missing") {
+        return Ok(Inspected::Missing);
+    }
+    let items = reply.array("inspect")?;
+    expect_len(&items, 1 + fields, "inspect")?;
+    let claimed = match items[0].text() {
+        Some("claimed") => true,
+        Some("free") => false,
+        _ => return Err(items[0].unexpected("inspect")),
+    };
+    let read = |value: Reply| match value {
+        Reply::Nil => Ok(Inspection::Absent),
+        Reply::Bytes(bytes) => Ok(Inspection::Bytes(bytes)),
+        Reply::Int(bytes) => Ok(Inspection::TooLarge(bytes as u64)),
+        other => Err(other.unexpected("inspect")),
+    };
+    let values = items.into_iter().skip(1).map(read).collect::<Result<_, _>>()?;
+    Ok(Inspected::Found { claimed, values })
+}
+
+fn session_end(reply: Reply) -> Led<SessionEnd> {
+    match reply.text() {
+        Some("not_leader") => return Ok(Err(NotLeader)),
+        Some("alive") => return Ok(Ok(SessionEnd::Alive)),
+        _ => {}
+    }
+    let items = reply.array("session_end")?;
+    expect_len(&items, 2, "session_end")?;
+    let count = items[1].int("session_end")? as u64;
+    Ok(Ok(if items[0].text() == Some("more") { SessionEnd::More(count) } else { SessionEnd::Ended(count) }))
+}
+
+fn taken(job: Reply) -> Result<Taken, Error> {
+    let mut items = job.array("take")?;
+    expect_len(&items, 5 + FIELDS.len(), "take")?;
+    let values = items.split_off(5).into_iter().map(Reply::into_bytes).collect();
+    let text = |at: usize| items[at].text().map(str::to_owned).ok_or_else(|| items[at].unexpected("take"));
+    Ok(Taken {
+        id: id(JobId::new(text(0)?), "take")?,
+        user: id(User::new(items[1].lossy().unwrap_or_default()), "take")?,
+        pool: id(Pool::new(items[2].lossy().unwrap_or_default()), "take")?,
+        fence: Fence(text(3)?.parse().map_err(|_| items[3].unexpected("take"))?),
+        user_timeout_ms: items[4].text().and_then(|text| text.trim().parse().ok()),
+        values,
+    })
+}

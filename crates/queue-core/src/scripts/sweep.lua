@@ -1,0 +1,27 @@
+-- Removes job hashes that nobody has touched for long and that are final or referenced by nothing.
+-- ARGV: leader's session, term, for how many ms a hash must have been untouched, ids
+-- Reply: the number removed, or 'not_leader'
+local session, term, before = ARGV[1], ARGV[2], iso(now_ms - tonumber(ARGV[3]))
+if not leads(session, term) then return 'not_leader' end
+local removed = 0
+for i = 4, #ARGV do
+  local id = ARGV[i]
+  local job = K.job(id)
+  if redis.call('TYPE', job).ok == 'hash' then
+    local h = redis.call('HMGET', job, 'updated_at', 'created_at', 'status', 'fallback_status', 'user')
+    local touched = h[1] or h[2] or ''
+    -- ISO times compare as texts; what is no time at all is left alone.
+    local old = string.match(touched, '^%d%d%d%d%-%d%d%-%d%dT') and touched < before
+    if old and redis.call('HEXISTS', K.claims(), id) == 0 then
+      -- Without a user nobody can say which queue it may stand in, and a long queue is not searched.
+      local queue = h[5] and h[5] ~= '' and K.queue(h[5])
+      local referenced = not queue or redis.call('ZSCORE', K.due(), id) or (try('LLEN', queue) or 0) > 1000
+        or try('LPOS', queue, id)
+      if is_over(h[3], h[4]) or not referenced then
+        redis.call('DEL', job)
+        removed = removed + 1
+      end
+    end
+  end
+end
+return removed

@@ -1,0 +1,288 @@
+//! Cancelling: the state first, the message second, and one word about who won.
+
+use std::time::Duration;
+
+use queue_core::cancel::{Cancelled, Canceller};
+use queue_core::config::Limits;
+use queue_core::ids::{JobId, User};
+use queue_core::producer::{Database, NewJob, Producer};
+use queue_core::scripts::{Beat, CancelOrder, CancelReply, Fields, Finished, Mark, Verdict};
+use serde_json::{Value, json};
+
+use crate::support::*;
+
+fn canceller(rig: &Rig) -> Canceller {
+    Canceller::new(rig.store.clone(), Duration::from_secs(3_600))
+}
+
+fn job_id(id: &str) -> JobId {
+    JobId::new(id).unwrap()
+}
+
+#[tokio::test]
+async fn a_waiting_job_is_cancelled_at_once_and_never_runs() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    for id in ["a1", "a2"] {
+        rig.submit("alice", id, "h");
+        rig.redis(&["HSET", &job_key(id), "pass", "secret"]);
+    }
+    rig.notice(&["alice"]).await;
+    for id in ["a1", "a2"] {
+        assert_eq!(canceller(&rig).cancel(&job_id(id)).await.unwrap(), Cancelled::AtOnce);
+        let hash = rig.hash(id);
+        assert_eq!(hash["status"], "cancelled");
+        assert!(hash.contains_key("ended_at") && !hash.contains_key("pass"));
+        let left = rig.redis(&["PTTL", &job_key(id)]).int();
+        assert!((1..=3_600_000).contains(&left), "{left} ms");
+        rig.balanced();
+    }
+    assert!(take(&session, 4).await.is_empty());
+    assert_eq!(rig.redis(&["EXISTS", "batch:queue:alice", "batch:indexes:queue"]).int(), 0);
+    assert_eq!(canceller(&rig).cancel(&job_id("a1")).await.unwrap(), Cancelled::TooLate("cancelled".into()));
+}
+
+#[tokio::test]
+async fn a_job_deep_in_a_long_queue_is_dropped_when_its_turn_comes() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    let jobs: Vec<_> = (0..1_050).map(|i| submission("alice", &format!("j{i}"), "h")).collect();
+    for chunk in jobs.chunks(100) {
+        rig.store.enqueue(10_000, 16_384, chunk).await.unwrap();
+    }
+    assert_eq!(canceller(&rig).cancel(&job_id("j1")).await.unwrap(), Cancelled::AtOnce);
+    assert_eq!(rig.queue("alice").len(), 1_050, "a long queue is not searched");
+    for expected in ["j0", "j2"] {
+        let claim = take_one(&session).await;
+        assert_eq!(id(&claim), expected);
+        end(claim, "done").await;
+    }
+    assert_eq!(rig.status("j1"), "cancelled");
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_running_job_is_asked_for_by_hash_message_and_every_heartbeat() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    rig.submit("alice", "a1", "h");
+    rig.notice(&["alice"]).await;
+    let mut ear = rig.store.subscribe(&[rig.store.keys().cancel(session.id().as_str())], &[]).await.unwrap();
+    let claim = take_one(&session).await;
+    for _ in 0..2 {
+        assert_eq!(canceller(&rig).cancel(&job_id("a1")).await.unwrap(), Cancelled::Requested);
+        assert_eq!(tokio::time::timeout(LIMIT, ear.recv()).await.unwrap().unwrap().text, "a1");
+    }
+    assert_eq!(rig.status("a1"), "running", "its worker says how it ends");
+    let asked_at = rig.hash("a1")["cancel_requested_at"].clone();
+    for _ in 0..2 {
+        assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec!["a1".into()], claims: vec![] });
+    }
+    assert_eq!(claim.pen().mark(&Fields::new()).await.unwrap(), Mark::CancelAsked);
+    assert_eq!(end(claim, "cancelled").await, Finished::Ended);
+    assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec![], claims: vec![] });
+    assert_eq!(rig.hash("a1")["cancel_requested_at"], asked_at);
+}
+
+#[tokio::test]
+async fn a_cancel_that_somebody_writes_into_the_hash_of_a_running_job_is_heard() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    for (user, hear) in [("alice", "beat"), ("bob", "mark")] {
+        rig.submit(user, user, "h");
+        rig.notice(&[user]).await;
+        let claim = take_one(&session).await;
+        assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec![], claims: vec![] });
+        rig.redis(&["HSET", &job_key(user), "status", "cancelled"]);
+        let running = Fields::new().with("status", "running");
+        match hear {
+            "beat" => {
+                let told = Beat::Alive { cancels: vec![user.into()], claims: vec![] };
+                assert_eq!(session.beat().await.unwrap(), told);
+            }
+            _ => assert_eq!(claim.pen().mark(&running).await.unwrap(), Mark::CancelAsked),
+        }
+        assert_eq!(claim.pen().mark(&running).await.unwrap(), Mark::CancelAsked);
+        assert_eq!(end(claim, "cancelled").await, Finished::Ended);
+        assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec![], claims: vec![] });
+        rig.balanced();
+    }
+}
+
+#[tokio::test]
+async fn no_late_end_overwrites_a_cancel_that_somebody_wrote_into_the_hash() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    let ends = [
+        ("final", final_verdict(), "done"),
+        ("next", Verdict::Next, "pending"),
+        ("back", Verdict::Back, "pending"),
+        ("later", Verdict::Later { after_ms: 60_000 }, "scheduled"),
+    ];
+    for (user, verdict, status) in ends {
+        rig.submit(user, user, "h");
+        rig.notice(&[user]).await;
+        let claim = take_one(&session).await;
+        rig.redis(&["HSET", &job_key(user), "status", "cancelled"]);
+        let fields = Fields::new().with("status", status).with("query", "as far as it came");
+        assert_eq!(claim.finish(verdict, Duration::ZERO, fields, false).await.unwrap(), Finished::Ended);
+        let hash = rig.hash(user);
+        assert_eq!((&*hash["status"], &*hash["query"]), ("cancelled", "as far as it came"), "{user}");
+        assert!(hash.contains_key("ended_at") && rig.redis(&["PTTL", &job_key(user)]).int() > 0, "{user}");
+        assert!(take(&session, 4).await.is_empty(), "{user}");
+        rig.balanced();
+    }
+}
+
+#[tokio::test]
+async fn a_waiting_job_that_somebody_else_cancelled_is_filed_when_its_turn_comes() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    rig.submit("alice", "a1", "h");
+    rig.redis(&["HSET", &job_key("a1"), "status", "cancelled", "pass", "secret"]);
+    rig.notice(&["alice"]).await;
+    assert!(take(&session, 4).await.is_empty());
+    assert_eq!(rig.status("a1"), "cancelled");
+    assert!(!rig.hash("a1").contains_key("pass"));
+    assert!(rig.redis(&["PTTL", &job_key("a1")]).int() > 0);
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn when_a_job_ends_first_the_cancel_is_too_late_and_the_record_stays() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    for (user, status) in [("alice", "done"), ("bob", "failed"), ("carol", "unknown")] {
+        rig.submit(user, user, "h");
+        rig.notice(&[user]).await;
+        end(take_one(&session).await, status).await;
+        let before = rig.dump();
+        assert_eq!(canceller(&rig).cancel(&job_id(user)).await.unwrap(), Cancelled::TooLate(status.into()));
+        assert_eq!(rig.dump(), before);
+    }
+    assert_eq!(canceller(&rig).cancel(&job_id("nobody")).await.unwrap(), Cancelled::NotFound);
+    rig.redis(&["SET", "batch:jobs:text", "x"]);
+    assert_eq!(canceller(&rig).cancel(&job_id("text")).await.unwrap(), Cancelled::NotFound);
+    assert_eq!(rig.redis(&["GET", "batch:jobs:text"]).text(), "x");
+}
+
+#[tokio::test]
+async fn a_job_that_changed_since_it_was_looked_at_is_not_overwritten() {
+    let rig = Rig::start().await;
+    rig.submit("alice", "a1", "h");
+    rig.redis(&["HSET", "batch:jobs:a1", "query", r#"[{"query":"select 1","status":"done"}]"#]);
+    let before = rig.dump();
+    let order = CancelOrder {
+        id: job_id("a1"),
+        seen_query: b"select 1".to_vec(),
+        fields: Fields::new().with("query", "what an older look would write"),
+    };
+    assert_eq!(rig.store.cancel(KEEP_MS, &[order]).await.unwrap(), [CancelReply::Changed]);
+    assert_eq!(rig.dump(), before);
+}
+
+#[tokio::test]
+async fn a_scheduled_job_is_cancelled_and_does_not_come_back() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    let mut job = submission("alice", "a1", "h");
+    job.delay_ms = 3_600_000;
+    rig.store.enqueue(64, 16_384, &[job]).await.unwrap();
+    assert_eq!(rig.status("a1"), "scheduled");
+    assert_eq!(canceller(&rig).cancel(&job_id("a1")).await.unwrap(), Cancelled::AtOnce);
+    assert_eq!(rig.redis(&["EXISTS", "drayman:due"]).int(), 0);
+    assert!(take(&session, 1).await.is_empty());
+    assert_eq!(rig.status("a1"), "cancelled");
+}
+
+#[tokio::test]
+async fn a_cancel_asked_for_while_a_job_is_put_off_does_not_wait_for_the_retry() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    rig.submit("alice", "a1", "h");
+    rig.notice(&["alice"]).await;
+    let claim = take_one(&session).await;
+    assert_eq!(canceller(&rig).cancel(&job_id("a1")).await.unwrap(), Cancelled::Requested);
+    put(claim, Verdict::Later { after_ms: 3_600_000 }).await;
+    let again = take_one(&session).await;
+    assert!(again.job().bytes("cancel_requested_at").is_some());
+    end(again, "cancelled").await;
+}
+
+async fn submit_chain(rig: &Rig, query: Value) -> JobId {
+    let producer = Producer::new(rig.store.clone(), Limits::default());
+    let job = NewJob::new(User::new("alice").unwrap(), Database::Named("main".into()), query.to_string());
+    producer.enqueue(job).await.unwrap().id().clone()
+}
+
+#[tokio::test]
+async fn between_two_statements_the_rest_is_skipped_and_what_was_done_stays_done() {
+    let rig = Rig::start().await;
+    let session = rig.session("db:*", 4).await;
+    let id =
+        submit_chain(&rig, json!({"query": [{"query": "select 1"}, {"query": "select 2"}, {"query": "select 3"}]}))
+            .await;
+    let claim = take_one(&session).await;
+    let stored = json!({"query": [
+        {"query": "select 1", "status": "done"},
+        {"query": "select 2", "status": "pending"},
+        {"query": "select 3", "status": "pending"},
+    ]});
+    let fields = Fields::new().with("status", "pending").with("query", stored.to_string());
+    claim.finish(Verdict::Next, Duration::ZERO, fields, false).await.unwrap();
+    assert_eq!(canceller(&rig).cancel(&id).await.unwrap(), Cancelled::AtOnce);
+    let hash = rig.hash(id.as_str());
+    assert_eq!(hash["status"], "cancelled");
+    let query: Value = serde_json::from_str(&hash["query"]).unwrap();
+    let statuses: Vec<&str> =
+        query["query"].as_array().unwrap().iter().map(|entry| entry["status"].as_str().unwrap()).collect();
+    assert_eq!(statuses, ["done", "cancelled", "skipped"]);
+    assert!(take(&session, 4).await.is_empty());
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_job_that_failed_and_waits_for_its_fallback_stays_failed_and_the_fallback_does_not_run() {
+    let rig = Rig::start().await;
+    let session = rig.session("db:*", 4).await;
+    let id = submit_chain(&rig, json!({"query": [{"query": "select 1"}], "onerror": "select 'oh'"})).await;
+    assert_eq!(rig.hash(id.as_str())["fallback_status"], "pending");
+    let claim = take_one(&session).await;
+    let stored = json!({"query": [{"query": "select 1", "status": "failed"}], "onerror": "select 'oh'"});
+    let fields = Fields::new().with("status", "failed").with("query", stored.to_string());
+    claim.finish(Verdict::Next, Duration::ZERO, fields, false).await.unwrap();
+    assert_eq!(rig.queue("alice"), [id.as_str()]);
+    assert_eq!(canceller(&rig).cancel(&id).await.unwrap(), Cancelled::AtOnce);
+    let hash = rig.hash(id.as_str());
+    assert_eq!((hash["status"].as_str(), hash["fallback_status"].as_str()), ("failed", "cancelled"));
+    assert!(take(&session, 4).await.is_empty());
+
+    // The same where nobody can read what the fallback is: the final status is not written twice.
+    rig.submit("bob", "b1", "h");
+    rig.redis(&["HSET", "batch:jobs:b1", "status", "failed", "fallback_status", "pending", "query", "{"]);
+    assert_eq!(canceller(&rig).cancel(&job_id("b1")).await.unwrap(), Cancelled::TooLate("failed".into()));
+    assert_eq!(rig.status("b1"), "failed");
+}
+
+#[tokio::test]
+async fn a_waiting_job_that_nobody_can_read_is_cancelled_all_the_same() {
+    let rig = Rig::start().await;
+    for (id, query) in [("a1", &b"{"[..]), ("a2", b"\xff"), ("a3", b"")] {
+        rig.submit("alice", id, "h");
+        rig.redis(&[b"HSET", job_key(id).as_bytes(), b"query", query]);
+        assert_eq!(canceller(&rig).cancel(&job_id(id)).await.unwrap(), Cancelled::AtOnce);
+        assert_eq!(rig.status(id), "cancelled");
+        assert_eq!(rig.redis(&["HGET", &job_key(id), "query"]).bytes(), query, "what it was is still to be seen");
+    }
+}
+
+#[tokio::test]
+async fn a_job_whose_hash_names_another_user_is_cancelled_in_no_other_users_queue() {
+    let rig = Rig::start().await;
+    rig.submit("alice", "a1", "h");
+    rig.redis(&["HSET", "batch:jobs:m1", "user", "alice", "status", "pending", "host", "h"]);
+    assert_eq!(canceller(&rig).cancel(&job_id("m1")).await.unwrap(), Cancelled::AtOnce);
+    assert_eq!(rig.queue("alice"), ["a1"]);
+    rig.redis(&["HSET", "batch:jobs:m2", "user", "tab\tin", "status", "pending"]);
+    assert_eq!(canceller(&rig).cancel(&job_id("m2")).await.unwrap(), Cancelled::AtOnce);
+}

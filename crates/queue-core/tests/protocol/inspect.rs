@@ -1,0 +1,95 @@
+//! What readers are shown.
+
+use queue_core::events::Events;
+use queue_core::inspect::{Filter, Inspect};
+use queue_core::model::Status;
+use queue_core::scripts::Verdict;
+
+use crate::support::*;
+
+#[tokio::test]
+async fn a_listing_shows_each_job_once_wherever_it_stands_and_no_secret() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    for (user, id) in [("bob", "ended"), ("alice", "runs"), ("alice", "waits"), ("alice", "waits-longer")] {
+        rig.submit(user, id, "h");
+        rig.redis(&["HSET", &job_key(id), "pass", "secret", "dbuser", "role"]);
+    }
+    let mut scheduled = submission("carol", "scheduled", "other");
+    scheduled.delay_ms = 3_600_000;
+    rig.store.enqueue(64, 16_384, &[scheduled]).await.unwrap();
+    rig.notice(&["bob"]).await;
+    end(take_one(&session).await, "failed").await;
+    rig.notice(&["alice"]).await;
+    let claim = take_one(&session).await;
+    let inspect = Inspect::new(rig.store.clone());
+    let list = async |filter: Filter| -> Vec<String> {
+        inspect.list(&filter, 100).await.unwrap().into_iter().map(|view| view.id).collect()
+    };
+    let all = Filter::default();
+    assert_eq!(list(all.clone()).await, ["runs", "waits", "waits-longer", "scheduled", "ended"]);
+    let two_of_alice = Filter { user: Some("alice".into()), ..all.clone() };
+    let two_of_alice: Vec<_> = inspect.list(&two_of_alice, 2).await.unwrap().into_iter().map(|view| view.id).collect();
+    assert_eq!(two_of_alice, ["runs", "waits"]);
+    assert_eq!(list(Filter { status: Some(Status::Failed), ..all.clone() }).await, ["ended"]);
+    assert_eq!(list(Filter { status: Some(Status::Running), ..all.clone() }).await, ["runs"]);
+    assert_eq!(list(Filter { pool: Some("sql:other".into()), ..all.clone() }).await, ["scheduled"]);
+    for view in inspect.list(&all, 100).await.unwrap() {
+        assert_eq!((view.text("pass"), view.text("dbuser")), (None, None), "{}", view.id);
+    }
+    // What others have spoiled hides nothing else.
+    rig.redis(&["SET", "batch:indexes:queue", "x"]);
+    rig.redis(&["SET", "batch:jobs:ended", "x"]);
+    assert_eq!(list(all).await, ["runs", "scheduled"]);
+    end(claim, "done").await;
+}
+
+#[tokio::test]
+async fn the_rejected_are_listed_newest_first() {
+    let rig = Rig::start().await;
+    rig.redis(&["LPUSH", "batch:queue:alice", "no id"]);
+    rig.redis(&[&b"LPUSH"[..], b"batch:queue:bob", b"\xff"]);
+    rig.notice(&["alice"]).await;
+    rig.notice(&["bob"]).await;
+    let inspect = Inspect::new(rig.store.clone());
+    let rejected = inspect.rejected(10).await.unwrap();
+    let shown: Vec<_> = rejected.iter().map(|entry| (entry.id.as_str(), entry.user.as_str())).collect();
+    assert_eq!(shown, [("\u{fffd}", "bob"), ("no id", "alice")]);
+    assert!(rejected[0].at_ms >= rejected[1].at_ms && rejected[1].at_ms > 1_600_000_000_000);
+    assert_eq!(inspect.rejected(1).await.unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn listeners_hear_every_move_of_a_users_jobs_and_no_others() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    let mut of_alice = Events::listen(&rig.store, &["alice"]).await.unwrap();
+    let mut of_all = Events::listen(&rig.store, &[]).await.unwrap();
+    rig.store.enqueue(64, 16_384, &[submission("bob: x", "b1", "h"), submission("alice", "a1", "h")]).await.unwrap();
+    for verdict in [Verdict::Next, Verdict::Back, Verdict::Later { after_ms: 0 }] {
+        let claims = take(&session, 4).await;
+        for claim in claims {
+            if claim.job().user.as_str() == "alice" {
+                put(claim, verdict.clone()).await;
+            } else {
+                end(claim, "failed").await;
+            }
+        }
+    }
+    let claim = testkit::eventually("the job to be due", LIMIT, async || take(&session, 1).await.pop()).await;
+    end(claim, "done").await;
+    let expected =
+        ["pending", "running", "pending", "running", "pending", "running", "scheduled", "pending", "running", "done"];
+    for status in expected {
+        let event = tokio::time::timeout(LIMIT, of_alice.next()).await.expect("an event").unwrap();
+        assert_eq!((event.user.as_str(), event.id.as_str(), event.status.as_str()), ("alice", "a1", status));
+    }
+    let mut of_bob = Vec::new();
+    for _ in 0..expected.len() + 3 {
+        let event = tokio::time::timeout(LIMIT, of_all.next()).await.expect("an event").unwrap();
+        if event.user == "bob: x" {
+            of_bob.push(event.status);
+        }
+    }
+    assert_eq!(of_bob, ["pending", "running", "failed"]);
+}

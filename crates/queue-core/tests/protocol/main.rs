@@ -1,0 +1,15 @@
+//! The protocol against a real Redis, each test on a server of its own. One program, so that it is linked once.
+
+mod anything;
+mod cancel;
+mod fairness;
+mod foreign;
+mod hostile;
+mod inspect;
+mod leftovers;
+mod producer;
+mod scripts;
+mod sessions;
+mod support;
+mod take_finish;
+mod wakeups;

@@ -1,0 +1,306 @@
+//! Sessions live by their heartbeat, the leader buries the dead, and nobody who is wrong about either does harm.
+
+use std::time::{Duration, Instant};
+
+use queue_core::cancel::{Cancelled, Canceller};
+use queue_core::ids::SessionId;
+use queue_core::leader::{self, SessionWatch};
+use queue_core::scripts::{Beat, Fields, Finish, Finished, Lead, Mark, NotLeader, SessionEnd, TakeReply, Verdict};
+use testkit::eventually;
+
+use crate::support::*;
+
+const LIFETIME: Duration = Duration::from_millis(800);
+
+fn leader_id() -> SessionId {
+    SessionId::new("leader:1:a").unwrap()
+}
+
+#[tokio::test]
+async fn a_session_that_stands_still_for_a_lifetime_is_dead_and_one_that_beats_is_not() {
+    let rig = Rig::start().await;
+    let (alive, dead) = (rig.session("sql:*", 4).await, rig.session("sql:*", 4).await);
+    rig.submit("alice", "a1", "h");
+    rig.notice(&["alice"]).await;
+    let claim = take_one(&dead).await;
+    let leadership = rig.lead().await;
+    let mut watch = SessionWatch::default();
+    let start = Instant::now();
+    let buried = eventually("the dead to be found", LIMIT, async || {
+        assert!(matches!(alive.beat().await.unwrap(), Beat::Alive { .. }));
+        let buried = watch.pass(&leadership, LIFETIME).await.unwrap().unwrap();
+        (!buried.is_empty()).then_some(buried)
+    })
+    .await;
+    assert!(start.elapsed() >= LIFETIME, "after {:?}", start.elapsed());
+    assert_eq!(buried, [(dead.id().to_string(), 1)]);
+    assert_eq!(rig.redis(&["SMEMBERS", "drayman:sessions"]).texts(), [alive.id().as_str()]);
+    assert_eq!(rig.queue("alice"), ["a1"]);
+    drop(claim);
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_watch_that_was_interrupted_begins_anew() {
+    let rig = Rig::start().await;
+    let silent = rig.session("sql:*", 4).await;
+    let leadership = rig.lead().await;
+    for paused in [false, true] {
+        let mut watch = SessionWatch::default();
+        let begin = Instant::now();
+        // Nearly a lifetime of silence is seen …
+        eventually("most of a lifetime", LIMIT, async || {
+            assert_eq!(watch.pass(&leadership, LIFETIME).await.unwrap().unwrap(), []);
+            (begin.elapsed() > LIFETIME / 2).then_some(())
+        })
+        .await;
+        // … then the watch is told of an outage, or was itself asleep.
+        if paused {
+            eventually("a lifetime without a look", LIMIT, async || (begin.elapsed() > LIFETIME * 2).then_some(()))
+                .await;
+        } else {
+            watch.restart();
+        }
+        let again = Instant::now();
+        while again.elapsed() < LIFETIME / 2 {
+            assert_eq!(watch.pass(&leadership, LIFETIME).await.unwrap().unwrap(), [], "paused: {paused}");
+            tokio::task::yield_now().await;
+        }
+        assert!(begin.elapsed() > LIFETIME);
+    }
+    assert!(matches!(silent.beat().await.unwrap(), Beat::Alive { .. }));
+}
+
+#[tokio::test]
+async fn jobs_of_a_dead_session_go_back_first_in_their_order_and_say_what_happened() {
+    let rig = Rig::start().await;
+    let doomed = rig.session("sql:*", 8).await;
+    // One user, three hosts: all three are taken at once.
+    for (id, host) in [("a1", "h1"), ("a2", "h2"), ("a3", "h3"), ("a4", "h1")] {
+        rig.submit("alice", id, host);
+    }
+    rig.redis(&["HSET", "batch:jobs:a2", "unclean", "4"]);
+    rig.redis(&["HSET", "batch:jobs:a3", "status", "failed", "fallback_status", "pending"]);
+    rig.notice(&["alice"]).await;
+    let claims = take(&doomed, 8).await;
+    assert_eq!(ids(&claims), ["a1", "a2", "a3"]);
+    claims[2].pen().mark(&Fields::new().with("fallback_status", "running")).await.unwrap();
+    let canceller = Canceller::new(rig.store.clone(), LIMIT);
+    assert_eq!(canceller.cancel(&claims[1].job().id).await.unwrap(), Cancelled::Requested);
+    let term = rig.lead().await.term();
+    let reply = rig.store.session_reclaim(doomed.id().as_str(), 0, &leader_id(), term).await.unwrap();
+    assert_eq!(reply, Ok(SessionEnd::Ended(3)));
+    assert_eq!(rig.queue("alice"), ["a1", "a2", "a3", "a4"]);
+    let field = |id: &str, field: &str| rig.hash(id).get(field).cloned().unwrap_or_default();
+    assert_eq!(["a1", "a2", "a3"].map(|id| field(id, "unclean")), ["1", "5", "1"]);
+    assert_eq!(["a1", "a2", "a3"].map(|id| field(id, "status")), ["pending", "pending", "failed"]);
+    assert_eq!(field("a3", "fallback_status"), "pending");
+    assert_eq!(field("a1", "lost_worker"), doomed.id().as_str());
+    rig.balanced();
+
+    let heir = rig.session("sql:*", 8).await;
+    let claims = take(&heir, 8).await;
+    assert_eq!(ids(&claims), ["a1", "a2", "a3"]);
+    assert!(claims[1].job().bytes("cancel_requested_at").is_some(), "the wish to cancel is passed on");
+    assert_eq!(claims[1].job().number("unclean"), 5);
+}
+
+#[tokio::test]
+async fn a_reclaimed_session_is_told_so_by_everything_it_asks_and_changes_nothing() {
+    let rig = Rig::start().await;
+    let doomed = rig.session("sql:*", 8).await;
+    for user in ["alice", "bob"] {
+        rig.submit(user, user, "h");
+    }
+    rig.notice(&["alice", "bob"]).await;
+    let claims = take(&doomed, 8).await;
+    let term = rig.lead().await.term();
+    rig.store.session_reclaim(doomed.id().as_str(), 0, &leader_id(), term).await.unwrap().unwrap();
+    // One of them runs again elsewhere, the other waits.
+    let heir = rig.session("sql:*", 8).await;
+    let retaken = take_one(&heir).await;
+    let before = rig.dump();
+    assert_eq!(doomed.beat().await.unwrap(), Beat::Lost);
+    assert!(doomed.take(8).await.unwrap().is_err());
+    for number in [1, 7] {
+        let reply = rig.store.take(doomed.id(), "sql:*", number, 8, 8, "jobs").await.unwrap();
+        assert!(matches!(reply, TakeReply::Lost));
+    }
+    for claim in claims {
+        let fields = Fields::new().with("status", "done");
+        assert_eq!(claim.pen().mark(&fields).await.unwrap(), Mark::Stale);
+        for verdict in [Verdict::Next, Verdict::Back, Verdict::Later { after_ms: 0 }] {
+            let (id, fence) = (claim.job().id.clone(), claim.job().fence);
+            let finish = Finish { id, fence, verdict, ran_us: 0, fields: fields.clone() };
+            assert_eq!(rig.store.finish(doomed.id(), true, &[finish]).await.unwrap(), [Finished::Stale]);
+        }
+        assert_eq!(end(claim, "done").await, Finished::Stale, "its result was not recorded");
+    }
+    assert_eq!(rig.dump(), before);
+    assert_eq!(doomed.close().await.unwrap(), 0);
+    assert_eq!(end(retaken, "done").await, Finished::Ended);
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn thousands_of_jobs_go_back_in_several_calls_and_in_one_order() {
+    let rig = Rig::start().await;
+    let doomed = rig.session("sql:*", 10_000).await;
+    rig.redis(&["HSET", "drayman:pool:sql:h", "user_limit", "10000"]);
+    let jobs: Vec<_> = (0..2_500).map(|i| submission("alice", &format!("j{i:04}"), "h")).collect();
+    for chunk in jobs.chunks(100) {
+        rig.store.enqueue(10_000, 16_384, chunk).await.unwrap();
+    }
+    let before = rig.queue("alice");
+    let mut claims = Vec::new();
+    while claims.len() < 2_500 {
+        let more = take(&doomed, 100).await;
+        assert!(!more.is_empty(), "only {} were to be had", claims.len());
+        claims.extend(more);
+    }
+    let term = rig.lead().await.term();
+    let reclaim =
+        async || rig.store.session_reclaim(doomed.id().as_str(), 0, &leader_id(), term).await.unwrap().unwrap();
+    assert_eq!(reclaim().await, SessionEnd::More(1_000));
+    assert_eq!(doomed.beat().await.unwrap(), Beat::Lost, "half gone is gone");
+    assert_eq!(reclaim().await, SessionEnd::More(1_000));
+    assert_eq!(reclaim().await, SessionEnd::Ended(500));
+    assert!(rig.queue("alice") == before, "the order has changed");
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn what_the_worker_believes_it_holds_is_compared_with_what_it_holds() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    for user in ["alice", "bob"] {
+        rig.submit(user, user, "h");
+    }
+    rig.notice(&["alice", "bob"]).await;
+    let mut claims = take(&session, 4).await;
+    assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec![], claims: vec![] });
+    // A claim that got lost in the worker.
+    let forgotten = claims.remove(0);
+    let (id, fence) = (forgotten.job().id.clone(), forgotten.job().fence);
+    drop(forgotten);
+    let Beat::Alive { claims: listed, .. } = session.beat().await.unwrap() else { panic!("alive") };
+    assert_eq!(listed.len(), 2);
+    assert!(listed.contains(&(id.to_string(), fence)));
+    assert_eq!(session.give_back_unknown(id.clone(), fence).await.unwrap(), Finished::Ended);
+    assert_eq!(rig.status(id.as_str()), "pending");
+    assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec![], claims: vec![] });
+    // An entry of the work list that no claim stands behind is removed.
+    rig.redis(&["HSET", &format!("drayman:work:{}", session.id()), "ghost", "1"]);
+    session.beat().await.unwrap();
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn leadership_has_terms_is_handed_over_at_once_and_survives_two_who_believe_in_it() {
+    let rig = Rig::start().await;
+    let (one, two) = (SessionId::new("one:1:a").unwrap(), SessionId::new("two:1:a").unwrap());
+    let ttl = Duration::from_secs(60);
+    let first = leader::hold(&rig.store, &one, ttl).await.unwrap().unwrap();
+    assert_eq!(leader::hold(&rig.store, &one, ttl).await.unwrap().unwrap().term(), first.term(), "renewed, same term");
+    assert!(leader::hold(&rig.store, &two, ttl).await.unwrap().is_none());
+    assert!(matches!(rig.store.lead(&two, Some(1)).await.unwrap(), Lead::Follower(who) if who == "one:1:a"));
+    leader::resign(&rig.store, &two).await.unwrap();
+    assert!(leader::hold(&rig.store, &two, ttl).await.unwrap().is_none(), "only the leader can resign");
+    leader::resign(&rig.store, &one).await.unwrap();
+    let second = leader::hold(&rig.store, &two, ttl).await.unwrap().unwrap();
+    assert!(second.term() > first.term());
+
+    // The first still believes it leads, and sees a session stand still that the second does not.
+    let session = rig.session("sql:*", 4).await;
+    rig.submit("alice", "a1", "h");
+    rig.notice(&["alice"]).await;
+    let claim = take_one(&session).await;
+    let mut watch = SessionWatch::default();
+    let told = eventually("the first to be told", LIMIT, async || {
+        watch.pass(&first, Duration::from_millis(50)).await.unwrap().err()
+    })
+    .await;
+    assert_eq!(told, NotLeader);
+    assert_eq!(first.upkeep(ttl).await.unwrap(), Err(NotLeader));
+    assert!(second.upkeep(ttl).await.unwrap().is_ok());
+    assert_eq!(end(claim, "done").await, Finished::Ended);
+
+    // The key's time runs out: whoever comes first leads, in a new term, even the same one.
+    assert!(rig.redis(&["PTTL", "drayman:leader"]).int() > 50_000);
+    rig.redis(&["DEL", "drayman:leader"]);
+    assert!(leader::hold(&rig.store, &two, ttl).await.unwrap().unwrap().term() > second.term());
+    assert_eq!(second.upkeep(ttl).await.unwrap(), Err(NotLeader), "its term is over");
+}
+
+#[tokio::test]
+async fn the_sweep_removes_only_old_hashes_that_are_final_or_that_nothing_refers_to() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    let leadership = rig.lead().await;
+    let old = "2001-01-01T00:00:00.000Z";
+    let time = rig.redis(&["TIME"]).texts()[0].clone();
+    assert!(time.parse::<u64>().unwrap() > 1_600_000_000, "the server's clock is later than the old hashes");
+    // Name, fields, whether it goes.
+    let cases: &[(&str, &[&str], bool)] = &[
+        ("done", &["user", "alice", "status", "done", "updated_at", old], true),
+        ("done-by-creation", &["user", "alice", "status", "failed", "created_at", old], true),
+        ("orphan", &["user", "alice", "status", "pending", "updated_at", old], true),
+        ("orphan-running", &["user", "alice", "status", "running", "updated_at", old], true),
+        ("queued", &["user", "bob", "status", "pending", "updated_at", old], false),
+        ("queued-and-done", &["user", "bob", "status", "done", "updated_at", old], true),
+        ("scheduled", &["user", "bob", "status", "scheduled", "updated_at", old], false),
+        (
+            "fallback-waits",
+            &["user", "bob", "status", "failed", "fallback_status", "pending", "updated_at", old],
+            false,
+        ),
+        ("of-a-long-queue", &["user", "long", "status", "pending", "updated_at", old], false),
+        ("no-user", &["status", "pending", "updated_at", old], false),
+        ("fresh", &["user", "alice", "status", "done", "updated_at", "2999-01-01T00:00:00.000Z"], false),
+        (
+            "touched",
+            &["user", "alice", "status", "done", "created_at", old, "updated_at", "2999-01-01T00:00:00.000Z"],
+            false,
+        ),
+        ("no-time", &["user", "alice", "status", "done"], false),
+        ("odd-time", &["user", "alice", "status", "done", "updated_at", "1"], false),
+    ];
+    for (id, fields, _) in cases {
+        let key = job_key(id);
+        let mut args = vec!["HSET", key.as_str()];
+        args.extend(*fields);
+        rig.redis(&args);
+    }
+    rig.redis(&["LPUSH", "batch:queue:bob", "queued", "queued-and-done", "fallback-waits"]);
+    rig.redis(&["ZADD", "drayman:due", "9e12", "scheduled"]);
+    for _ in 0..1_001 {
+        rig.redis(&["LPUSH", "batch:queue:long", "x"]);
+    }
+    rig.redis(&["SET", "batch:jobs:text", "x"]);
+    rig.submit("carol", "running", "h");
+    rig.notice(&["carol"]).await;
+    let claim = take_one(&session).await;
+    rig.redis(&["HSET", "batch:jobs:running", "updated_at", old, "status", "done"]);
+    let removed = leadership.sweep(Duration::from_secs(2 * 86_400)).await.unwrap().unwrap();
+    assert_eq!(removed, cases.iter().filter(|case| case.2).count() as u64);
+    for (id, _, goes) in cases {
+        assert_eq!(rig.redis(&["EXISTS", &job_key(id)]).int() == 0, *goes, "{id}");
+    }
+    assert_eq!(rig.redis(&["EXISTS", "batch:jobs:running", "batch:jobs:text"]).int(), 2);
+    assert_eq!(end(claim, "done").await, Finished::Ended);
+}
+
+#[tokio::test]
+async fn a_server_of_another_major_version_is_refused_and_left_as_it_is() {
+    let rig = Rig::start().await;
+    rig.redis(&["SET", "drayman:version", "2.0"]);
+    let before = rig.dump();
+    let id = SessionId::generate("host", 1);
+    let refused = queue_core::session::Session::open(rig.store.clone(), id, service("sql:*", 4), "host", 1).await;
+    let text = refused.map(drop).unwrap_err().to_string();
+    assert_eq!(text, "the keys on this server are of protocol version 2.0, this program speaks 1.0");
+    assert_eq!(rig.dump(), before);
+    rig.redis(&["DEL", "drayman:version"]);
+    rig.session("sql:*", 4).await;
+    assert_eq!(rig.redis(&["GET", "drayman:version"]).text(), "1.0");
+}

@@ -1,0 +1,250 @@
+//! A server, a connection, a foreign producer's hands, and the books that must balance at every moment.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use queue_core::Store;
+use queue_core::config::{RedisConfig, Url};
+use queue_core::ids::{JobId, PoolPattern, SessionId, User};
+use queue_core::leader::{self, Leadership};
+use queue_core::scripts::{Fields, Finished, Submission, Verdict};
+use queue_core::session::{Claim, Fairness, Service, Session};
+use testkit::{Proxy, RedisServer, Value};
+
+pub const DB: u8 = 5;
+pub const KEEP_MS: u64 = 7_200_000;
+pub const LIMIT: Duration = Duration::from_secs(10);
+
+/// A server and a connection to it.
+pub struct Rig {
+    pub server: RedisServer,
+    pub store: Store,
+}
+
+impl Rig {
+    pub async fn start() -> Self {
+        let server = RedisServer::start();
+        let store = Store::connect(&config(server.url_db(DB))).await.expect("the server answers");
+        Self { server, store }
+    }
+
+    /// A connection through a network that can fail, with a short patience.
+    pub async fn connect_through(&self, proxy: &Proxy) -> Store {
+        let url = format!("redis://{}/{DB}", proxy.addr());
+        let config = RedisConfig { command_timeout: Duration::from_millis(800), ..config(url) };
+        Store::connect(&config).await.expect("the proxy passes everything")
+    }
+
+    /// A session that serves pools (patterns, separated by blanks), each with room for `capacity` jobs.
+    pub async fn session(&self, pools: &str, capacity: u32) -> Session {
+        open(&self.store, service(pools, capacity)).await
+    }
+
+    /// One command; an error is the test's.
+    #[track_caller]
+    pub fn redis<A: AsRef<[u8]>>(&self, args: &[A]) -> Value {
+        let reply = self.server.raw_db(DB, args);
+        if let Value::Error(error) = &reply {
+            let words: Vec<_> = args.iter().map(|arg| String::from_utf8_lossy(arg.as_ref())).collect();
+            panic!("{words:?}: {error}");
+        }
+        reply
+    }
+
+    /// A whole foreign submission.
+    pub fn submit(&self, user: &str, id: &str, host: &str) {
+        self.redis(&["HSET", &job_key(id), "user", user, "status", "pending", "query", "select 1", "host", host]);
+        self.redis(&["LPUSH", &queue_key(user), id]);
+        self.redis(&["SADD", "batch:indexes:queue", user]);
+        self.redis(&["PUBLISH", "batch:users", user]);
+    }
+
+    /// What the leader does when it hears users announced.
+    pub async fn notice(&self, users: &[&str]) -> u64 {
+        let users: Vec<Vec<u8>> = users.iter().map(|user| user.as_bytes().to_vec()).collect();
+        self.store.notice(&users).await.expect("users can be looked at")
+    }
+
+    pub async fn lead(&self) -> Leadership {
+        let session = SessionId::new("leader:1:a").unwrap();
+        leader::hold(&self.store, &session, Duration::from_secs(60)).await.unwrap().expect("nobody else leads")
+    }
+
+    pub fn hash(&self, id: &str) -> BTreeMap<String, String> {
+        self.redis(&["HGETALL", &job_key(id)]).map()
+    }
+
+    #[track_caller]
+    pub fn status(&self, id: &str) -> String {
+        self.redis(&["HGET", &job_key(id), "status"]).text()
+    }
+
+    pub fn status_or_none(&self, id: &str) -> Option<String> {
+        self.hash(id).remove("status")
+    }
+
+    /// A user's queue, its head first.
+    pub fn queue(&self, user: &str) -> Vec<String> {
+        let mut ids = self.redis(&["LRANGE", &queue_key(user), "0", "-1"]).texts();
+        ids.reverse();
+        ids
+    }
+
+    /// Ids that were set aside, with their reasons, the oldest first.
+    pub fn rejected(&self) -> Vec<(String, String)> {
+        let Value::Array(entries) = self.redis(&["XRANGE", "batch:rejected", "-", "+"]) else { panic!("no stream") };
+        entries
+            .iter()
+            .map(|entry| {
+                let Value::Array(parts) = entry else { panic!("no entry") };
+                let fields = parts[1].map();
+                (fields["id"].clone(), fields["reason"].clone())
+            })
+            .collect()
+    }
+
+    pub fn dump(&self) -> BTreeMap<String, String> {
+        self.server.dump_db(DB)
+    }
+
+    /// Keys, with their types, that a pattern finds.
+    fn keys(&self, pattern: &str) -> Vec<(String, String)> {
+        let keys = self.redis(&["KEYS", pattern]).texts();
+        keys.into_iter().map(|key| (self.redis(&["TYPE", &key]).text(), key)).map(|(kind, key)| (key, kind)).collect()
+    }
+
+    /// Checks that the counters, the work lists and what foreign readers see all say the same as the claims.
+    #[track_caller]
+    pub fn balanced(&self) {
+        let claims = self.redis(&["HGETALL", "drayman:claims"]).map();
+        let mut running: BTreeMap<String, i64> = BTreeMap::new();
+        let mut busy: BTreeMap<(String, String), i64> = BTreeMap::new();
+        let mut work: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        let mut wip: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        for (id, claim) in &claims {
+            let parts: Vec<&str> = claim.split('\t').collect();
+            let (session, pool, user) = (parts[0], parts[2], parts[3]);
+            *running.entry(pool.into()).or_default() += 1;
+            *busy.entry((pool.into(), user.into())).or_default() += 1;
+            work.entry(session.into()).or_default().insert(id.clone());
+            wip.entry(user.into()).or_default().insert(id.clone());
+        }
+        for (key, _) in self.keys("drayman:pool:*") {
+            let pool = key.strip_prefix("drayman:pool:").unwrap();
+            let counted = match self.redis(&["HGET", &key, "running"]) {
+                Value::Nil => 0,
+                number => number.text().parse().unwrap(),
+            };
+            assert_eq!(counted, running.remove(pool).unwrap_or(0), "running of {pool}");
+        }
+        assert!(running.is_empty(), "claims in pools that count nothing: {running:?}");
+        for (key, _) in self.keys("drayman:busy:*") {
+            let pool = key.strip_prefix("drayman:busy:").unwrap();
+            for (user, count) in self.redis(&["HGETALL", &key]).map() {
+                let claimed = busy.remove(&(pool.to_owned(), user.clone())).unwrap_or(0);
+                assert_eq!(count, claimed.to_string(), "busy of {user:?} in {pool}");
+            }
+        }
+        assert!(busy.is_empty(), "claims of users that count nothing: {busy:?}");
+        for (key, _) in self.keys("drayman:work:*") {
+            let ids = self.redis(&["HKEYS", &key]).texts().into_iter().collect();
+            assert_eq!(Some(ids), work.remove(key.strip_prefix("drayman:work:").unwrap()), "{key}");
+        }
+        assert!(work.is_empty(), "claims in no work list: {work:?}");
+
+        let index_kind = self.redis(&["TYPE", "batch:indexes:queue"]).text();
+        if index_kind != "string" {
+            let queued: BTreeSet<String> = (self.keys("batch:queue:*").into_iter())
+                .filter(|(_, kind)| kind == "list")
+                .map(|(key, _)| key["batch:queue:".len()..].to_owned())
+                .collect();
+            let indexed = self.redis(&["SMEMBERS", "batch:indexes:queue"]).texts().into_iter().collect();
+            assert_eq!(queued, indexed, "the index and the queues that are not empty");
+        }
+        let lists: BTreeMap<String, BTreeSet<String>> = (self.keys("batch:wip:user:*").into_iter())
+            .filter(|(_, kind)| kind == "list")
+            .map(|(key, _)| {
+                let ids = self.redis(&["LRANGE", &key, "0", "-1"]).texts().into_iter().collect();
+                (key["batch:wip:user:".len()..].to_owned(), ids)
+            })
+            .collect();
+        if self.keys("batch:wip:*").iter().all(|(_, kind)| kind != "string") {
+            assert_eq!(lists, wip, "the lists of work in progress and the claims");
+            let users: BTreeSet<String> = self.redis(&["SMEMBERS", "batch:wip:users"]).texts().into_iter().collect();
+            assert_eq!(users, wip.into_keys().collect(), "the index of work in progress");
+        }
+    }
+}
+
+pub fn config(url: String) -> RedisConfig {
+    RedisConfig { url: Url::new(url), ..RedisConfig::default() }
+}
+
+pub fn service(pools: &str, capacity: u32) -> Service {
+    Service {
+        pools: pools.split(' ').map(|pattern| PoolPattern::new(pattern).unwrap()).collect(),
+        default_capacity: capacity,
+        capacities: Vec::new(),
+        fairness: Fairness::Jobs,
+    }
+}
+
+pub async fn open(store: &Store, service: Service) -> Session {
+    static PID: AtomicU32 = AtomicU32::new(1);
+    let pid = PID.fetch_add(1, Ordering::Relaxed);
+    let id = SessionId::generate("host", pid);
+    Session::open(store.clone(), id, service, "host", pid).await.expect("a session opens")
+}
+
+pub fn job_key(id: &str) -> String {
+    format!("batch:jobs:{id}")
+}
+
+pub fn queue_key(user: &str) -> String {
+    format!("batch:queue:{user}")
+}
+
+/// A native submission of a statement for a host.
+pub fn submission(user: &str, id: &str, host: &str) -> Submission {
+    let fields = Fields::new().with("query", "select 1").with("host", host);
+    Submission { id: JobId::new(id).unwrap(), user: User::new(user).unwrap(), delay_ms: 0, fields }
+}
+
+pub async fn take(session: &Session, n: usize) -> Vec<Claim> {
+    session.take(n).await.expect("redis answers").expect("the session lives").claims
+}
+
+/// Takes one job, which must be there.
+pub async fn take_one(session: &Session) -> Claim {
+    let mut claims = take(session, 1).await;
+    assert_eq!(claims.len(), 1, "there is a job to take");
+    claims.remove(0)
+}
+
+pub fn ids(claims: &[Claim]) -> Vec<&str> {
+    claims.iter().map(id).collect()
+}
+
+pub fn id(claim: &Claim) -> &str {
+    claim.job().id.as_str()
+}
+
+pub fn final_verdict() -> Verdict {
+    Verdict::Final { keep_ms: KEEP_MS }
+}
+
+pub async fn end(claim: Claim, status: &str) -> Finished {
+    claim.finish(final_verdict(), Duration::ZERO, Fields::new().with("status", status), false).await.expect("an answer")
+}
+
+pub async fn put(claim: Claim, verdict: Verdict) -> Finished {
+    claim.finish(verdict, Duration::ZERO, Fields::new(), false).await.expect("an answer")
+}
+
+/// How many scripts were called since the statistics were reset.
+pub fn script_calls(rig: &Rig) -> u64 {
+    let stats = rig.redis(&["INFO", "commandstats"]).text();
+    let line = stats.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls="));
+    line.map_or(0, |rest| rest.split(',').next().unwrap().parse().unwrap())
+}

@@ -1,0 +1,320 @@
+//! Logs to stderr and, where a collector is configured, traces to it.
+//!
+//! A trace goes through Redis as a `traceparent` text (W3C Trace Context): [`traceparent`] writes the one of a span, and
+//! [`follow`] makes a span the child of one that was read.
+
+use std::collections::HashMap;
+use std::io::IsTerminal;
+use std::time::{Duration, SystemTime};
+
+use opentelemetry::propagation::TextMapPropagator;
+use opentelemetry::trace::{Span as _, TraceContextExt, Tracer, TracerProvider};
+use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use queue_core::config::{TelemetryConfig, Url};
+use tracing::level_filters::LevelFilter;
+use tracing::{Span, Subscriber};
+use tracing_opentelemetry::OpenTelemetrySpanExt;
+use tracing_subscriber::filter::{FilterExt, Targets};
+use tracing_subscriber::fmt::MakeWriter;
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
+use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
+
+mod log;
+
+pub use log::{LogConfig, LogFormat, LogLevel};
+
+/// How long the last spans may take to leave. A collector that is away must not hold up a stop.
+const FLUSH_MAX: Duration = Duration::from_secs(5);
+
+/// The field that carries a trace from process to process.
+const TRACEPARENT: &str = "traceparent";
+
+/// Why logging or tracing could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum TelemetryError {
+    /// The exporter does not accept its configuration.
+    #[error("cannot export traces")]
+    Exporter(#[from] opentelemetry_otlp::ExporterBuildError),
+    /// This process logs already.
+    #[error("cannot start the log")]
+    Subscriber(#[from] tracing_subscriber::util::TryInitError),
+}
+
+/// Logging and tracing of this process, for as long as it runs.
+#[must_use = "the last spans are lost unless it is stopped"]
+pub struct Telemetry {
+    filter: reload::Handle<EnvFilter, Registry>,
+    provider: Option<SdkTracerProvider>,
+}
+
+impl Telemetry {
+    /// Starts both for the whole process. To be called once.
+    pub fn start(log: &LogConfig, telemetry: &TelemetryConfig) -> Result<Telemetry, TelemetryError> {
+        let (subscriber, started) = build(log, telemetry, std::io::stderr, std::io::stderr().is_terminal())?;
+        subscriber.try_init()?;
+        if let Some(provider) = &started.provider {
+            opentelemetry::global::set_tracer_provider(provider.clone());
+        }
+        Ok(started)
+    }
+
+    /// Changes which lines are logged from now on.
+    pub fn set_level(&self, level: &LogLevel) {
+        // Fails only if the subscriber is gone, and then nothing is logged anyway.
+        let _ = self.filter.reload(level.filter());
+    }
+
+    /// Sends the spans that have not left yet. The log goes on.
+    pub async fn stop(self) {
+        let Some(provider) = self.provider else { return };
+        // It waits for a thread that speaks HTTP: that must not stop a thread of the runtime.
+        let flushed = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(FLUSH_MAX)).await;
+        if let Ok(Err(fault)) = flushed {
+            tracing::warn!(error = %fault, "the last spans could not be exported");
+        }
+    }
+}
+
+/// The subscriber that writes lines to `writer` and spans to the collector, if there is one.
+fn build<W>(
+    log: &LogConfig,
+    telemetry: &TelemetryConfig,
+    writer: W,
+    colours: bool,
+) -> Result<(impl Subscriber + Send + Sync, Telemetry), TelemetryError>
+where
+    W: for<'a> MakeWriter<'a> + Send + Sync + 'static,
+{
+    let lines = tracing_subscriber::fmt::layer().with_writer(writer);
+    let lines: Box<dyn Layer<Registry> + Send + Sync> = match log.format {
+        LogFormat::Text => lines.with_ansi(colours).boxed(),
+        LogFormat::Json => lines.json().flatten_event(true).boxed(),
+    };
+    // The level is the log's alone: a quiet log must not thin out traces.
+    let (level, filter) = reload::Layer::new(log.level.filter());
+
+    let provider = telemetry.otlp_endpoint.as_ref().map(|url| provider(url, &telemetry.service_name)).transpose()?;
+    let spans = provider.as_ref().map(|provider| {
+        // What the exporter does itself would be traced and exported for ever.
+        let own = ["opentelemetry", "hyper", "hyper_util", "reqwest", "h2", "tower"];
+        let filter =
+            Targets::new().with_default(LevelFilter::INFO).with_targets(own.map(|target| (target, LevelFilter::OFF)));
+        tracing_opentelemetry::layer().with_tracer(provider.tracer("drayman")).with_filter(filter)
+    });
+
+    // Further down, these tell the SQL texts, values and commands that pass through them, whatever level is asked for.
+    let talkative = [("tokio_postgres", LevelFilter::WARN), ("fred", LevelFilter::INFO)];
+    let discreet = Targets::new().with_default(LevelFilter::TRACE).with_targets(talkative);
+    let lines = lines.with_filter(level.and(discreet));
+
+    let subscriber = tracing_subscriber::registry().with(lines).with(spans);
+    Ok((subscriber, Telemetry { filter, provider }))
+}
+
+fn provider(url: &Url, service_name: &str) -> Result<SdkTracerProvider, TelemetryError> {
+    let exporter = SpanExporter::builder()
+        .with_http()
+        .with_protocol(Protocol::HttpBinary)
+        .with_endpoint(traces_url(url))
+        .build()?;
+    let resource = Resource::builder()
+        .with_service_name(service_name.to_owned())
+        .with_attribute(opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .build();
+    Ok(SdkTracerProvider::builder().with_resource(resource).with_batch_exporter(exporter).build())
+}
+
+/// An endpoint without a path is a collector's, whose path for traces the protocol fixes.
+fn traces_url(endpoint: &Url) -> String {
+    let text = endpoint.expose().trim_end_matches('/');
+    let has_path = text.split_once("://").is_some_and(|(_, rest)| rest.contains('/'));
+    if has_path { text.to_owned() } else { format!("{text}/v1/traces") }
+}
+
+/// The `traceparent` of a span, if it is traced. After that the span can't follow another one.
+pub fn traceparent(span: &Span) -> Option<String> {
+    let mut carrier = HashMap::new();
+    TraceContextPropagator::new().inject_context(&span.context(), &mut carrier);
+    carrier.remove(TRACEPARENT)
+}
+
+/// Makes a new span the child of the one that `traceparent` names, in another process or another time. Tells whether it
+/// did: not if the text is malformed, and not if nothing is traced here or the span has begun already.
+pub fn follow(span: &Span, traceparent: &str) -> bool {
+    let carrier = HashMap::from([(TRACEPARENT.to_owned(), traceparent.to_owned())]);
+    let parent = TraceContextPropagator::new().extract(&carrier);
+    parent.span().span_context().is_valid() && span.set_parent(parent).is_ok()
+}
+
+/// Records, as a child of `span`, how long a job waited since it was submitted at a time written as ISO 8601.
+pub fn waited(span: &Span, submitted: &str, until: SystemTime) {
+    let Ok(start) = humantime::parse_rfc3339(submitted) else { return };
+    record(span, "wait", start, until);
+}
+
+/// Records something that is over as a child of `span`. Nothing happens where nothing is traced.
+pub fn record(span: &Span, name: &'static str, start: SystemTime, end: SystemTime) {
+    let context = span.context();
+    if !context.span().span_context().is_valid() {
+        return;
+    }
+    let tracer = opentelemetry::global::tracer("drayman");
+    let builder = tracer.span_builder(name).with_start_time(start.min(end));
+    tracer.build_with_context(builder, &context).end_with_timestamp(end);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::net::TcpListener;
+    use std::sync::mpsc::{Receiver, channel};
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+
+    #[derive(Clone, Default)]
+    struct Lines(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Lines {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Lines {
+        fn take(&self) -> String {
+            String::from_utf8(std::mem::take(&mut *self.0.lock().unwrap())).unwrap()
+        }
+    }
+
+    /// A collector: accepts everything, and tells what it got.
+    fn collector() -> (Url, Receiver<(String, Vec<u8>)>) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let url = Url::new(format!("http://{}", listener.local_addr().unwrap()));
+        let (sender, receiver) = channel();
+        std::thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut reader = BufReader::new(stream.unwrap());
+                let (mut request, mut length) = (String::new(), 0);
+                reader.read_line(&mut request).unwrap();
+                loop {
+                    let mut header = String::new();
+                    reader.read_line(&mut header).unwrap();
+                    match header.trim().split_once(": ") {
+                        Some((name, value)) if name.eq_ignore_ascii_case("content-length") => {
+                            length = value.parse().unwrap();
+                        }
+                        Some(_) => {}
+                        None => break,
+                    }
+                }
+                let mut body = vec![0; length];
+                reader.read_exact(&mut body).unwrap();
+                let answer = "HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
+                reader.get_mut().write_all(answer.as_bytes()).unwrap();
+                if sender.send((request, body)).is_err() {
+                    return;
+                }
+            }
+        });
+        (url, receiver)
+    }
+
+    fn log(format: LogFormat, level: &str) -> LogConfig {
+        LogConfig { format, level: level.to_owned().try_into().unwrap() }
+    }
+
+    fn contains(body: &[u8], part: &[u8]) -> bool {
+        body.windows(part.len()).any(|window| window == part)
+    }
+
+    #[test]
+    fn lines_are_text_or_json_and_their_level_can_be_changed() {
+        let lines = Lines::default();
+        let writer = lines.clone();
+        let (subscriber, telemetry) =
+            build(&log(LogFormat::Json, "info"), &TelemetryConfig::default(), move || writer.clone(), false).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            tracing::info!(job = "a", "seen");
+            tracing::debug!("not seen");
+            telemetry.set_level(&"debug".to_owned().try_into().unwrap());
+            tracing::debug!("seen now");
+            telemetry.set_level(&"error".to_owned().try_into().unwrap());
+            tracing::warn!("not seen");
+        });
+        let text = lines.take();
+        let seen: Vec<serde_json::Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+        assert_eq!(seen.len(), 2, "{text}");
+        assert_eq!((&seen[0]["message"], &seen[0]["job"]), (&"seen".into(), &"a".into()));
+        assert_eq!(seen[1]["message"], "seen now");
+
+        let writer = lines.clone();
+        let (subscriber, _telemetry) =
+            build(&log(LogFormat::Text, "info"), &TelemetryConfig::default(), move || writer.clone(), false).unwrap();
+        tracing::subscriber::with_default(subscriber, || tracing::info!(job = "a", "seen"));
+        assert!(lines.take().trim_end().ends_with("seen job=\"a\""));
+    }
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn spans_reach_the_collector_in_the_trace_that_they_follow() {
+        let (url, received) = collector();
+        let config = TelemetryConfig { otlp_endpoint: Some(url), service_name: "drayman-test".into() };
+        // Traces do not depend on what is logged.
+        let (subscriber, telemetry) = build(&log(LogFormat::Text, "off"), &config, std::io::sink, false).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            let span = tracing::info_span!("take");
+            assert!(!follow(&span, "nonsense"));
+            assert!(follow(&span, PARENT));
+            let passed_on = traceparent(&span).unwrap();
+            assert!(passed_on.starts_with("00-0af7651916cd43dd8448eb211c80319c-") && passed_on != PARENT);
+            assert!(!follow(&span, PARENT), "it has begun");
+            span.in_scope(|| tracing::info_span!("statement").in_scope(|| ()));
+        });
+        telemetry.stop().await;
+        let (request, body) = received.recv_timeout(Duration::from_secs(10)).unwrap();
+        assert!(request.starts_with("POST /v1/traces "), "{request}");
+        let trace = 0x0af7651916cd43dd8448eb211c80319c_u128.to_be_bytes();
+        for part in [&trace[..], &0xb7ad6b7169203331_u64.to_be_bytes(), b"drayman-test", b"take", b"statement"] {
+            assert!(contains(&body, part));
+        }
+    }
+
+    #[test]
+    fn nothing_is_traced_without_a_collector() {
+        let (subscriber, _telemetry) =
+            build(&log(LogFormat::Text, "info"), &TelemetryConfig::default(), std::io::sink, false).unwrap();
+        tracing::subscriber::with_default(subscriber, || {
+            let span = tracing::info_span!("take");
+            assert!(!follow(&span, PARENT));
+            assert_eq!(traceparent(&span), None);
+        });
+    }
+
+    #[tokio::test]
+    async fn a_collector_that_is_away_holds_nothing_up() {
+        let config =
+            TelemetryConfig { otlp_endpoint: Some(Url::new("http://127.0.0.1:9")), ..TelemetryConfig::default() };
+        let (subscriber, telemetry) = build(&log(LogFormat::Text, "off"), &config, std::io::sink, false).unwrap();
+        tracing::subscriber::with_default(subscriber, || tracing::info_span!("take").in_scope(|| ()));
+        let begun = std::time::Instant::now();
+        telemetry.stop().await;
+        assert!(begun.elapsed() < FLUSH_MAX + Duration::from_secs(5));
+    }
+
+    #[test]
+    fn a_collectors_path_is_added_where_none_is_given() {
+        let of = |url: &str| traces_url(&Url::new(url));
+        assert_eq!(of("http://h:4318"), "http://h:4318/v1/traces");
+        assert_eq!(of("http://h:4318/"), "http://h:4318/v1/traces");
+        assert_eq!(of("http://h/custom/path"), "http://h/custom/path");
+    }
+}

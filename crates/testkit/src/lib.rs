@@ -1,0 +1,27 @@
+//! Real servers for tests, and the ways in which they and the network fail.
+//!
+//! - [`RedisServer`] and [`Postgres`]: private servers, each in a folder of its own, gone when dropped;
+//! - [`Proxy`]: a network between client and server that loses, delays and cuts;
+//! - [`Daemon`] and [`bin`]: this workspace's programs as child processes, with their output;
+//! - [`NotifySocket`]: systemd's end of the readiness protocol;
+//! - [`eventually`]: wait for a state, never for a time.
+//!
+//! A fixture that cannot be set up panics with the reason: a test has no better answer to it. The servers, the
+//! proxy and the notify socket run outside the test's async runtime, so blocking calls to them cannot deadlock it.
+
+mod notify;
+mod ports;
+mod postgres;
+mod process;
+mod proxy;
+mod redis;
+mod scratch;
+mod wait;
+
+pub use notify::NotifySocket;
+pub use postgres::{Postgres, Rows};
+pub use process::{Daemon, Signal, bin, spawn_child};
+pub use proxy::{Direction, Proxy};
+pub use redis::{RawClient, RedisServer, Value};
+pub use scratch::Scratch;
+pub use wait::{eventually, eventually_blocking};

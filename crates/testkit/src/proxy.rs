@@ -1,0 +1,402 @@
+//! A network that fails on request: a TCP proxy between a client and a server.
+
+use std::collections::BTreeSet;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, mpsc as blocking};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{broadcast, mpsc};
+use tokio::time::{Instant, sleep_until};
+
+use crate::ports::Port;
+
+/// A way through the proxy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Direction {
+    /// Client to server: requests.
+    ToServer,
+    /// Server to client: replies.
+    ToClient,
+}
+
+/// Forwards TCP connections to a server; everything passes unless a method says otherwise. It has a thread and a
+/// runtime of its own, and what a method asks for is in force when it returns.
+#[derive(Debug)]
+pub struct Proxy {
+    shared: Arc<Shared>,
+    orders: Option<mpsc::UnboundedSender<Order>>,
+    thread: Option<JoinHandle<()>>,
+    port: Port,
+}
+
+#[derive(Debug)]
+struct Shared {
+    target: SocketAddr,
+    delay_us: AtomicU64,
+    drop_replies: AtomicBool,
+    dropped_bytes: AtomicU64,
+    budgets: Mutex<Budgets>,
+    /// Numbers of the open connections.
+    open: Mutex<BTreeSet<u64>>,
+    cut: broadcast::Sender<()>,
+}
+
+/// Bytes that may still pass in each direction before everything is cut.
+#[derive(Debug, Default)]
+struct Budgets {
+    to_server: Option<u64>,
+    to_client: Option<u64>,
+}
+
+#[derive(Debug)]
+struct Order {
+    refuse: bool,
+    done: blocking::Sender<()>,
+}
+
+impl Proxy {
+    /// Listens on a port of its own.
+    pub fn start(target: SocketAddr) -> Self {
+        let port = Port::lease();
+        let shared = Arc::new(Shared {
+            target,
+            delay_us: AtomicU64::new(0),
+            drop_replies: AtomicBool::new(false),
+            dropped_bytes: AtomicU64::new(0),
+            budgets: Mutex::default(),
+            open: Mutex::default(),
+            cut: broadcast::Sender::new(1),
+        });
+        let (orders, inbox) = mpsc::unbounded_channel();
+        let addr = SocketAddr::from(([127, 0, 0, 1], port.number()));
+        let thread = thread::spawn({
+            let shared = Arc::clone(&shared);
+            move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+                runtime.block_on(serve(addr, shared, inbox));
+            }
+        });
+        let proxy = Self { shared, orders: Some(orders), thread: Some(thread), port };
+        proxy.refuse(false);
+        proxy
+    }
+
+    /// Where clients connect.
+    pub fn addr(&self) -> SocketAddr {
+        ([127, 0, 0, 1], self.port.number()).into()
+    }
+
+    /// A Redis URL that leads through the proxy.
+    pub fn redis_url(&self, db: u8) -> String {
+        format!("redis://{}/{db}", self.addr())
+    }
+
+    /// Open connections.
+    pub fn connections(&self) -> usize {
+        self.shared.open().len()
+    }
+
+    /// Cuts all connections, on both sides.
+    pub fn cut(&self) {
+        // Not until there are none: clients connect again at once.
+        let old = self.shared.open().clone();
+        // No receiver: no connection to cut.
+        let _ = self.shared.cut.send(());
+        while !self.shared.open().is_disjoint(&old) {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    /// Whether new connections are refused, as by a host where nothing listens. Open ones stay.
+    pub fn refuse(&self, refuse: bool) {
+        let (done, wait) = blocking::channel();
+        let orders = self.orders.as_ref().expect("there until the drop");
+        orders.send(Order { refuse, done }).expect("the proxy runs");
+        wait.recv().expect("the proxy runs");
+    }
+
+    /// How much later than sent replies arrive from now on.
+    pub fn delay(&self, delay: Duration) {
+        self.shared.delay_us.store(delay.as_micros() as u64, Ordering::SeqCst);
+    }
+
+    /// Whether replies are swallowed while requests pass: commands run and nobody hears of it.
+    pub fn drop_replies(&self, drop: bool) {
+        self.shared.drop_replies.store(drop, Ordering::SeqCst);
+    }
+
+    /// How many bytes of replies were swallowed so far: once it grows, a command has run.
+    pub fn dropped_bytes(&self) -> u64 {
+        self.shared.dropped_bytes.load(Ordering::SeqCst)
+    }
+
+    /// Lets `bytes` more bytes pass in one direction, over all connections together, then cuts all connections, once.
+    /// With 0 the next byte cuts and does not pass.
+    pub fn cut_after_bytes(&self, direction: Direction, bytes: u64) {
+        *self.shared.budgets().of(direction) = Some(bytes);
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        // The end of the orders ends the runtime and with it all connections.
+        self.orders = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Shared {
+    fn open(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.open.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    fn budgets(&self) -> MutexGuard<'_, Budgets> {
+        self.budgets.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// How many of `length` bytes may pass; fewer than that means: then cut.
+    fn allow(&self, direction: Direction, length: usize) -> (usize, bool) {
+        let mut budgets = self.budgets();
+        let budget = budgets.of(direction);
+        match *budget {
+            None => (length, false),
+            Some(left) if (length as u64) < left => {
+                *budget = Some(left - length as u64);
+                (length, false)
+            }
+            Some(left) => {
+                *budget = None;
+                (left as usize, true)
+            }
+        }
+    }
+}
+
+impl Budgets {
+    fn of(&mut self, direction: Direction) -> &mut Option<u64> {
+        match direction {
+            Direction::ToServer => &mut self.to_server,
+            Direction::ToClient => &mut self.to_client,
+        }
+    }
+}
+
+async fn serve(addr: SocketAddr, shared: Arc<Shared>, mut orders: mpsc::UnboundedReceiver<Order>) {
+    // A closed listener, not one that nobody accepts from: only then the kernel refuses.
+    let mut listener: Option<TcpListener> = None;
+    let mut number = 0;
+    loop {
+        let accepted = async {
+            match &listener {
+                Some(listener) => listener.accept().await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            order = orders.recv() => {
+                let Some(Order { refuse, done }) = order else { return };
+                if refuse {
+                    listener = None;
+                } else if listener.is_none() {
+                    listener = Some(TcpListener::bind(addr).await.expect("the leased port is free"));
+                }
+                let _ = done.send(());
+            }
+            Ok((client, _)) = accepted => {
+                number += 1;
+                // First the ear, then the entry: a cut that sees the entry is heard.
+                let (shared, cut) = (Arc::clone(&shared), shared.cut.subscribe());
+                shared.open().insert(number);
+                tokio::spawn(async move {
+                    connection(client, &shared, cut).await;
+                    shared.open().remove(&number);
+                });
+            }
+        }
+    }
+}
+
+async fn connection(client: TcpStream, shared: &Shared, mut cut: broadcast::Receiver<()>) {
+    let both = async {
+        let server = TcpStream::connect(shared.target).await?;
+        client.set_nodelay(true)?;
+        server.set_nodelay(true)?;
+        let (from_client, to_client) = client.into_split();
+        let (from_server, to_server) = server.into_split();
+        tokio::try_join!(requests(from_client, to_server, shared), replies(from_server, to_client, shared))
+    };
+    tokio::select! {
+        _ = both => {}
+        _ = cut.recv() => {}
+    }
+}
+
+/// Ends with an error when the connection is to be closed whole, and without one at the end of one direction.
+async fn requests(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) -> io::Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let length = from.read(&mut buffer).await?;
+        if length == 0 {
+            return to.shutdown().await;
+        }
+        forward(&mut to, &buffer[..length], Direction::ToServer, shared).await?;
+    }
+}
+
+async fn replies(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, shared: &Shared) -> io::Result<()> {
+    // Reading goes on while earlier replies wait for their time, or the delays would add up.
+    let (queue, mut due) = mpsc::channel::<(Instant, Vec<u8>)>(1024);
+    let read = async move {
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let length = from.read(&mut buffer).await?;
+            if length == 0 {
+                return Ok(());
+            }
+            let at = Instant::now() + Duration::from_micros(shared.delay_us.load(Ordering::SeqCst));
+            if queue.send((at, buffer[..length].to_vec())).await.is_err() {
+                return Ok(());
+            }
+        }
+    };
+    let write = async {
+        while let Some((at, bytes)) = due.recv().await {
+            sleep_until(at).await;
+            if shared.drop_replies.load(Ordering::SeqCst) {
+                shared.dropped_bytes.fetch_add(bytes.len() as u64, Ordering::SeqCst);
+            } else {
+                forward(&mut to, &bytes, Direction::ToClient, shared).await?;
+            }
+        }
+        to.shutdown().await
+    };
+    tokio::try_join!(read, write).map(|_| ())
+}
+
+async fn forward(to: &mut OwnedWriteHalf, bytes: &[u8], direction: Direction, shared: &Shared) -> io::Result<()> {
+    let (allowed, cut) = shared.allow(direction, bytes.len());
+    to.write_all(&bytes[..allowed]).await?;
+    if cut {
+        let _ = shared.cut.send(());
+        return Err(io::ErrorKind::ConnectionAborted.into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::ErrorKind;
+
+    use super::*;
+    use crate::redis::{RawClient, RedisServer, Value};
+    use crate::wait::eventually_blocking;
+
+    fn setup() -> (RedisServer, Proxy, RawClient) {
+        let server = RedisServer::start();
+        let proxy = Proxy::start(server.addr());
+        let client = RawClient::connect(proxy.addr()).unwrap();
+        (server, proxy, client)
+    }
+
+    #[test]
+    fn passes_everything_by_default() {
+        let (server, proxy, mut client) = setup();
+        let big = vec![7_u8; 3_000_000];
+        assert_eq!(client.call(&[b"SET", &b"big"[..], &big]), Value::Simple("OK".into()));
+        assert_eq!(client.call(&["GET", "big"]).bytes(), big);
+        assert_eq!(server.raw(&["STRLEN", "big"]).int(), 3_000_000);
+        assert_eq!(proxy.connections(), 1);
+        drop(client);
+        eventually_blocking("the connection to close", Duration::from_secs(5), || {
+            (proxy.connections() == 0).then_some(())
+        });
+    }
+
+    #[test]
+    fn cut_ends_connections_and_new_ones_pass() {
+        let (_server, proxy, mut client) = setup();
+        client.call(&["PING"]);
+        proxy.cut();
+        assert!(client.try_call(&["PING"]).is_err());
+        assert_eq!(RawClient::connect(proxy.addr()).unwrap().call(&["PING"]), Value::Simple("PONG".into()));
+    }
+
+    #[test]
+    fn refuse_is_a_refused_connection_and_keeps_open_ones() {
+        let (_server, proxy, mut client) = setup();
+        client.call(&["PING"]);
+        proxy.refuse(true);
+        assert_eq!(RawClient::connect(proxy.addr()).unwrap_err().kind(), ErrorKind::ConnectionRefused);
+        assert_eq!(client.call(&["PING"]), Value::Simple("PONG".into()));
+        proxy.refuse(false);
+        RawClient::connect(proxy.addr()).unwrap().call(&["PING"]);
+    }
+
+    #[test]
+    fn a_lost_reply_is_of_a_command_that_ran() {
+        let (server, proxy, mut client) = setup();
+        client.call(&["PING"]);
+        proxy.drop_replies(true);
+        client.send(&["INCR", "n"]).unwrap();
+        eventually_blocking("a swallowed reply", Duration::from_secs(5), || (proxy.dropped_bytes() > 0).then_some(()));
+        assert_eq!(server.raw(&["GET", "n"]).text(), "1");
+        proxy.cut();
+        proxy.drop_replies(false);
+        assert!(client.receive().is_err());
+    }
+
+    #[test]
+    fn delay_holds_replies_without_adding_up() {
+        let (server, proxy, mut client) = setup();
+        client.call(&["PING"]);
+        proxy.delay(Duration::from_millis(300));
+        let start = std::time::Instant::now();
+        for _ in 0..20 {
+            client.send(&["INCR", "n"]).unwrap();
+            thread::sleep(Duration::from_millis(5));
+        }
+        eventually_blocking("the commands to run", Duration::from_millis(250), || {
+            (server.raw(&["GET", "n"]) == Value::Bulk(b"20".to_vec())).then_some(())
+        });
+        for n in 1..=20 {
+            assert_eq!(client.receive().unwrap(), Value::Int(n));
+            assert!(start.elapsed() >= Duration::from_millis(300));
+        }
+        assert!(start.elapsed() < Duration::from_millis(3000));
+    }
+
+    #[test]
+    fn cut_after_bytes_cuts_in_mid_reply_and_once() {
+        let (server, proxy, mut client) = setup();
+        client.call(&["PING"]);
+        // "+O" of "+OK\r\n" arrives.
+        proxy.cut_after_bytes(Direction::ToClient, 2);
+        assert!(client.try_call(&["SET", "a", "1"]).is_err());
+        assert_eq!(server.raw(&["GET", "a"]).text(), "1");
+
+        let mut client = RawClient::connect(proxy.addr()).unwrap();
+        client.call(&["PING"]);
+        proxy.cut_after_bytes(Direction::ToServer, 0);
+        assert!(client.try_call(&["SET", "a", "2"]).is_err());
+        assert_eq!(server.raw(&["GET", "a"]).text(), "1");
+        RawClient::connect(proxy.addr()).unwrap().call(&["PING"]);
+    }
+
+    #[test]
+    fn a_server_that_is_down_shows_as_a_closed_connection() {
+        let (server, proxy, mut client) = setup();
+        server.kill();
+        assert!(client.try_call(&["PING"]).is_err());
+        assert!(RawClient::connect(proxy.addr()).unwrap().try_call(&["PING"]).is_err());
+        server.restart();
+        RawClient::connect(proxy.addr()).unwrap().call(&["PING"]);
+    }
+}

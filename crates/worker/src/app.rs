@@ -1,0 +1,185 @@
+//! Builds a worker from its configuration, starts its parts in order and stops them in order.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use queue_core::Store;
+use queue_core::ids::{PoolPattern, SessionId};
+use queue_core::session::{Service, Session};
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+use crate::attempt::Rules;
+use crate::config::Config;
+use crate::dispatch::{self, Ended, Hints, Limits};
+use crate::execute::Executor;
+use crate::execute::sql::SqlExecutor;
+use crate::maintenance;
+use crate::notify::Notify;
+use crate::shutdown::Shutdown;
+
+/// How long a silent leader leads. Losing one delays housekeeping only, so this is no setting.
+const LEADER_TTL: Duration = Duration::from_secs(5);
+/// Lifetime of the foreign layout's host locks, fixed by that layout.
+const HOST_LOCK_TTL: Duration = Duration::from_secs(5);
+/// How often the keyspace is searched for queues that no index names, and lists of work in progress are cleared.
+const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
+/// How often old hashes are looked for.
+const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
+/// How long results that Redis does not answer for are still sent while the worker stops.
+const LAST_RESULTS: Duration = Duration::from_secs(5);
+
+/// Runs a worker until `shutdown` says stop and everything is given back. Of the configuration only the limits may change
+/// meanwhile.
+pub async fn run(config: Config, limits: watch::Receiver<Limits>, shutdown: Shutdown) -> anyhow::Result<()> {
+    let executor: Arc<dyn Executor> = Arc::new(SqlExecutor::new(config.databases()).context("databases")?);
+    let store =
+        Store::connect(&config.redis).await.with_context(|| format!("cannot connect to {}", config.redis.url))?;
+    for warning in store.check_server().await.context("the server cannot be used")? {
+        tracing::warn!("{warning}");
+    }
+    let notify = Notify::default();
+    let host = config.worker.name.clone().unwrap_or_else(host_name);
+    let pools = pools(&config);
+
+    // The maintenance outlives sessions: a worker that lost its session may still lead.
+    let maintenance_stop = CancellationToken::new();
+    let leader_id = SessionId::generate(&host, std::process::id());
+    let maintenance = tokio::spawn(maintenance::run(
+        store.clone(),
+        leader_id,
+        maintenance_settings(&config),
+        maintenance_stop.clone(),
+    ));
+
+    let mut greeted = false;
+    loop {
+        let id = SessionId::generate(&host, std::process::id());
+        // The channels before the session: what is said to it from its first moment on is heard.
+        let cancel_channel = store.keys().cancel(id.as_str());
+        let channels = [store.keys().wake(id.as_str()), cancel_channel.clone()];
+        let service = service(&config, &pools, &limits.borrow());
+        let pool_names = service.text();
+        let opened = async {
+            let messages = store.subscribe(&channels, &[]).await?;
+            let session = Session::open(store.clone(), id.clone(), service, &host, std::process::id()).await?;
+            Ok::<_, queue_core::Error>((messages, session))
+        };
+        let (messages, session) = match opened.await {
+            Ok(opened) => opened,
+            Err(error) if greeted && error.is_transient() => {
+                tracing::warn!(%error, "no session could be opened, trying again");
+                tokio::select! {
+                    () = tokio::time::sleep(Duration::from_secs(1)) => continue,
+                    () = shutdown.drain().cancelled() => break,
+                }
+            }
+            Err(error) => return Err(error).context("no session could be opened"),
+        };
+        let session = Arc::new(session);
+        tracing::info!(session = %id, pools = pool_names, slots = config.worker.slots, "serving");
+        if !greeted {
+            notify.ready();
+            greeted = true;
+        }
+        let ended = dispatch::run(
+            session.clone(),
+            executor.clone(),
+            limits.clone(),
+            dispatch_settings(&config),
+            notify.clone(),
+            Hints { messages, cancel_channel },
+            &shutdown,
+        )
+        .await;
+        match ended {
+            Ended::SessionLost => continue,
+            Ended::Stopped => {
+                // All jobs have ended or are given back, so nothing is lost if Redis does not hear this.
+                match tokio::time::timeout(LAST_RESULTS, session.close()).await {
+                    Ok(Ok(returned)) => tracing::info!(returned, "session closed"),
+                    Ok(Err(error)) => tracing::warn!(%error, "the session could not be closed, it will expire"),
+                    Err(_) => tracing::warn!("the session could not be closed in time, it will expire"),
+                }
+                break;
+            }
+        }
+    }
+
+    maintenance_stop.cancel();
+    let _ = tokio::time::timeout(LAST_RESULTS, maintenance).await;
+    store.close().await;
+    Ok(())
+}
+
+/// The limits that a configuration states.
+pub fn limits(config: &Config) -> Limits {
+    Limits {
+        rules: Arc::new(rules(config)),
+        default_capacity: config.capacity.default.get(),
+        capacities: config.capacity.pools.iter().map(|(pool, capacity)| (pool.clone(), capacity.get())).collect(),
+    }
+}
+
+/// The pools to serve: those that the configuration names, and those of its databases.
+fn pools(config: &Config) -> Vec<PoolPattern> {
+    let mut pools = config.worker.pools.clone();
+    for name in config.databases.keys() {
+        if let Ok(pool) = queue_core::ids::Pool::of_database(name)
+            && !pools.iter().any(|pattern| pattern.covers(&pool))
+        {
+            pools.push(PoolPattern::exactly(&pool));
+        }
+    }
+    pools
+}
+
+fn service(config: &Config, pools: &[PoolPattern], limits: &Limits) -> Service {
+    Service {
+        pools: pools.to_vec(),
+        default_capacity: limits.default_capacity,
+        capacities: limits.capacities.clone(),
+        fairness: config.worker.fairness,
+    }
+}
+
+fn rules(config: &Config) -> Rules {
+    Rules {
+        statement_timeout: config.sql.statement_timeout,
+        max_attempts: config.sql.attempts.get().into(),
+        retry_delay: config.sql.retry_delay,
+        retry_delay_max: config.sql.retry_delay_max,
+        keep: config.retention.finished,
+        session_lifetime: config.worker.session_lifetime,
+    }
+}
+
+fn dispatch_settings(config: &Config) -> dispatch::Settings {
+    dispatch::Settings {
+        slots: config.worker.slots.get(),
+        scan_interval: config.worker.scan_interval,
+        session_lifetime: config.worker.session_lifetime,
+        drain_grace: config.worker.drain_grace,
+        last_results: LAST_RESULTS,
+        // SQL may go on: who takes over ends the earlier backend first.
+        stop_unconfirmed: false,
+    }
+}
+
+fn maintenance_settings(config: &Config) -> maintenance::Settings {
+    maintenance::Settings {
+        leader_ttl: LEADER_TTL,
+        session_lifetime: config.worker.session_lifetime,
+        scan_interval: config.worker.scan_interval,
+        discovery_interval: DISCOVERY_INTERVAL,
+        sweep_interval: SWEEP_INTERVAL,
+        keep: config.retention.finished,
+        keep_untouched: config.retention.untouched,
+        host_lock_ttl: HOST_LOCK_TTL,
+    }
+}
+
+fn host_name() -> String {
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_else(|| "unknown".into())
+}

@@ -1,0 +1,134 @@
+//! Executors: each turns one piece of work into an outcome, a value. An executor never sees Redis, a queue or another job;
+//! what it may ask of its claim stands in [`Ledger`].
+
+use std::time::Duration;
+
+use async_trait::async_trait;
+use queue_core::ids::{Fence, JobId, User};
+use tokio_util::sync::CancellationToken;
+
+pub mod sql;
+
+/// One statement to run, once.
+#[derive(Debug, Clone)]
+pub struct Work {
+    /// The job whose statement this is.
+    pub job: JobId,
+    /// Its owner.
+    pub user: User,
+    /// The fence of the claim under which it runs.
+    pub fence: Fence,
+    /// The statement's name within its job, the same at every attempt: `0`, `0.onerror`, `onsuccess`.
+    pub step: String,
+    /// The SQL text, one or several statements, without the comment that names the job.
+    pub sql: String,
+    /// How long the whole text may run.
+    pub timeout: Duration,
+    /// Where it runs.
+    pub target: Target,
+    /// What an earlier execution of this same step left behind, if nobody recorded how it ended.
+    pub earlier: Option<Trace>,
+    /// An earlier execution of the job may still be going on: it is to be ended and settled first, even if `stop` has fired.
+    pub takes_over: bool,
+}
+
+/// Where a statement runs.
+#[derive(Clone, PartialEq, Eq)]
+pub enum Target {
+    /// A PostgreSQL database named by the job's own connection fields.
+    Host {
+        /// Host name or address.
+        host: String,
+        /// TCP port.
+        port: u16,
+        /// Database name.
+        dbname: String,
+        /// Role.
+        dbuser: String,
+        /// Password; may be empty, and may hold any byte but NUL.
+        pass: Vec<u8>,
+    },
+    /// A database that the worker's configuration names.
+    Named(String),
+}
+
+impl std::fmt::Debug for Target {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Target::Host { host, port, .. } => write!(f, "Host({host}:{port})"),
+            Target::Named(name) => write!(f, "Named({name})"),
+        }
+    }
+}
+
+/// What an execution leaves with its job before the moment after which it could have taken effect.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Trace {
+    /// The statement runs in this transaction, about to be committed: a name without blanks that only the executor reads.
+    Transaction(String),
+    /// The statement runs outside any transaction of ours: whether it took effect can't be asked later.
+    Untransacted,
+}
+
+/// The claim is no longer this worker's: whatever was going on must stop, and its result counts for nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the claim is no longer ours")]
+pub struct ClaimLost;
+
+/// What an executor may ask of the claim that it runs under.
+#[async_trait]
+pub trait Ledger: Send + Sync {
+    /// Whether the claim is still held. Asked after the database's lock is ours and before the statement runs, unless a
+    /// trace is noted there.
+    async fn confirm(&self) -> Result<(), ClaimLost>;
+    /// Stores a trace with the job, under the claim.
+    async fn note(&self, trace: Trace) -> Result<(), ClaimLost>;
+}
+
+/// How one statement ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum End {
+    /// It ran to its end and took effect.
+    Done(Report),
+    /// It failed; nothing of it took effect, or it was not transactional.
+    Failed(Failure),
+    /// It was interrupted because `stop` was asked for.
+    Stopped,
+    /// It was interrupted by somebody else ("user request"), not by us and not by a timeout.
+    CancelledElsewhere,
+    /// The claim was lost on the way: nothing may be recorded.
+    ClaimLost,
+    /// Whether it took effect can't be known.
+    Unknown(String),
+}
+
+/// What a statement that ran had to say.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Report {
+    /// Command tag of the last statement, e.g. `UPDATE 3`.
+    pub tag: Option<String>,
+    /// Notices, at most [`sql::NOTICES_MAX`] of them, each `SEVERITY: message`.
+    pub notices: Vec<String>,
+}
+
+/// Why a statement failed.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Failure {
+    /// The database's own message, free of passwords and of SQL text of ours.
+    pub message: String,
+    /// SQLSTATE, where the database gave one.
+    pub sqlstate: Option<String>,
+    /// The error proves that nothing was done and that trying again may help (connection refused, 40001, 40P01).
+    pub retryable: bool,
+}
+
+/// Runs work of one kind.
+#[async_trait]
+pub trait Executor: Send + Sync {
+    /// Runs `work` to its end. When `stop` fires, interrupts it, waits until that is settled, and tells what really
+    /// happened: a statement that got through first is [`End::Done`].
+    async fn execute(&self, work: Work, ledger: &dyn Ledger, stop: CancellationToken) -> End;
+
+    /// How SQL is to be quoted for a target.
+    fn dialect(&self, target: &Target) -> sql::template::Dialect;
+}

@@ -1,0 +1,224 @@
+//! What the leader among the workers does for all: each task takes no input, may be repeated, is bounded and reports.
+//!
+//! Losing the leader delays housekeeping and nothing else.
+
+use std::collections::{HashMap, HashSet};
+use std::future::Future;
+use std::time::{Duration, Instant};
+
+use queue_core::Store;
+use queue_core::ids::SessionId;
+use queue_core::leader::{self, Leadership, Led, SessionWatch};
+use queue_core::scripts::NotLeader;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+/// How long a host's lock is held after there was last something to take for it.
+const HOST_FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
+/// The pause before announcements are listened to again.
+const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// How long what the users of an idle pool owe is remembered.
+const POOL_FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
+
+/// How the maintenance is done.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// How long a silent leader leads.
+    pub leader_ttl: Duration,
+    /// How long a silent session keeps its jobs.
+    pub session_lifetime: Duration,
+    /// How often the index of queues is looked through for pushes whose announcement was lost.
+    pub scan_interval: Duration,
+    /// How often the keyspace is looked through for queues that no index names.
+    pub discovery_interval: Duration,
+    /// How often old hashes are looked for.
+    pub sweep_interval: Duration,
+    /// How long the record of a finished job is kept.
+    pub keep: Duration,
+    /// How long an untouched hash that nothing refers to is kept.
+    pub keep_untouched: Duration,
+    /// How long the foreign layout's lock of a host lives unless renewed.
+    pub host_lock_ttl: Duration,
+}
+
+/// Stands for leadership until `stop` fires, and does the maintenance while it leads; then hands over at once.
+pub async fn run(store: Store, id: SessionId, settings: Settings, stop: CancellationToken) {
+    let mut term: Option<Term> = None;
+    // Renewed often enough that a few lost replies do no harm.
+    let mut ticks = tokio::time::interval(settings.leader_ttl / 5);
+    ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            () = stop.cancelled() => break,
+            _ = ticks.tick() => {
+                match leader::hold(&store, &id, settings.leader_ttl).await {
+                    Ok(Some(leadership)) => {
+                        if term.as_ref().is_none_or(|term| term.leadership.term() != leadership.term()) {
+                            tracing::info!(term = leadership.term(), "leading");
+                            term = Some(Term::begin(&store, leadership, &settings));
+                        }
+                    }
+                    Ok(None) => {
+                        if term.take().is_some() {
+                            tracing::info!("another worker leads");
+                        }
+                    }
+                    Err(error) => {
+                        tracing::debug!(%error, "the leadership could not be confirmed");
+                        // Beats that were missed while Redis did not answer are nobody's fault.
+                        if let Some(term) = &mut term {
+                            term.watch.restart();
+                        }
+                        continue;
+                    }
+                }
+                if let Some(current) = &mut term {
+                    match current.pass(&settings).await {
+                        Ok(Ok(())) => {}
+                        Ok(Err(NotLeader)) => term = None,
+                        Err(error) => {
+                            tracing::warn!(%error, "maintenance was interrupted, it goes on with the next pass");
+                            current.watch.restart();
+                        }
+                    }
+                }
+            }
+        }
+    }
+    if let Err(error) = leader::resign(&store, &id).await {
+        tracing::debug!(%error, "the leadership could not be handed over, it will expire");
+    }
+}
+
+/// Stops at `NotLeader` as `?` stops at an error.
+macro_rules! led {
+    ($call:expr) => {
+        match $call.await? {
+            Ok(value) => value,
+            Err(NotLeader) => return Ok(Err(NotLeader)),
+        }
+    };
+}
+
+/// One term of leadership and what it remembers.
+struct Term {
+    leadership: Leadership,
+    watch: SessionWatch,
+    /// Hosts whose locks are held, by when there was last something to take for them.
+    hosts: HashMap<String, Instant>,
+    foreign_hosts: Vec<String>,
+    /// What takes the longer the more keys there are. It goes on beside the passes, for they renew the leadership.
+    _rounds: Vec<AbortOnDropHandle<()>>,
+}
+
+impl Term {
+    fn begin(store: &Store, leadership: Leadership, settings: &Settings) -> Self {
+        let keep_untouched = settings.keep_untouched;
+        let rounds = vec![
+            AbortOnDropHandle::new(tokio::spawn(follow_announcements(store.clone()))),
+            every(settings.scan_interval, &leadership, |leadership| async move {
+                led!(leadership.scan_index());
+                Ok(Ok(()))
+            }),
+            every(settings.discovery_interval, &leadership, discover),
+            every(settings.sweep_interval, &leadership, move |leadership| async move {
+                let removed = led!(leadership.sweep(keep_untouched));
+                if removed > 0 {
+                    tracing::info!(removed, "old jobs removed");
+                }
+                Ok(Ok(()))
+            }),
+        ];
+        Self {
+            leadership,
+            watch: SessionWatch::default(),
+            hosts: HashMap::new(),
+            foreign_hosts: Vec::new(),
+            _rounds: rounds,
+        }
+    }
+
+    async fn pass(&mut self, settings: &Settings) -> Led<()> {
+        let leadership = self.leadership.clone();
+        let done = led!(leadership.upkeep(settings.keep));
+        if done.found + done.given_up > 0 {
+            tracing::info!(found = done.found, given_up = done.given_up, "ids that were queued before their hash");
+        }
+        for (session, jobs) in led!(self.watch.pass(&leadership, settings.session_lifetime)) {
+            tracing::warn!(session, jobs, "a worker is gone, its jobs are back in their queues");
+        }
+        // First where the foreign layout's workers must not schedule, then where there may be something to schedule.
+        let now = Instant::now();
+        self.hosts.extend(leadership.active_hosts().await?.into_iter().map(|host| (host, now)));
+        self.hosts.retain(|_, active| now - *active < HOST_FORGOTTEN_AFTER);
+        let hosts = self.hosts.keys().cloned().collect();
+        let foreign = led!(leadership.hold_host_locks(settings.host_lock_ttl, hosts));
+        if foreign != self.foreign_hosts {
+            tracing::warn!(hosts = ?foreign, "hosts that a foreign worker schedules; their jobs are left to it");
+            self.foreign_hosts = foreign;
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// Looks at the queues of those whose pushes foreign producers announce.
+async fn follow_announcements(store: Store) {
+    let channel = store.keys().announcements();
+    loop {
+        match store.subscribe(std::slice::from_ref(&channel), &[]).await {
+            Ok(mut announcements) => {
+                let mut messages = Vec::new();
+                while announcements.recv_many(&mut messages, 500).await > 0 {
+                    // In the order in which they were announced: ties go to who came first.
+                    let mut seen = HashSet::new();
+                    let users: Vec<Vec<u8>> = messages
+                        .drain(..)
+                        .map(|message| message.text.into_bytes())
+                        .filter(|user| seen.insert(user.clone()))
+                        .collect();
+                    if let Err(error) = store.notice(&users).await {
+                        tracing::debug!(%error, "an announcement could not be followed, the scan will");
+                    }
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "announcements of foreign producers can't be heard, their queues are found by scans");
+            }
+        }
+        tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
+    }
+}
+
+/// Finds what no index names.
+async fn discover(leadership: Leadership) -> Led<()> {
+    let moved = led!(leadership.move_old_queues());
+    if moved > 0 {
+        tracing::info!(moved, "jobs of old-layout queues joined their users' queues");
+    }
+    led!(leadership.scan_queues());
+    led!(leadership.clear_wip());
+    led!(leadership.forget_idle_pools(POOL_FORGOTTEN_AFTER));
+    Ok(Ok(()))
+}
+
+/// Repeats a task, the first time at once, until another worker leads or the term ends.
+fn every<F>(
+    pause: Duration,
+    leadership: &Leadership,
+    task: impl Fn(Leadership) -> F + Send + 'static,
+) -> AbortOnDropHandle<()>
+where
+    F: Future<Output = Led<()>> + Send + 'static,
+{
+    let leadership = leadership.clone();
+    AbortOnDropHandle::new(tokio::spawn(async move {
+        loop {
+            match task(leadership.clone()).await {
+                Ok(Ok(())) => {}
+                Ok(Err(NotLeader)) => return,
+                Err(error) => tracing::warn!(%error, "maintenance was interrupted, it begins anew with the next round"),
+            }
+            tokio::time::sleep(pause).await;
+        }
+    }))
+}
