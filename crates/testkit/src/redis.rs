@@ -242,7 +242,17 @@ impl RedisServer {
 }
 
 impl Drop for RedisServer {
+    /// Whoever reads of a failed test learns what its server held.
     fn drop(&mut self) {
+        if thread::panicking() {
+            for db in [0, 5] {
+                // A server that the test has stopped, or filled with the unexpected, must not hide the failure itself.
+                let dump = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.dump_db(db)));
+                for (key, contents) in dump.unwrap_or_default().into_iter().take(100) {
+                    eprintln!("redis {db}: {key} = {}", contents.chars().take(1000).collect::<String>());
+                }
+            }
+        }
         stop(&mut self.child(), Signal::SIGKILL);
     }
 }

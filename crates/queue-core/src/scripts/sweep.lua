@@ -1,13 +1,16 @@
 -- Removes job hashes that nobody has touched for long and that are final or referenced by nothing.
 -- ARGV: leader's session, term, for how many ms a hash must have been untouched, ids
 -- Reply: the number removed, or 'not_leader'
+-- The times in a hash are its producer's word, and a queue that names it may follow only now. So Redis' own memory of the
+-- last access counts too.
 local session, term, before = ARGV[1], ARGV[2], iso(now_ms - tonumber(ARGV[3]))
+local least_idle_s = math.min(tonumber(ARGV[3]), MISSING_MS) / 1000
 if not leads(session, term) then return 'not_leader' end
 local removed = 0
 for i = 4, #ARGV do
   local id = ARGV[i]
   local job = K.job(id)
-  if redis.call('TYPE', job).ok == 'hash' then
+  if redis.call('TYPE', job).ok == 'hash' and (try('OBJECT', 'IDLETIME', job) or 0) >= least_idle_s then
     local h = redis.call('HMGET', job, 'updated_at', 'created_at', 'status', 'fallback_status', 'user')
     local touched = h[1] or h[2] or ''
     -- ISO times compare as texts; what is no time at all is left alone.

@@ -66,6 +66,14 @@ impl Rig {
         self.store.notice(&users).await.expect("users can be looked at")
     }
 
+    /// Makes a key one that nobody has touched for so many seconds.
+    pub fn idle(&self, key: &str, seconds: u32) {
+        let dump = self.redis(&["DUMP", key]);
+        let seconds = seconds.to_string();
+        let args = [b"RESTORE", key.as_bytes(), b"0", dump.bytes(), b"REPLACE", b"IDLETIME", seconds.as_bytes()];
+        self.redis(&args);
+    }
+
     pub async fn lead(&self) -> Leadership {
         let session = SessionId::new("leader:1:a").unwrap();
         leader::hold(&self.store, &session, Duration::from_secs(60)).await.unwrap().expect("nobody else leads")
