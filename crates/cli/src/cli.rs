@@ -1,5 +1,6 @@
 //! The command line of `drayman`.
 
+use std::num::NonZeroU32;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -9,7 +10,7 @@ use queue_core::model::Status;
 
 /// A job that was waited for did not end well.
 pub const FAILED: u8 = 1;
-/// A job was refused: it is larger than allowed, or its user has too many.
+/// A job was refused: it is larger than allowed, its user has too many, or it can't be retried.
 pub const REFUSED: u8 = 4;
 /// A job was not over when the time to wait for it was.
 pub const NOT_OVER: u8 = 6;
@@ -20,13 +21,13 @@ Exit codes:
   1  a job that was waited for ended otherwise than done
   2  wrong command line, configuration or query
   3  no such job
-  4  refused: too many jobs queued, or too large
+  4  refused: too many jobs queued, too large, or not to be retried
   5  Redis can't be reached or refused; whether a job was submitted may be unknown: ask with its id
   6  a job was not over when the time to wait for it was
 
 Where several apply, the first of 5, 2, 4, 3, 1, 6 counts.";
 
-/// Submits, shows, lists and watches jobs.
+/// Submits, shows, lists, watches and retries jobs.
 #[derive(Debug, Parser)]
 #[command(name = "drayman", version, after_help = EXIT_CODES, arg_required_else_help = true)]
 pub struct Cli {
@@ -47,6 +48,8 @@ pub enum Command {
     Status(StatusArgs),
     /// List jobs: those that run, wait, are scheduled, have ended
     List(List),
+    /// Start new runs of jobs that have ended
+    Retry(RetryArgs),
     /// Show the moves of jobs as they happen
     Watch(Watch),
 }
@@ -85,12 +88,30 @@ pub struct Submit {
     /// How long each of its statements may run: 5m
     #[arg(long, value_name = "DURATION")]
     pub timeout: Option<String>,
-    /// How often a statement is tried whose error proves that nothing was done
+    /// How often a statement is tried in all, if its errors allow it
     #[arg(long, value_name = "N")]
-    pub max_attempts: Option<u32>,
+    pub max_attempts: Option<NonZeroU32>,
+    /// How the pause between attempts grows: fixed or exponential
+    #[arg(long, value_name = "KIND")]
+    pub backoff: Option<String>,
+    /// The pause after the first attempt: 1s
+    #[arg(long, value_name = "DURATION")]
+    pub retry_delay: Option<String>,
+    /// The longest pause: 5m
+    #[arg(long, value_name = "DURATION")]
+    pub retry_delay_max: Option<String>,
+    /// SQLSTATEs or their classes after which it is tried again too: 55P03,53
+    #[arg(long, value_name = "CODES")]
+    pub retry_on: Option<String>,
+    /// Running a statement twice does no harm: it is tried again even if nobody knows what an attempt did
+    #[arg(long)]
+    pub idempotent: bool,
     /// How long to wait before it may run: 10s
     #[arg(long, value_name = "DURATION")]
     pub delay: Option<String>,
+    /// The time from which on it may run, by the clock of Redis: 2027-01-31T08:00:00Z
+    #[arg(long, value_name = "TIME")]
+    pub run_at: Option<String>,
     /// Its id; submitting the same id again changes nothing [default: a new one]
     #[arg(long, conflicts_with = "jsonl")]
     pub id: Option<String>,
@@ -139,6 +160,28 @@ pub struct List {
     /// Ids that were set aside because no job could be made of them, with the reasons
     #[arg(long, conflicts_with_all = ["status", "pool"])]
     pub rejected: bool,
+}
+
+/// `drayman retry`
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+#[command(group = clap::ArgGroup::new("which").required(true).multiple(true).args(["ids", "user", "status", "pool"]))]
+pub struct RetryArgs {
+    /// The jobs
+    #[arg(conflicts_with_all = ["user", "status", "pool"])]
+    pub ids: Vec<String>,
+    /// Jobs of this user
+    #[arg(long)]
+    pub user: Option<String>,
+    /// Jobs that ended so [default: failed and ignored]
+    #[arg(long)]
+    pub status: Option<Status>,
+    /// Jobs of this pool: `sql:HOST` or `db:NAME`
+    #[arg(long)]
+    pub pool: Option<String>,
+    /// Repeat what was done too; else a run begins with the first statement that was not
+    #[arg(long)]
+    pub from_start: bool,
 }
 
 /// `drayman watch`

@@ -1,4 +1,4 @@
-//! `drayman`: submits, shows, lists and watches jobs.
+//! `drayman`: submits, shows, lists, watches and retries jobs.
 
 use std::process::ExitCode;
 
@@ -8,6 +8,7 @@ use console::Failure;
 mod cli;
 mod follow;
 mod list;
+mod retry;
 mod status;
 mod submit;
 mod watch;
@@ -22,6 +23,7 @@ async fn run(cli: cli::Cli) -> Result<u8, Failure> {
         cli::Command::Submit(args) => submit::run(&cli.common, *args).await,
         cli::Command::Status(args) => status::run(&cli.common, args).await,
         cli::Command::List(args) => list::run(&cli.common, args).await,
+        cli::Command::Retry(args) => retry::run(&cli.common, args).await,
         cli::Command::Watch(args) => watch::run(&cli.common, args).await,
     }
 }

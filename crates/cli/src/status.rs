@@ -20,6 +20,7 @@ const SHOWN: &[(&str, &str)] = &[
     ("attempts", "attempts"),
     ("unclean", "unclean ends"),
     ("max_attempts", "max attempts"),
+    ("run", "run"),
     ("timeout", "timeout, ms"),
 ];
 
@@ -67,6 +68,10 @@ fn as_json(view: &JobView, show_query: bool) -> Value {
     if let Some(results) = view.results() {
         object.insert("results".into(), results);
     }
+    let history = view.history();
+    if !history.is_empty() {
+        object.insert("history".into(), json!(history));
+    }
     if !view.too_large.is_empty() {
         let sizes: Map<String, Value> =
             view.too_large.iter().map(|(field, bytes)| ((*field).to_owned(), (*bytes).into())).collect();
@@ -98,6 +103,11 @@ fn as_text(view: &JobView, show_query: bool, now_ms: u64, out: &mut Out) {
     }
     if let Some(ran) = view.ran(now_ms) {
         line("ran", &span(ran));
+    }
+    for one in view.history() {
+        let began = one.started_at.map(|at| format!(" from {at}")).unwrap_or_default();
+        let step = one.step.map(|step| format!("statement {step} ")).unwrap_or_default();
+        line("tried", &format!("{step}by {}{began} to {}: {}", one.worker, one.ended_at, one.error));
     }
     for (field, bytes) in &view.too_large {
         line(field, &format!("is {bytes} bytes long, too long for a job"));

@@ -1,12 +1,14 @@
 //! `drayman submit`: one job from the command line, or many from standard input.
 
 use std::io::{BufRead, Read};
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use console::{Common, Failure, Out, complain};
 use queue_core::config::{self, TelemetryConfig};
 use queue_core::ids::{JobId, User};
 use queue_core::job::CALL_MAX;
+use queue_core::model::retry::{NoBackoff, NoSqlState, RetryChoice};
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -43,8 +45,14 @@ struct Order {
     onsuccess: Option<String>,
     onerror: Option<String>,
     timeout: Option<String>,
-    max_attempts: Option<u32>,
+    max_attempts: Option<NonZeroU32>,
+    backoff: Option<String>,
+    retry_delay: Option<String>,
+    retry_delay_max: Option<String>,
+    retry_on: Option<String>,
+    idempotent: Option<bool>,
     delay: Option<String>,
+    run_at: Option<String>,
 }
 
 impl Order {
@@ -68,7 +76,13 @@ impl Order {
             onerror: self.onerror.or(other.onerror),
             timeout: self.timeout.or(other.timeout),
             max_attempts: self.max_attempts.or(other.max_attempts),
+            backoff: self.backoff.or(other.backoff),
+            retry_delay: self.retry_delay.or(other.retry_delay),
+            retry_delay_max: self.retry_delay_max.or(other.retry_delay_max),
+            retry_on: self.retry_on.or(other.retry_on),
+            idempotent: self.idempotent.or(other.idempotent),
             delay: self.delay.or(other.delay),
+            run_at: self.run_at.or(other.run_at),
         }
     }
 
@@ -97,7 +111,23 @@ impl Order {
         job.onsuccess = self.onsuccess;
         job.onerror = self.onerror;
         job.timeout = duration("timeout", self.timeout)?;
-        job.max_attempts = self.max_attempts;
+        job.retry = RetryChoice {
+            max_attempts: self.max_attempts,
+            backoff: self.backoff.map(|word| word.parse()).transpose().map_err(|fault: NoBackoff| fault.to_string())?,
+            delay: duration("retry_delay", self.retry_delay)?,
+            delay_max: duration("retry_delay_max", self.retry_delay_max)?,
+            on: self
+                .retry_on
+                .map(|text| text.parse())
+                .transpose()
+                .map_err(|fault: NoSqlState| format!("retry_on: {fault}"))?,
+        };
+        job.idempotent = self.idempotent.unwrap_or(false);
+        job.run_at = self
+            .run_at
+            .map(|text| humantime::parse_rfc3339_weak(&text))
+            .transpose()
+            .map_err(|fault| format!("run_at is no time: {fault}"))?;
         job.delay = duration("delay", self.delay)?.unwrap_or_default();
         Ok(job)
     }
@@ -265,6 +295,12 @@ fn order(args: &Submit) -> Result<Order, Failure> {
         onerror: args.onerror.clone(),
         timeout: args.timeout.clone(),
         max_attempts: args.max_attempts,
+        backoff: args.backoff.clone(),
+        retry_delay: args.retry_delay.clone(),
+        retry_delay_max: args.retry_delay_max.clone(),
+        retry_on: args.retry_on.clone(),
+        idempotent: args.idempotent.then_some(true),
+        run_at: args.run_at.clone(),
         delay: args.delay.clone(),
     })
 }

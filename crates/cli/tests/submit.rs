@@ -39,6 +39,11 @@ async fn every_form_becomes_its_job() {
         (vec!["--onsuccess", "s", "q"], vec![("onsuccess", "s"), ("fallback_status", "pending")]),
         (vec!["--onerror", "e", "q"], vec![("onerror", "e")]),
         (vec!["--timeout", "5m", "--max-attempts", "3", "q"], vec![("timeout", "300000"), ("max_attempts", "3")]),
+        (
+            vec!["--backoff", "fixed", "--retry-delay", "2s", "--retry-delay-max", "1m", "--retry-on", "53,23505", "q"],
+            vec![("backoff", "fixed"), ("retry_delay", "2000"), ("retry_delay_max", "60000"), ("retry_on", "53 23505")],
+        ),
+        (vec!["--idempotent", "--run-at", "2020-01-01T00:00:00Z", "q"], vec![("idempotent", "1")]),
         (vec!["--file", file], vec![("query", "select 'file'")]),
         (vec!["--id", "mine", "q"], vec![("query", "q")]),
     ];

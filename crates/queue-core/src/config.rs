@@ -32,8 +32,8 @@ const TEST_PREFIX: &str = "DRAYMAN_TEST_";
 pub const PREFIX: &str = "DRAYMAN_";
 
 /// The sections that some binary knows. One file serves all of them, so each passes over the sections of the others.
-const SECTIONS: [&str; 9] =
-    ["redis", "limits", "worker", "sql", "databases", "capacity", "retention", "log", "telemetry"];
+const SECTIONS: [&str; 10] =
+    ["redis", "limits", "worker", "sql", "databases", "capacity", "retry", "retention", "log", "telemetry"];
 
 /// Where Redis is and how long to wait for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -162,6 +162,9 @@ pub struct RetentionConfig {
     /// Jobs that have ended.
     #[serde(with = "humantime_serde")]
     pub finished: Duration,
+    /// Jobs that have ended after all their attempts, or were set aside: somebody may want to retry them.
+    #[serde(with = "humantime_serde")]
+    pub ignored: Duration,
     /// Jobs that nothing refers to and nothing has touched.
     #[serde(with = "humantime_serde")]
     pub untouched: Duration,
@@ -169,7 +172,11 @@ pub struct RetentionConfig {
 
 impl Default for RetentionConfig {
     fn default() -> Self {
-        Self { finished: Duration::from_secs(2 * 60 * 60), untouched: Duration::from_secs(2 * 24 * 60 * 60) }
+        Self {
+            finished: Duration::from_secs(2 * 60 * 60),
+            ignored: Duration::from_secs(7 * 24 * 60 * 60),
+            untouched: Duration::from_secs(2 * 24 * 60 * 60),
+        }
     }
 }
 
@@ -177,6 +184,7 @@ impl RetentionConfig {
     /// Checks what types alone don't.
     pub fn validate(&self) -> Result<(), Fault> {
         positive("retention.finished", self.finished)?;
+        positive("retention.ignored", self.ignored)?;
         positive("retention.untouched", self.untouched)
     }
 }
@@ -306,6 +314,12 @@ impl Secret {
     /// The password itself.
     pub fn expose(&self) -> &str {
         &self.0
+    }
+}
+
+impl From<String> for Secret {
+    fn from(text: String) -> Self {
+        Secret(text)
     }
 }
 

@@ -13,6 +13,7 @@ use crate::error::Error;
 use crate::ids::JobId;
 use crate::job::FIELDS;
 use crate::model::Status;
+use crate::model::retry::{Try, read_history};
 use crate::model::sql::SqlJob;
 use crate::reply::Reply;
 use crate::scripts::{Inspected, Inspection};
@@ -36,7 +37,8 @@ const BRIEF: &[&str] = &[
 ];
 
 /// The fields of a whole view, besides those.
-const MORE: &[&str] = &["query", "onsuccess", "onerror", "failed_reason", "results", "timeout", "max_attempts"];
+const MORE: &[&str] =
+    &["query", "onsuccess", "onerror", "failed_reason", "results", "timeout", "max_attempts", "history", "run"];
 
 /// Most bytes of a field that the table of the protocol's fields does not name.
 const OTHER_MAX_BYTES: usize = 1_024;
@@ -195,6 +197,11 @@ impl JobView {
             }
         };
         list.into_iter().map(StatementView::of).collect()
+    }
+
+    /// The tries that did not end it well: attempts that ended in an error, and workers that were lost; the oldest first.
+    pub fn history(&self) -> Vec<Try> {
+        read_history(&self.text("history").unwrap_or_default())
     }
 
     /// Command tag and notices by step, as the worker wrote them.

@@ -18,6 +18,11 @@ pub const FIELDS: &[(&str, usize)] = &[
     ("pass", 8192),
     ("timeout", 32),
     ("max_attempts", 16),
+    ("backoff", 16),
+    ("retry_delay", 16),
+    ("retry_delay_max", 16),
+    ("retry_on", 256),
+    ("idempotent", 8),
     ("attempts", 16),
     ("unclean", 16),
     ("trace", 256),
@@ -25,6 +30,8 @@ pub const FIELDS: &[(&str, usize)] = &[
     ("traceparent", 128),
     ("cancel_requested_at", 64),
     ("created_at", 64),
+    ("lost_worker", 512),
+    ("history", 1 << 16),
 ];
 
 /// How long a queued id may wait for its hash, in ms.

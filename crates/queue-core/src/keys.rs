@@ -121,7 +121,8 @@ keys! {
     work(session) = "drayman:{tag}work:{}", Hash;
     /// Ids that a session is asked to cancel. Removed with the session.
     cancels(session) = "drayman:{tag}cancels:{}", Set;
-    /// A session: `host`, `pid`, `started_at`, `service`, `beat`, `beat_at`, `take`, `held`. Removed when closed or reclaimed.
+    /// A session: `host`, `pid`, `started_at`, `service`, `beat`, `beat_at`, `take`, `held`, and `suspect`, the job it runs that has
+    /// lost several workers. Removed when closed or reclaimed.
     session(session) = "drayman:{tag}session:{}", Hash;
     /// All sessions.
     sessions = "drayman:{tag}sessions", Set;

@@ -6,6 +6,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub mod retry;
 pub mod sql;
 
 /// Where a job, or one statement of it, stands. Written as its name in lower case.
@@ -28,7 +29,7 @@ pub enum Status {
     Cancelled,
     /// A statement that is not to run, because of how others ended.
     Skipped,
-    /// Ended; its handler decided that nothing was to be done.
+    /// Ended with an error after all the attempts that it was allowed, or set aside because it kept ending its workers.
     Ignored,
     /// Ended, and nobody can say how.
     Unknown,

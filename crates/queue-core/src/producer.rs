@@ -1,6 +1,6 @@
 //! Submitting jobs.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::config::Limits;
 use crate::error::Error;
@@ -8,6 +8,7 @@ use crate::group::{Group, Stopped};
 use crate::ids::{JobId, User};
 use crate::job::CALL_MAX;
 use crate::model::Status;
+use crate::model::retry::{Backoff, RetryChoice};
 use crate::model::sql::{SqlJob, SqlJobError};
 use crate::scripts::{Enqueued, Fields, Submission};
 use crate::store::Store;
@@ -58,10 +59,14 @@ pub struct NewJob {
     pub database: Database,
     /// How long each of its statements may run; the user's and the worker's limits hold all the same.
     pub timeout: Option<Duration>,
-    /// How many times it may be tried when an error proves that nothing was done. One if not said.
-    pub max_attempts: Option<u32>,
+    /// What it says of its retries besides.
+    pub retry: RetryChoice,
+    /// Running a statement twice does no harm: it may be tried again when nobody can know what an attempt did.
+    pub idempotent: bool,
     /// How long it waits before it may be taken.
     pub delay: Duration,
+    /// Not before this time, by the clock of Redis.
+    pub run_at: Option<SystemTime>,
     /// W3C trace context of whoever submits it.
     pub traceparent: Option<String>,
 }
@@ -77,8 +82,10 @@ impl NewJob {
             onerror: None,
             database,
             timeout: None,
-            max_attempts: None,
+            retry: RetryChoice::default(),
+            idempotent: false,
             delay: Duration::ZERO,
+            run_at: None,
             traceparent: None,
         }
     }
@@ -99,7 +106,12 @@ impl NewJob {
             .with_some("onerror", self.onerror.as_ref())
             .with_some("fallback_status", parsed.fallback_status().map(|status| status.to_string()))
             .with_some("timeout", self.timeout.map(|timeout| timeout.as_millis().to_string()))
-            .with_some("max_attempts", self.max_attempts.map(|attempts| attempts.to_string()))
+            .with_some("max_attempts", self.retry.max_attempts.map(|attempts| attempts.to_string()))
+            .with_some("backoff", self.retry.backoff.map(Backoff::as_str))
+            .with_some("retry_delay", self.retry.delay.map(|delay| delay.as_millis().to_string()))
+            .with_some("retry_delay_max", self.retry.delay_max.map(|delay| delay.as_millis().to_string()))
+            .with_some("retry_on", self.retry.on.map(|states| states.to_string()))
+            .with_some("idempotent", self.idempotent.then_some("1"))
             .with_some("traceparent", self.traceparent.as_ref());
         let fields = match &self.database {
             Database::Named(name) => fields.with("database", name),
@@ -110,7 +122,9 @@ impl NewJob {
                 .with("dbuser", dbuser)
                 .with("pass", pass),
         };
-        Ok(Submission { id: self.id, user: self.user, delay_ms: self.delay.as_millis() as u64, fields })
+        let delay_ms = self.delay.as_millis() as u64;
+        let run_at_ms = self.run_at.map(|at| at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis() as u64);
+        Ok(Submission { id: self.id, user: self.user, delay_ms, run_at_ms, fields })
     }
 }
 

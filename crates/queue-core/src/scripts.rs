@@ -4,6 +4,7 @@ use crate::error::Error;
 use crate::ids::{Fence, IdError, JOB_ID_MAX_BYTES, JobId, Pool, SessionId, USER_MAX_BYTES, User};
 use crate::job::{FIELDS, MISSING_MS, REJECTED_MS};
 use crate::keys::Keys;
+use crate::model::retry::{HISTORY_MAX_BYTES, SUSPECT_AFTER, UNCLEAN_MAX};
 use crate::reply::Reply;
 use crate::store::Store;
 
@@ -33,6 +34,7 @@ scripts! {
     MARK = "mark";
     FINISH = "finish";
     CANCEL = "cancel";
+    RETRY = "retry";
     SESSION_OPEN = "session_open";
     SESSION_BEAT = "session_beat";
     SESSION_END = "session_end";
@@ -53,6 +55,7 @@ pub fn prelude(keys: &Keys) -> String {
     format!(
         "{}local MAX_ID, MAX_USER = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}\n\
          local MISSING_MS, MAX_REJECTED_MS = {MISSING_MS}, {REJECTED_MS}\n\
+         local SUSPECT_AFTER, MAX_UNCLEAN, MAX_HISTORY = {SUSPECT_AFTER}, {UNCLEAN_MAX}, {HISTORY_MAX_BYTES}\n\
          local FIELDS = {{{}}}\n{}",
         keys.prelude(),
         fields.join(", "),
@@ -143,6 +146,8 @@ pub struct Submission {
     pub user: User,
     /// How long it waits before it may be taken.
     pub delay_ms: u64,
+    /// Not before this time, in ms since 1970 by the server's clock.
+    pub run_at_ms: Option<u64>,
     /// Its other fields.
     pub fields: Fields,
 }
@@ -319,6 +324,36 @@ pub enum CancelReply {
     Missing,
 }
 
+/// A new run of a job, as the script takes it.
+#[derive(Clone)]
+pub struct RetryOrder {
+    /// The job.
+    pub id: JobId,
+    /// Its `query` field when the caller looked.
+    pub seen_query: Vec<u8>,
+    /// For a connection that the job carries.
+    pub password: Option<Vec<u8>>,
+    /// What the run starts from.
+    pub fields: Fields,
+}
+
+/// What became of a wish for a new run.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum RetryReply {
+    /// It is queued.
+    Queued,
+    /// It has not ended: its status.
+    NotOver(String),
+    /// It changed since the caller looked.
+    Changed,
+    /// There is no such job.
+    Missing,
+    /// Its password was removed when it ended.
+    NoPassword,
+    /// It can't be queued.
+    Refused(String),
+}
+
 /// One job as it is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Inspected {
@@ -395,7 +430,8 @@ impl Store {
     pub async fn enqueue(&self, most_queued: u64, largest: u64, jobs: &[Submission]) -> Result<Vec<Enqueued>, Error> {
         let mut args = Args::new().number(most_queued).number(largest);
         for job in jobs {
-            args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms).counted_fields(&job.fields);
+            args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms);
+            args = args.number(job.run_at_ms.unwrap_or(0)).counted_fields(&job.fields);
         }
         let replies = self.call(&ENQUEUE, args.0).await?.array("enqueue")?;
         expect_len(&replies, jobs.len(), "enqueue")?;
@@ -511,6 +547,34 @@ impl Store {
                     Ok(CancelReply::Over(items.get(1).and_then(Reply::lossy).unwrap_or_default()))
                 }
                 _ => Err(reply.unexpected("cancel")),
+            })
+            .collect()
+    }
+
+    /// Starts new runs; one result each, in order.
+    pub async fn retry(&self, orders: &[RetryOrder]) -> Result<Vec<RetryReply>, Error> {
+        let args = orders.iter().fold(Args::new(), |args, order| {
+            args.text(order.id.as_str())
+                .text(&order.seen_query)
+                .text(order.password.as_ref().map(|pass| [b"=", &pass[..]].concat()).unwrap_or_default())
+                .counted_fields(&order.fields)
+        });
+        let replies = self.call(&RETRY, args.0).await?.array("retry")?;
+        expect_len(&replies, orders.len(), "retry")?;
+        let detail = |items: &[Reply]| items.get(1).and_then(Reply::lossy).unwrap_or_default();
+        replies
+            .iter()
+            .map(|reply| match (reply, reply.text()) {
+                (_, Some("queued")) => Ok(RetryReply::Queued),
+                (_, Some("changed")) => Ok(RetryReply::Changed),
+                (_, Some("missing")) => Ok(RetryReply::Missing),
+                (_, Some("no_password")) => Ok(RetryReply::NoPassword),
+                (Reply::Array(items), _) => match items.first().and_then(Reply::text) {
+                    Some("not_over") => Ok(RetryReply::NotOver(detail(items))),
+                    Some("refused") => Ok(RetryReply::Refused(detail(items))),
+                    _ => Err(reply.unexpected("retry")),
+                },
+                _ => Err(reply.unexpected("retry")),
             })
             .collect()
     }

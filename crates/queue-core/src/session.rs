@@ -241,6 +241,11 @@ impl Claim {
         &self.job
     }
 
+    /// The session that holds it.
+    pub fn session(&self) -> &SessionId {
+        &self.shared.id
+    }
+
     /// What writes under the claim while the job runs.
     pub fn pen(&self) -> Pen {
         Pen { job: self.job.clone(), shared: self.shared.clone() }

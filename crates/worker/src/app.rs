@@ -147,10 +147,10 @@ fn service(config: &Config, pools: &[PoolPattern], limits: &Limits) -> Service {
 fn rules(config: &Config) -> Rules {
     Rules {
         statement_timeout: config.sql.statement_timeout,
-        max_attempts: config.sql.attempts.get().into(),
-        retry_delay: config.sql.retry_delay,
-        retry_delay_max: config.sql.retry_delay_max,
+        retry: config.retry.clone(),
+        max_unclean: config.worker.max_unclean.get().into(),
         keep: config.retention.finished,
+        keep_ignored: config.retention.ignored,
         session_lifetime: config.worker.session_lifetime,
     }
 }

@@ -3,6 +3,8 @@
 //! One take runs one statement. If more are to come, the job goes back to the front of its queue, so that a long chain can
 //! be interrupted between statements and other users get their turn.
 
+use std::hash::{BuildHasher, RandomState};
+use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -10,11 +12,13 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use async_trait::async_trait;
 use futures::FutureExt;
 use queue_core::model::Status;
+use queue_core::model::retry::{self, NoBackoff, NoSqlState, RetryChoice, RetryPolicy, Try};
 use queue_core::model::sql::{SqlJob, Verdict as StatementVerdict};
 use queue_core::scripts::{Fields, Finished, Mark, Taken, Verdict};
 use queue_core::session::{Claim, Pen};
 use tracing::Instrument;
 
+use crate::config::RetryConfig;
 use crate::execute::sql::template;
 use crate::execute::{ClaimLost, End, Executor, Failure, Ledger, Report, Target, Trace, Work};
 use crate::stop::{Cause, Stop};
@@ -30,14 +34,14 @@ const SETTLE_ATTEMPTS: u64 = 12;
 pub struct Rules {
     /// Longest that a statement may run, where the user has no limit of its own.
     pub statement_timeout: Duration,
-    /// How often a job that says nothing else is tried when an error proves that nothing was done.
-    pub max_attempts: u64,
-    /// The pause before the second attempt; it doubles with each further one.
-    pub retry_delay: Duration,
-    /// The longest pause between attempts.
-    pub retry_delay_max: Duration,
+    /// When a job that says nothing else is tried again.
+    pub retry: RetryConfig,
+    /// How many workers a job may end before it is set aside.
+    pub max_unclean: u64,
     /// How long the record of a finished job is kept.
     pub keep: Duration,
+    /// How long that of a job is kept that ended after all its attempts, or was set aside.
+    pub keep_ignored: Duration,
     /// How long a worker that Redis does not answer may take its claims for held.
     pub session_lifetime: Duration,
 }
@@ -136,6 +140,10 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
         Ok(job) => job,
         Err(reason) => return Some(failed_as_a_whole(taken, &reason, rules)),
     };
+    let retries = match Retries::of(claim, rules) {
+        Ok(retries) => retries,
+        Err(reason) => return Some(failed_as_a_whole(taken, &reason, rules)),
+    };
     let cancel_was_asked = taken.bytes("cancel_requested_at").is_some_and(|value| !value.is_empty());
     // What a worker that was lost left running must be settled first: its statement may have taken effect.
     let left_behind = taken.number("unclean") > 0 || taken.bytes("trace").is_some_and(|trace| !trace.is_empty());
@@ -144,6 +152,11 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
         if !left_behind {
             return Some(cancelled_while_waiting(&mut job, rules));
         }
+    }
+    // What an earlier execution did is still settled, but nothing of a job that keeps ending its workers is run again.
+    let set_aside = taken.number("unclean") >= rules.max_unclean;
+    if set_aside {
+        stop.ask(Cause::SetAside);
     }
     let Some(statement) = job.next() else { return Some(ending(&job, rules, Fields::new())) };
     let step = statement.step.clone();
@@ -160,14 +173,14 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
         Ok(statement.sql.to_owned())
     };
     let earlier = earlier(taken, &step);
-    let at = clock.now();
-    if let Err(refused) = job.start(&at) {
+    let started = clock.now();
+    if let Err(refused) = job.start(&started) {
         return Some(failed_as_a_whole(taken, &refused.to_string(), rules));
     }
     // Whether the executor came as far as its claim: what an earlier execution left is settled by then.
     let mut asked = false;
     let end = match sql {
-        Err(reason) => End::Failed(Failure { message: reason, sqlstate: None, retryable: false }),
+        Err(reason) => End::Failed(Failure { message: reason, ..Failure::default() }),
         Ok(sql) => {
             let work = Work {
                 job: taken.id.clone(),
@@ -200,19 +213,32 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
     };
     let at = clock.now();
     let mut extra = Fields::new().with("trace", "");
+    // Every attempt that the job was allowed ended in an error that would have allowed another one.
+    let mut exhausted = false;
     let verdict = match end {
         End::ClaimLost => return None,
         End::Done(report) => {
             extra = extra.with("results", results(taken, &step, &report));
             StatementVerdict::Done
         }
-        End::Failed(failure) if failure.retryable && stop.cause().is_none() && may_try_again(taken, rules) => {
-            return Some(try_again(&mut job, taken, rules, &failure));
+        End::Failed(failure) if stop.cause().is_none() && retries.again(&failure) => {
+            let known = asked && !could_not_ask(&failure);
+            let mut ending = retries.scheduled(&mut job, &step, &started, &at, failure);
+            if known {
+                ending.fields = ending.fields.and(extra);
+            }
+            return Some(ending);
+        }
+        End::Unknown(reason) if stop.cause().is_none() && retries.idempotent && retries.left() => {
+            let failure = Failure { message: reason, ..Failure::default() };
+            let mut ending = retries.scheduled(&mut job, &step, &started, &at, failure);
+            ending.fields = ending.fields.and(extra);
+            return Some(ending);
         }
         End::Failed(failure) if earlier.is_some() && (!asked || could_not_ask(&failure)) => {
             // Nothing was tried now, but an earlier execution may have taken effect: that is asked for until it is answered.
             if taken.number("attempts") < SETTLE_ATTEMPTS {
-                return Some(try_again(&mut job, taken, rules, &failure));
+                return Some(retries.scheduled(&mut job, &step, &started, &at, failure));
             }
             let why = failure.message;
             StatementVerdict::Unknown(format!(
@@ -227,11 +253,22 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
         End::Failed(failure) if failure.retryable && stop.cause() == Some(Cause::Draining) => {
             return Some(given_back(&mut job));
         }
-        End::Failed(failure) => StatementVerdict::Failed(failure.message),
+        End::Failed(_) | End::Stopped if stop.cause() == Some(Cause::SetAside) => {
+            return Some(put_aside(&mut job, taken, rules));
+        }
+        End::Failed(failure) => {
+            let last = retries.wanted(&failure);
+            if last || retries.more_than_one() {
+                extra = extra.with("history", retries.history(&step, &started, &at, &failure.message));
+                extra = extra.with("attempts", (retries.attempts + 1).to_string());
+            }
+            exhausted = last && retries.more_than_one();
+            StatementVerdict::Failed(failure.message)
+        }
         End::Stopped => match stop.cause() {
             Some(Cause::ClaimLost) => return None,
             Some(Cause::Draining) => return Some(given_back(&mut job)),
-            Some(Cause::Cancelled) | None => StatementVerdict::Cancelled,
+            Some(Cause::Cancelled | Cause::SetAside) | None => StatementVerdict::Cancelled,
         },
         End::CancelledElsewhere => StatementVerdict::Cancelled,
         End::Unknown(reason) => StatementVerdict::Unknown(reason),
@@ -243,11 +280,21 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
     if !job.is_over() && stop.cause() == Some(Cause::Cancelled) && job.cancel_pending().is_err() {
         tracing::debug!("nothing was left to cancel");
     }
-    if !job.is_over() && taken.number("attempts") > 0 {
-        // The next statement has attempts of its own.
-        extra = extra.with("attempts", "0");
+    if !job.is_over() {
+        // The next statement has attempts of its own, and a worker that is lost then is lost to that one.
+        for counter in ["attempts", "unclean"] {
+            if taken.number(counter) > 0 && !set_aside {
+                extra = extra.with(counter, "0");
+            }
+        }
     }
-    Some(ending(&job, rules, extra))
+    let mut ending = ending(&job, rules, extra);
+    if exhausted && job.is_over() && job.status() == Status::Failed {
+        ending.verdict = Verdict::Final { keep_ms: rules.keep_ignored.as_millis() as u64 };
+        ending.fields = ending.fields.and(Fields::new().with("status", Status::Ignored.as_str()));
+        ending.status = Status::Ignored.to_string();
+    }
+    Some(ending)
 }
 
 fn parse(taken: &Taken) -> Result<SqlJob, String> {
@@ -362,14 +409,6 @@ fn given_back(job: &mut SqlJob) -> Ending {
     Ending { verdict: Verdict::Back, fields: progress(job), status: "given back".into() }
 }
 
-fn may_try_again(taken: &Taken, rules: &Rules) -> bool {
-    let most = match taken.number("max_attempts") {
-        0 => rules.max_attempts,
-        most => most,
-    };
-    taken.number("attempts") + 1 < most
-}
-
 /// Whether a failure came before the database could be asked anything.
 fn could_not_ask(failure: &Failure) -> bool {
     failure.retryable && failure.sqlstate.as_deref().is_none_or(|state| state.starts_with("08") || state == "57P03")
@@ -380,21 +419,109 @@ fn reason(failure: &Failure) -> &str {
     failure.sqlstate.as_deref().unwrap_or(&failure.message)
 }
 
-fn try_again(job: &mut SqlJob, taken: &Taken, rules: &Rules, failure: &Failure) -> Ending {
+/// The end of a job that has ended too many workers.
+fn put_aside(job: &mut SqlJob, taken: &Taken, rules: &Rules) -> Ending {
     if job.put_back().is_err() {
         tracing::debug!("nothing was running");
     }
-    let attempts = taken.number("attempts") + 1;
-    let doubled = rules.retry_delay.saturating_mul(1 << (attempts - 1).min(20));
-    let pause = doubled.min(rules.retry_delay_max);
-    tracing::info!(
-        attempt = attempts,
-        pause_ms = pause.as_millis() as u64,
-        reason = reason(failure),
-        "nothing was done, it will be tried again"
-    );
-    let fields = progress(job).and(Fields::new().with("attempts", attempts.to_string()).with("status", "scheduled"));
-    Ending { verdict: Verdict::Later { after_ms: pause.as_millis() as u64 }, fields, status: "scheduled".into() }
+    let lost = taken.text("lost_worker").ok().flatten().unwrap_or("unknown");
+    let reason = format!("set aside: it ended {} workers, the last one {lost}", taken.number("unclean"));
+    tracing::warn!(reason, "a job is set aside");
+    let mut fields = progress(job)
+        .and(Fields::new().with("status", Status::Ignored.as_str()).with("failed_reason", reason).with("trace", ""));
+    if job.fallback_status().is_some() {
+        fields = fields.and(Fields::new().with("fallback_status", Status::Skipped.as_str()));
+    }
+    let verdict = Verdict::Final { keep_ms: rules.keep_ignored.as_millis() as u64 };
+    Ending { verdict, fields, status: Status::Ignored.to_string() }
+}
+
+/// What a job may do after an error.
+struct Retries<'a> {
+    claim: &'a Claim,
+    policy: RetryPolicy,
+    /// Running a statement twice does no harm.
+    idempotent: bool,
+    /// How many attempts of the present statement have ended in an error.
+    attempts: u64,
+}
+
+impl<'a> Retries<'a> {
+    fn of(claim: &'a Claim, rules: &Rules) -> Result<Self, String> {
+        let taken = claim.job();
+        let given = |name| Ok::<_, String>(taken.text(name)?.filter(|text| !text.is_empty()));
+        let duration = |name| Some(taken.number(name)).filter(|ms| *ms > 0).map(Duration::from_millis);
+        let backoff = given("backoff")?.map(|word| word.parse().map_err(|fault: NoBackoff| fault.to_string()));
+        let on = given("retry_on")?.map(|text| text.parse().map_err(|fault: NoSqlState| format!("retry_on: {fault}")));
+        let choice = RetryChoice {
+            max_attempts: u32::try_from(taken.number("max_attempts")).ok().and_then(NonZeroU32::new),
+            backoff: backoff.transpose()?,
+            delay: duration("retry_delay"),
+            delay_max: duration("retry_delay_max"),
+            on: on.transpose()?,
+        };
+        Ok(Self {
+            claim,
+            policy: rules.retry.of(&taken.pool).with(&choice),
+            idempotent: matches!(given("idempotent")?, Some("1" | "true" | "yes")),
+            attempts: taken.number("attempts"),
+        })
+    }
+
+    fn more_than_one(&self) -> bool {
+        self.policy.max_attempts.get() > 1
+    }
+
+    fn left(&self) -> bool {
+        self.policy.allows_after(self.attempts + 1)
+    }
+
+    /// Whether the policy takes this error for one after which another attempt may help.
+    fn wanted(&self, failure: &Failure) -> bool {
+        let named = failure.sqlstate.as_deref().is_some_and(|code| self.policy.on.contains(code));
+        failure.retryable || named && (failure.undone || self.idempotent)
+    }
+
+    fn again(&self, failure: &Failure) -> bool {
+        self.wanted(failure) && self.left()
+    }
+
+    fn history(&self, step: &str, started: &str, ended: &str, error: &str) -> String {
+        let one = Try {
+            step: Some(step.to_owned()),
+            worker: self.claim.session().to_string(),
+            started_at: Some(started.to_owned()),
+            ended_at: ended.to_owned(),
+            error: error.to_owned(),
+            unclean: false,
+        };
+        retry::write_history(self.claim.job().text("history").ok().flatten().unwrap_or_default(), one)
+    }
+
+    /// Another attempt, after a pause.
+    fn scheduled(&self, job: &mut SqlJob, step: &str, started: &str, ended: &str, failure: Failure) -> Ending {
+        if job.put_back().is_err() {
+            tracing::debug!("nothing was running");
+        }
+        let attempts = self.attempts + 1;
+        let chance = BuildHasher::hash_one(&RandomState::new(), attempts);
+        let pause = self.policy.pause(attempts, chance);
+        tracing::info!(
+            attempt = attempts,
+            pause_ms = pause.as_millis() as u64,
+            reason = reason(&failure),
+            "it failed and will be tried again"
+        );
+        let fields = progress(job)
+            .with("attempts", attempts.to_string())
+            .with("history", self.history(step, started, ended, &failure.message))
+            .with("status", Status::Scheduled.as_str());
+        Ending {
+            verdict: Verdict::Later { after_ms: pause.as_millis() as u64 },
+            fields,
+            status: Status::Scheduled.to_string(),
+        }
+    }
 }
 
 /// The job's command tags and notices so far, as JSON by step, with those of one more statement.

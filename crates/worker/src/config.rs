@@ -10,6 +10,7 @@ use queue_core::config::{
     Configuration, Fault, Limits, RedisConfig, RetentionConfig, TelemetryConfig, load, positive, to_toml,
 };
 use queue_core::ids::{Pool, PoolPattern};
+use queue_core::model::retry::{Backoff, RetryChoice, RetryPolicy, SqlStates, UNCLEAN_MAX};
 use queue_core::session::Fairness;
 use serde::{Deserialize, Serialize};
 use telemetry::LogConfig;
@@ -36,6 +37,8 @@ pub struct Config {
     pub sql: SqlSettings,
     /// `[capacity]`
     pub capacity: CapacityConfig,
+    /// `[retry]`
+    pub retry: RetryConfig,
     /// `[retention]`
     pub retention: RetentionConfig,
     /// `[log]`
@@ -67,6 +70,8 @@ pub struct WorkerConfig {
     pub drain_grace: Duration,
     /// What a job costs its user.
     pub fairness: Fairness,
+    /// How many workers a job may end before it is set aside.
+    pub max_unclean: NonZeroU32,
 }
 
 impl Default for WorkerConfig {
@@ -79,6 +84,7 @@ impl Default for WorkerConfig {
             scan_interval: Duration::from_secs(5),
             drain_grace: Duration::from_secs(20),
             fairness: Fairness::Jobs,
+            max_unclean: const { NonZeroU32::new(5).unwrap() },
         }
     }
 }
@@ -91,6 +97,47 @@ pub struct CapacityConfig {
     pub default: NonZeroU32,
     /// Pools of their own capacity.
     pub pools: BTreeMap<Pool, NonZeroU32>,
+}
+
+/// When jobs are tried again that do not say so themselves.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct RetryConfig {
+    /// How often a statement is tried in all.
+    pub max_attempts: NonZeroU32,
+    /// Errors that allow another attempt besides.
+    pub on: SqlStates,
+    /// How the pause grows.
+    pub backoff: Backoff,
+    /// The pause after the first attempt.
+    #[serde(with = "humantime_serde")]
+    pub delay: Duration,
+    /// The longest pause.
+    #[serde(with = "humantime_serde")]
+    pub delay_max: Duration,
+    /// What single pools say instead.
+    pub pools: BTreeMap<Pool, RetryChoice>,
+}
+
+impl Default for RetryConfig {
+    fn default() -> Self {
+        let RetryPolicy { max_attempts, backoff, delay, delay_max, on } = RetryPolicy::default();
+        Self { max_attempts, on, backoff, delay, delay_max, pools: BTreeMap::new() }
+    }
+}
+
+impl RetryConfig {
+    /// The policy of a pool.
+    pub fn of(&self, pool: &Pool) -> RetryPolicy {
+        let general = RetryPolicy {
+            max_attempts: self.max_attempts,
+            backoff: self.backoff,
+            delay: self.delay,
+            delay_max: self.delay_max,
+            on: self.on.clone(),
+        };
+        self.pools.get(pool).map_or_else(|| general.clone(), |choice| general.with(choice))
+    }
 }
 
 impl CapacityConfig {
@@ -159,6 +206,9 @@ impl Configuration for Config {
         if self.worker.session_lifetime < SESSION_LIFETIME_MIN {
             let least = humantime::format_duration(SESSION_LIFETIME_MIN);
             return Err(Fault::new("worker.session_lifetime", format!("must be at least {least}")));
+        }
+        if u64::from(self.worker.max_unclean.get()) * 2 > UNCLEAN_MAX {
+            return Err(Fault::new("worker.max_unclean", format!("must be at most {}", UNCLEAN_MAX / 2)));
         }
         positive("worker.scan_interval", self.worker.scan_interval)?;
         positive("sql.statement_timeout", self.sql.statement_timeout)?;
@@ -240,7 +290,11 @@ mod tests {
             ("[worker]\nsession_lifetime = '200ms'", "worker.session_lifetime must be at least 1s"),
             ("[worker]\nscan_interval = '0s'", "worker.scan_interval must be longer than nothing"),
             ("[sql]\nstatement_timeout = 3", "sql.statement_timeout has an invalid type"),
-            ("[sql]\nattempts = 0", "sql.attempts has an invalid value"),
+            ("[retry]\nmax_attempts = 0", "retry.max_attempts has an invalid value"),
+            ("[retry]\non = ['4000']", "retry.on"),
+            ("[retry]\nmax_attempt = 2", "unknown key retry.max_attempt in "),
+            ("[retry.pools.'sql:h']\nbackof = 'fixed'", "unknown key retry.pools.sql:h.backof in "),
+            ("[worker]\nmax_unclean = 11", "worker.max_unclean must be at most 10"),
             ("[capacity]\ndefault = 0", "capacity.default has an invalid value"),
             ("[capacity.pools]\n'a b' = 1", "capacity.pools.a b"),
             ("[retention]\nfinished = 'never'", "retention.finished has an invalid value"),

@@ -13,6 +13,8 @@ pub enum Cause {
     Draining,
     /// The claim is another's by now: nothing may be recorded.
     ClaimLost,
+    /// The job has ended too many workers: what was begun is settled, and nothing more of it is run.
+    SetAside,
 }
 
 /// A stop that may be asked for once.

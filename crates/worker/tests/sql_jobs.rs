@@ -298,7 +298,7 @@ async fn missing_connection_properties_fail_the_job() {
 async fn only_what_did_nothing_is_tried_again_and_only_as_often_as_is_said() {
     let house = House::build().await;
     let mut config = house.config();
-    config.sql.retry_delay = Duration::from_millis(20);
+    config.retry.delay = Duration::from_millis(20);
     let worker = Running::start(config);
     // A sequence counts although the transaction is rolled back.
     house.postgres.query(DATABASE, "CREATE SEQUENCE tries").await;
@@ -312,7 +312,7 @@ async fn only_what_did_nothing_is_tried_again_and_only_as_often_as_is_said() {
         ("by-default", "40001", 9, None, "failed", 1),
         ("serialization", "40001", 3, Some("5"), "done", 3),
         ("deadlock", "40P01", 3, Some("3"), "done", 3),
-        ("in-vain", "40P01", 9, Some("2"), "failed", 2),
+        ("in-vain", "40P01", 9, Some("2"), "ignored", 2),
         ("other", "23505", 9, Some("5"), "failed", 1),
     ] {
         house.postgres.query(DATABASE, "ALTER SEQUENCE tries RESTART; TRUNCATE effects").await;
@@ -336,7 +336,7 @@ async fn only_what_did_nothing_is_tried_again_and_only_as_often_as_is_said() {
     // Nobody listens: refused connections, three of them.
     house.job("refused", "SELECT 1").with("port", "1").with("max_attempts", "3").push();
     let view = house.ended("refused").await;
-    assert_eq!((view.status().as_str(), view.text("attempts").as_deref()), ("failed", Some("2")));
+    assert_eq!((view.status().as_str(), view.text("attempts").as_deref()), ("ignored", Some("3")));
     // And one that is there when it is tried again.
     house.postgres.kill();
     house.job("patient", &effect("patient")).with("max_attempts", "1000").push();
@@ -432,8 +432,8 @@ async fn a_push_is_heard_at_once_and_an_unheard_one_is_found() {
 async fn what_a_lost_worker_may_have_done_is_not_called_failed_because_nobody_could_ask() {
     let house = House::build().await;
     let mut config = house.config();
-    config.sql.retry_delay = Duration::from_millis(1);
-    config.sql.retry_delay_max = Duration::from_millis(1);
+    config.retry.delay = Duration::from_millis(1);
+    config.retry.delay_max = Duration::from_millis(1);
     let worker = Running::start(config);
     house.job("host", "SELECT 1").with("trace", "0 transaction 5").with("host", "192.0.2.1").push();
     house.job("database", "SELECT 1").with("trace", "0 transaction 5").with("dbname", "missing").of("bob").push();

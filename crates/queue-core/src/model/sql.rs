@@ -208,6 +208,30 @@ impl SqlJob {
         self.apply(Status::Pending, None, None)
     }
 
+    /// A job that has ended starts a new run. What is done stays so, and the run begins with the first statement that is not;
+    /// or all of it runs again. Tells whether there is anything to run.
+    pub fn rerun(&mut self, from_start: bool) -> bool {
+        let done = |entry: &Entry| entry.main == Status::Done && entry.fallback.is_none_or(settled);
+        let kept = if from_start { 0 } else { self.entries.iter().take_while(|entry| done(entry)).count() };
+        let all_kept = kept == self.entries.len();
+        if all_kept && self.fallback.is_none_or(settled) {
+            return false;
+        }
+        for entry in &mut self.entries[kept..] {
+            // Of an entry that did its work, only what should have followed is left to do.
+            if from_start || entry.main != Status::Done {
+                entry.main = Status::Pending;
+                (entry.started_at, entry.ended_at) = (None, None);
+            }
+            entry.failed_reason = None;
+            entry.fallback = entry.fallback.map(|_| Status::Pending);
+        }
+        self.fallback = self.fallback.map(|_| Status::Pending);
+        self.failed_reason = None;
+        self.status = if self.entries_have_next() { Status::Pending } else { self.last_ended() };
+        true
+    }
+
     /// The layout in which the job is kept.
     pub fn kind(&self) -> Kind {
         self.kind
@@ -459,6 +483,11 @@ fn due(given: &Map<String, Value>, main: Status, fallback: Option<Status>) -> Op
         _ => return None,
     };
     Some((name, text_of(given, name)?))
+}
+
+/// A fallback that needs no other run.
+fn settled(fallback: Status) -> bool {
+    matches!(fallback, Status::Done | Status::Skipped)
 }
 
 fn has_fallback(given: &Map<String, Value>) -> bool {

@@ -270,6 +270,9 @@ local function release(id, claim)
   redis.call('HDEL', K.claims(), id)
   redis.call('HDEL', K.work(claim.session), id)
   redis.call('SREM', K.cancels(claim.session), id)
+  if redis.call('HGET', K.session(claim.session), 'suspect') == id then
+    redis.call('HDEL', K.session(claim.session), 'suspect')
+  end
   if redis.call('HINCRBY', K.pool(claim.pool), 'running', -1) < 0 then
     redis.call('HSET', K.pool(claim.pool), 'running', 0)
   end
@@ -313,6 +316,38 @@ local function give_back(id, claim, extra)
   end
   if record(id, claim.user, 'user', claim.user, unpack(fields)) and put_first(id, claim.user) then
     publish(claim.user, id, 'pending')
+  end
+  place_on(claim.user, claim.pool)
+end
+
+-- How often the job's worker was lost while it ran.
+local function unclean_of(id)
+  return redis.call('HSTRLEN', K.job(id), 'unclean') <= 16 and tonumber(redis.call('HGET', K.job(id), 'unclean') or 0) or 0
+end
+
+-- A job's history with one more entry, the oldest dropped.
+local function history_with(id, entry)
+  local text = try('HSTRLEN', K.job(id), 'history') or 0
+  text = text <= MAX_HISTORY and try('HGET', K.job(id), 'history') or ''
+  text = text .. (text == '' and '' or '\n') .. cjson.encode(entry)
+  while #text > MAX_HISTORY do text = string.sub(text, (string.find(text, '\n', 1, true) or #text) + 1) end
+  return text
+end
+
+-- A claimed job whose worker is gone: an unclean end. It goes back to the front of its queue, for whoever takes it next to
+-- settle what was begun; but for one that ends its workers before they can even look at it.
+local function lose(id, claim)
+  if redis.call('TYPE', K.job(id)).ok ~= 'hash' then return give_back(id, claim, {}) end
+  local unclean = unclean_of(id) + 1
+  local fields = {'unclean', int(unclean), 'lost_worker', claim.session, 'history', history_with(id,
+    {unclean = true, worker = claim.session, ended_at = now, error = 'its worker was lost'})}
+  if unclean < MAX_UNCLEAN then return give_back(id, claim, fields) end
+  release(id, claim)
+  local begun = (try('HGET', K.job(id), 'trace') or '') ~= ''
+  if record(id, claim.user, 'user', claim.user, 'status', begun and 'unknown' or 'ignored', 'ended_at', now,
+    'failed_reason', 'it ended ' .. int(unclean) .. ' workers, the last one ' .. claim.session, unpack(fields)) then
+    if try('HGET', K.job(id), 'fallback_status') then record(id, claim.user, 'fallback_status', 'skipped') end
+    file(id, claim.user, begun and 'unknown' or 'ignored', MAX_REJECTED_MS)
   end
   place_on(claim.user, claim.pool)
 end

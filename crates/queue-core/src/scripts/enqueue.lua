@@ -1,15 +1,16 @@
 -- Submits jobs, many in one call.
 -- ARGV: most queued jobs per user, largest payload in bytes, then for each job:
---   id, user, delay in ms, number of fields and values, fields and values in turn
+--   id, user, delay in ms, earliest time in ms (0 for none), number of fields and values, fields and values in turn
 -- Reply: for each job 'queued', 'exists' (the id was submitted before: nothing was written), {'full', limit},
 --   {'too_large', bytes}, or {'refused', reason}
 local most, largest = tonumber(ARGV[1]), tonumber(ARGV[2])
 local replies, wakes = {}, {}
 local i = 3
 while i <= #ARGV do
-  local id, user, delay, m = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
-  local fields = {unpack(ARGV, i + 4, i + 3 + m)}
-  i = i + 4 + m
+  local id, user, m = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 4])
+  local delay = math.max(tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]) - now_ms)
+  local fields = {unpack(ARGV, i + 5, i + 4 + m)}
+  i = i + 5 + m
   local queue, size, reply = K.queue(user), 0, nil
   for f = 2, #fields, 2 do size = size + #fields[f] end
   local length = try('LLEN', queue)

@@ -31,8 +31,7 @@ local count = math.min(#jobs, 1000)
 for i = 1, count do
   local id, claim = jobs[i][1], jobs[i][2]
   if how == 'reclaim' then
-    local unclean = tonumber(try('HGET', K.job(id), 'unclean') or 0) or 0
-    give_back(id, claim, {'unclean', int(unclean + 1), 'lost_worker', session})
+    lose(id, claim)
   else
     recharge(claim, 0)
     give_back(id, claim, {})

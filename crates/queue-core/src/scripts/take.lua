@@ -64,6 +64,8 @@ local function claim_head(id, user, pool, start)
   redis.call('HINCRBY', K.busy(pool), user, 1)
   try('LPUSH', K.wip(user), id)
   try('SADD', K.wip_users(), user)
+  -- One suspect at a time, so that the next end of this worker tells which job it was.
+  if unclean_of(id) >= SUSPECT_AFTER then redis.call('HSET', K.session(session), 'suspect', id) end
   -- A status that is decided already stays: only the job-level fallback is left to run.
   if not FINAL[status] then redis.call('HSET', job, 'status', 'running') end
   redis.call('HSET', job, 'user', user, 'fence', fence, 'worker', session, 'updated_at', now)
@@ -80,6 +82,7 @@ local opened = {}
 
 -- One job of a pool, or false if the pool has none to give; 'blocked' if it has and may not, 'more' if a hundred users had
 -- nothing (any more) and others stand behind them.
+-- A session that runs a suspect leaves others of that kind alone: their users keep their places for other sessions.
 local function take_one(pool)
   local p = redis.call('HMGET', K.pool(pool), 'capacity', 'running', 'v', 'blocked')
   if p[4] then return 'blocked' end
@@ -92,13 +95,18 @@ local function take_one(pool)
     redis.call('HSET', K.pool(pool), 'blocked', BLOCKED)
     return 'blocked'
   end
+  local passed_over = 0
   for _ = 1, 100 do
-    local first = redis.call('ZRANGE', K.ready(pool), 0, 0, 'WITHSCORES')
+    local first = redis.call('ZRANGE', K.ready(pool), passed_over, passed_over, 'WITHSCORES')
     local user, start = first[1], tonumber(first[2])
-    if not user then return false end
-    redis.call('ZREM', K.ready(pool), user)
+    if not user then return passed_over > 0 and 'blocked' end
     local id, actual = head(user)
-    if id and actual == pool then
+    local suspect = id and actual == pool and unclean_of(id) >= SUSPECT_AFTER
+      and redis.call('HEXISTS', K.session(session), 'suspect') == 1
+    if not suspect then redis.call('ZREM', K.ready(pool), user) end
+    if suspect then
+      passed_over = passed_over + 1
+    elseif id and actual == pool then
       local tag = claim_head(id, user, pool, start)
       local v = math.max(tonumber(p[3] or 0), start)
       redis.call('HSET', K.pool(pool), 'v', int(v))

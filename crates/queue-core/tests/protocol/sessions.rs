@@ -311,3 +311,56 @@ async fn a_server_of_another_major_version_is_refused_and_left_as_it_is() {
     rig.session("sql:*", 4).await;
     assert_eq!(rig.redis(&["GET", "drayman:version"]).text(), "1.0");
 }
+
+#[tokio::test]
+async fn a_session_runs_one_suspect_at_a_time_so_that_neighbours_are_not_blamed() {
+    let rig = Rig::start().await;
+    for (user, unclean) in [("alice", "2"), ("bob", "3"), ("cem", "1"), ("dan", "junk")] {
+        rig.submit(user, user, "h");
+        rig.redis(&["HSET", &job_key(user), "unclean", unclean]);
+        rig.notice(&[user]).await;
+    }
+    let (one, two) = (rig.session("sql:*", 8).await, rig.session("sql:*", 8).await);
+    let mut claims = take(&one, 8).await;
+    assert_eq!(ids(&claims), ["alice", "cem", "dan"]);
+    assert!(take(&one, 8).await.is_empty(), "bob waits for another session, or for this one's suspect to end");
+    rig.balanced();
+    let others = take(&two, 8).await;
+    assert_eq!(ids(&others), ["bob"]);
+    for claim in others {
+        assert_eq!(put(claim, Verdict::Back).await, Finished::Ended);
+    }
+    assert!(take(&one, 8).await.is_empty());
+    assert_eq!(end(claims.remove(0), "done").await, Finished::Ended);
+    assert_eq!(ids(&take(&one, 8).await), ["bob"]);
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_job_that_ends_its_workers_before_they_can_look_at_it_does_not_do_so_for_ever() {
+    let rig = Rig::start().await;
+    let term = rig.lead().await.term();
+    for (id, trace, status) in [("untouched", "", "ignored"), ("begun", "0 transaction 7@1", "unknown")] {
+        rig.submit("alice", id, "h");
+        rig.submit("alice", "next", "h");
+        rig.redis(&["HSET", &job_key(id), "unclean", "19", "trace", trace, "fallback_status", "pending"]);
+        rig.notice(&["alice"]).await;
+        let doomed = rig.session("sql:*", 8).await;
+        assert_eq!(ids(&take(&doomed, 8).await), [id]);
+        let ended = rig.store.session_reclaim(doomed.id().as_str(), 0, &leader_id(), term).await.unwrap().unwrap();
+        assert_eq!(ended, SessionEnd::Ended(1));
+        let hash = rig.hash(id);
+        assert_eq!((hash["status"].as_str(), hash["fallback_status"].as_str()), (status, "skipped"));
+        let reason = format!("it ended 20 workers, the last one {}", doomed.id());
+        assert_eq!(hash["failed_reason"], reason);
+        let history = queue_core::model::retry::read_history(&hash["history"]);
+        assert!(history[0].unclean && history[0].worker == doomed.id().as_str());
+        assert!(rig.redis(&["PTTL", &job_key(id)]).int() > 0);
+        rig.balanced();
+        // Who stood behind it goes on.
+        let heir = rig.session("sql:*", 8).await;
+        assert_eq!(end(take_one(&heir).await, "done").await, Finished::Ended);
+        rig.redis(&["DEL", &job_key("next")]);
+        heir.close().await.unwrap();
+    }
+}

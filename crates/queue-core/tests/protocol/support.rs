@@ -216,7 +216,7 @@ pub fn queue_key(user: &str) -> String {
 /// A native submission of a statement for a host.
 pub fn submission(user: &str, id: &str, host: &str) -> Submission {
     let fields = Fields::new().with("query", "select 1").with("host", host);
-    Submission { id: JobId::new(id).unwrap(), user: User::new(user).unwrap(), delay_ms: 0, fields }
+    Submission { id: JobId::new(id).unwrap(), user: User::new(user).unwrap(), delay_ms: 0, run_at_ms: None, fields }
 }
 
 pub async fn take(session: &Session, n: usize) -> Vec<Claim> {

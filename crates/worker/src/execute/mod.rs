@@ -120,6 +120,8 @@ pub struct Failure {
     pub sqlstate: Option<String>,
     /// The error proves that nothing was done and that trying again may help (connection refused, 40001, 40P01).
     pub retryable: bool,
+    /// Nothing of the statement is left, whatever it did.
+    pub undone: bool,
 }
 
 /// Runs work of one kind.

@@ -577,3 +577,51 @@ proptest! {
         }
     }
 }
+
+/// A job with these statuses of its entries and of itself, each `main` or `main/fallback`.
+fn ended(entries: &[&str], status: &str, fallback: Option<&str>) -> SqlJob {
+    let entry = |statuses: &&str| {
+        let (main, fallback) = statuses.split_once('/').unwrap_or((statuses, ""));
+        let mut entry = serde_json::json!({ "query": "q", "status": main, "failed_reason": "r" });
+        if !fallback.is_empty() {
+            entry["fallback_status"] = fallback.into();
+            entry["onsuccess"] = "s".into();
+            entry["onerror"] = "e".into();
+        }
+        entry
+    };
+    let mut object = serde_json::json!({ "query": entries.iter().map(entry).collect::<Vec<_>>() });
+    if fallback.is_some() {
+        object["onsuccess"] = "s".into();
+        object["onerror"] = "e".into();
+    }
+    let fallback = fallback.map(|text| text.parse().unwrap());
+    SqlJob::parse(&object.to_string(), status.parse().unwrap(), fallback, None, None, Some("r")).unwrap()
+}
+
+#[test]
+fn a_new_run_begins_with_the_first_statement_that_is_not_done() {
+    for (entries, status, fallback, next) in [
+        (&["failed"][..], "failed", None, Some("0")),
+        (&["done", "failed", "skipped"], "failed", None, Some("1")),
+        (&["done/done", "failed/done", "skipped/skipped"], "failed", None, Some("1")),
+        // The entry did its work; what should have followed did not.
+        (&["done/failed", "done/done"], "done", None, Some("0.onsuccess")),
+        (&["done", "cancelled"], "cancelled", Some("skipped"), Some("1")),
+        (&["done", "done"], "done", Some("failed"), Some("onsuccess")),
+        (&["done", "done"], "done", Some("done"), None),
+        (&["done"], "done", None, None),
+        (&["unknown", "skipped"], "unknown", None, Some("0")),
+        (&["pending"], "ignored", Some("skipped"), Some("0")),
+    ] {
+        let mut job = ended(entries, status, fallback);
+        assert_eq!(job.rerun(false), next.is_some(), "{entries:?} {fallback:?}");
+        if let Some(next) = next {
+            assert_eq!(job.next().unwrap().step, next, "{entries:?} {fallback:?}");
+            assert!(!job.is_over() && job.failed_reason().is_none());
+        }
+        let mut job = ended(entries, status, fallback);
+        assert!(job.rerun(true));
+        assert_eq!((job.next().unwrap().step.as_str(), job.status()), ("0", Status::Pending));
+    }
+}

@@ -2,7 +2,6 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::num::NonZeroU32;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -43,14 +42,6 @@ pub struct SqlSettings {
     /// The longest that a statement may run.
     #[serde(with = "humantime_serde")]
     pub statement_timeout: Duration,
-    /// How often a statement is tried whose error proves that nothing was done.
-    pub attempts: NonZeroU32,
-    /// The pause before the second attempt; it doubles with each further one.
-    #[serde(with = "humantime_serde")]
-    pub retry_delay: Duration,
-    /// The longest pause between attempts.
-    #[serde(with = "humantime_serde")]
-    pub retry_delay_max: Duration,
 }
 
 impl Default for SqlSettings {
@@ -62,9 +53,6 @@ impl Default for SqlSettings {
             connect_timeout: Duration::from_secs(10),
             lost_statement: LostStatement::Unknown,
             statement_timeout: Duration::from_secs(12 * 3600),
-            attempts: NonZeroU32::MIN,
-            retry_delay: Duration::from_secs(1),
-            retry_delay_max: Duration::from_secs(300),
         }
     }
 }

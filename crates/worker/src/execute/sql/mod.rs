@@ -165,7 +165,8 @@ fn refused(message: String) -> End {
 }
 
 fn timed_out() -> End {
-    End::Failed(Failure { message: STATEMENT_TIMEOUT.into(), sqlstate: Some(QUERY_CANCELED.into()), retryable: false })
+    let sqlstate = Some(QUERY_CANCELED.into());
+    End::Failed(Failure { message: STATEMENT_TIMEOUT.into(), sqlstate, ..Failure::default() })
 }
 
 /// The text as the database gets it: whoever looks for the job's statement looks for this comment.

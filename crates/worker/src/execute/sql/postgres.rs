@@ -175,8 +175,8 @@ impl Execution<'_> {
             if Instant::now() >= give_up {
                 return Err(End::Failed(Failure {
                     message: "another execution of this job did not end in time".into(),
-                    sqlstate: None,
                     retryable: true,
+                    ..Failure::default()
                 }));
             }
             // A worker that was asleep while its job went to another one must not disturb that.
@@ -313,10 +313,11 @@ impl Execution<'_> {
             if self.ledger.confirm().await.is_err() {
                 return End::ClaimLost;
             }
-            return End::Failed(Failure { retryable: true, ..failure(&fault) });
+            return End::Failed(Failure { retryable: true, undone: true, ..failure(&fault) });
         }
         let again = [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED];
-        End::Failed(Failure { retryable: fault.code().is_some_and(|code| again.contains(code)), ..failure(&fault) })
+        let retryable = fault.code().is_some_and(|code| again.contains(code));
+        End::Failed(Failure { retryable, undone: true, ..failure(&fault) })
     }
 
     /// The end of a run outside of any transaction of ours, which may have left anything.
@@ -357,7 +358,7 @@ impl Execution<'_> {
                         match fate {
                             Fate::Committed => return End::Done(report),
                             Fate::Aborted => {
-                                return End::Failed(Failure { retryable: true, ..failure(&Fault::Lost) });
+                                return End::Failed(Failure { retryable: true, undone: true, ..failure(&Fault::Lost) });
                             }
                             Fate::Doubtful => {
                                 let text = "the connection was lost during COMMIT: whether it took effect is not known";
@@ -435,7 +436,7 @@ async fn fate(link: &Link, transaction: &str) -> Fate {
 
 fn failure(fault: &Fault) -> Failure {
     let sqlstate = fault.code().map(|code| code.code().to_owned());
-    Failure { message: fault.message(), sqlstate, retryable: false }
+    Failure { message: fault.message(), sqlstate, ..Failure::default() }
 }
 
 /// The end when SQL of ours fails before the user's text was sent.
@@ -444,7 +445,7 @@ fn unstarted(fault: Fault) -> End {
     if canceled {
         return canceled_elsewhere(&fault);
     }
-    End::Failed(Failure { retryable: fault.is_fatal(), ..failure(&fault) })
+    End::Failed(Failure { retryable: fault.is_fatal(), undone: true, ..failure(&fault) })
 }
 
 /// SQLSTATE 57014 without our doing: a timeout of the server, or somebody's `pg_cancel_backend`.

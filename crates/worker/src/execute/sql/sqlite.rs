@@ -353,7 +353,7 @@ impl Run {
         if (busy || interrupted) && self.brake.is_set() {
             return self.brake.end();
         }
-        End::Failed(Failure { message: describe(error), sqlstate: None, retryable: busy && undone })
+        End::Failed(Failure { message: describe(error), sqlstate: None, retryable: busy && undone, undone })
     }
 }
 

@@ -269,6 +269,7 @@ impl Server {
             message: cut(&format!("could not connect to {}: {reason}", self.name), MESSAGE_MAX_BYTES),
             sqlstate: None,
             retryable,
+            undone: true,
         };
         let mut config = Config::new();
         config.user(&self.role).dbname(&self.dbname).password(&self.password).application_name(application_name);
@@ -291,6 +292,7 @@ impl Server {
                             SqlState::CRASH_SHUTDOWN,
                         ]
                         .contains(error.code()),
+                        undone: true,
                     },
                     fault @ Fault::Lost => failure(&fault.message(), true),
                     fault => failure(&fault.message(), false),
