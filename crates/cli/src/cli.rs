@@ -148,7 +148,7 @@ pub struct List {
     /// Jobs of this user
     #[arg(long)]
     pub user: Option<String>,
-    /// Jobs that are pending, running, scheduled, done, failed, cancelled, unknown
+    /// Jobs that are pending, running, scheduled, done, failed, ignored, cancelled, unknown
     #[arg(long)]
     pub status: Option<Status>,
     /// Jobs of this pool: `sql:HOST` or `db:NAME`

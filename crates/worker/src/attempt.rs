@@ -257,12 +257,11 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
             return Some(put_aside(&mut job, taken, rules));
         }
         End::Failed(failure) => {
-            let last = retries.wanted(&failure);
-            if last || retries.more_than_one() {
+            if retries.more_than_one() {
                 extra = extra.with("history", retries.history(&step, &started, &at, &failure.message));
                 extra = extra.with("attempts", (retries.attempts + 1).to_string());
             }
-            exhausted = last && retries.more_than_one();
+            exhausted = retries.more_than_one() && retries.wanted(&failure);
             StatementVerdict::Failed(failure.message)
         }
         End::Stopped => match stop.cause() {
