@@ -135,7 +135,9 @@ impl Report {
             Err(error) => {
                 let (code, word) = match &error {
                     EnqueueError::Invalid(_) => (console::USAGE, "invalid"),
-                    EnqueueError::Full { .. } | EnqueueError::TooLarge { .. } => (REFUSED, "refused"),
+                    EnqueueError::Full { .. } | EnqueueError::TooLarge { .. } | EnqueueError::OutOfMemory(_) => {
+                        (REFUSED, "refused")
+                    }
                     EnqueueError::Refused(_) | EnqueueError::Failed(_) => (console::UNREACHABLE, "failed"),
                     EnqueueError::Unknown { .. } => (console::UNREACHABLE, "unknown"),
                 };

@@ -66,7 +66,7 @@ impl Default for RedisConfig {
             password_env: None,
             tls_ca_file: None,
             command_timeout: Duration::from_secs(5),
-            connect_timeout: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(2),
         }
     }
 }

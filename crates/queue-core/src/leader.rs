@@ -83,7 +83,7 @@ impl Leadership {
                 other => other?,
             };
             if !users.is_empty() {
-                ready += self.store.notice(&users).await?;
+                ready += self.store.look(&users).await?;
             }
             if next == b"0" {
                 return Ok(Ok(ready));
@@ -99,7 +99,7 @@ impl Leadership {
         let mut found = Scan::new(self.store.keys().queue("*"), "list");
         while let Some(keys) = found.next(&self.store).await? {
             let users: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
-            ready += self.store.notice(&users).await?;
+            ready += self.store.look(&users).await?;
         }
         Ok(Ok(ready))
     }

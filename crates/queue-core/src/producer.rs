@@ -152,6 +152,9 @@ pub enum EnqueueError {
         /// Most bytes that are allowed.
         limit: u64,
     },
+    /// Redis has no memory left: nothing was queued. Jobs that end make room.
+    #[error("redis has no memory left for new jobs: {0}")]
+    OutOfMemory(std::sync::Arc<Error>),
     /// Redis holds something that makes it impossible.
     #[error("{0}")]
     Refused(String),
@@ -238,12 +241,15 @@ async fn send(store: &Store, limits: &Limits, jobs: &[Submission]) -> Vec<Result
             .collect(),
         Err(error) => {
             let source = std::sync::Arc::new(error);
-            let unknown = matches!(*source, Error::Unavailable(_));
+            let unknown = source.is_outcome_unknown();
+            let full = matches!(&*source, Error::Refused(text) if text.starts_with("OOM"));
             jobs.iter()
                 .map(|job| {
                     let source = source.clone();
                     Err(if unknown {
                         EnqueueError::Unknown { id: job.id.clone(), source }
+                    } else if full {
+                        EnqueueError::OutOfMemory(source)
                     } else {
                         EnqueueError::Failed(source)
                     })

@@ -14,37 +14,65 @@ pub struct Script {
     pub name: &'static str,
     /// Its text, without the prelude.
     pub body: &'static str,
+    /// What becomes of it while Redis has no memory left.
+    pub when_full: WhenFull,
+}
+
+/// What becomes of a script while Redis holds more than its `maxmemory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenFull {
+    /// It is refused, before it has written anything: it brings new work.
+    Refused,
+    /// It runs: it frees memory, or needs little, and without it nothing would be freed.
+    Runs,
+}
+
+impl Script {
+    /// The whole text as the server gets it.
+    pub fn text(&self, prelude: &str) -> String {
+        // Must be the first line.
+        let flags = match self.when_full {
+            WhenFull::Refused => "",
+            WhenFull::Runs => "#!lua flags=allow-oom\n",
+        };
+        format!("{flags}{prelude}\n{}", self.body)
+    }
 }
 
 macro_rules! scripts {
-    ($($constant:ident = $name:literal;)+) => {
-        $(#[doc = concat!("`", $name, ".lua`")]
-        pub static $constant: Script = Script { name: $name, body: include_str!(concat!("scripts/", $name, ".lua")) };)+
+    ($($constant:ident = $name:literal $(from $file:literal)?, $when_full:ident;)+) => {
+        $(#[doc = concat!("`", $name, "`")]
+        pub static $constant: Script =
+            Script { name: $name, body: scripts!(@body $name $($file)?), when_full: WhenFull::$when_full };)+
 
         /// Every script.
         pub static TABLE: &[&Script] = &[$(&$constant),+];
     };
+    (@body $name:literal) => { include_str!(concat!("scripts/", $name, ".lua")) };
+    (@body $name:literal $file:literal) => { include_str!(concat!("scripts/", $file, ".lua")) };
 }
 
 scripts! {
-    ENQUEUE = "enqueue";
-    NOTICE = "notice";
-    TAKE = "take";
-    MARK = "mark";
-    FINISH = "finish";
-    CANCEL = "cancel";
-    SESSION_OPEN = "session_open";
-    SESSION_BEAT = "session_beat";
-    SESSION_END = "session_end";
-    CAPACITY = "capacity";
-    LEAD = "lead";
-    UPKEEP = "upkeep";
-    HOST_LOCK = "host_lock";
-    OLD_QUEUE = "old_queue";
-    SWEEP = "sweep";
-    POOL_SWEEP = "pool_sweep";
-    WIP = "wip";
-    INSPECT = "inspect";
+    ENQUEUE = "enqueue", Refused;
+    NOTICE = "notice", Refused;
+    // The leader's own look. Were it refused, a memory that is full of jobs that nobody has noticed would stay full.
+    LOOK = "look" from "notice", Runs;
+    TAKE = "take", Runs;
+    MARK = "mark", Runs;
+    FINISH = "finish", Runs;
+    CANCEL = "cancel", Runs;
+    SESSION_OPEN = "session_open", Runs;
+    SESSION_BEAT = "session_beat", Runs;
+    SESSION_END = "session_end", Runs;
+    CAPACITY = "capacity", Runs;
+    LEAD = "lead", Runs;
+    UPKEEP = "upkeep", Runs;
+    HOST_LOCK = "host_lock", Runs;
+    OLD_QUEUE = "old_queue", Runs;
+    SWEEP = "sweep", Runs;
+    POOL_SWEEP = "pool_sweep", Runs;
+    WIP = "wip", Runs;
+    INSPECT = "inspect", Runs;
 }
 
 /// What stands before every script: the keys, the constants, the functions that scripts share.
@@ -418,6 +446,11 @@ impl Store {
     /// Looks at the queues of users; returns how many of them became ready.
     pub async fn notice(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
         Ok(self.call(&NOTICE, users.to_vec()).await?.int("notice")? as u64)
+    }
+
+    /// The same for the leader, also while memory is full.
+    pub async fn look(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
+        Ok(self.call(&LOOK, users.to_vec()).await?.int("look")? as u64)
     }
 
     /// Takes up to `n` jobs. The same `number` again returns the same jobs.

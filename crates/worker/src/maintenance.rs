@@ -10,6 +10,7 @@ use queue_core::Store;
 use queue_core::ids::SessionId;
 use queue_core::leader::{self, Leadership, Led, SessionWatch};
 use queue_core::scripts::NotLeader;
+use queue_core::store::Message;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -115,7 +116,7 @@ impl Term {
     fn begin(store: &Store, leadership: Leadership, settings: &Settings) -> Self {
         let keep_untouched = settings.keep_untouched;
         let rounds = vec![
-            AbortOnDropHandle::new(tokio::spawn(follow_announcements(store.clone()))),
+            AbortOnDropHandle::new(tokio::spawn(follow_announcements(store.clone(), leadership.clone()))),
             every(settings.scan_interval, &leadership, |leadership| async move {
                 led!(leadership.scan_index());
                 Ok(Ok(()))
@@ -162,21 +163,29 @@ impl Term {
 }
 
 /// Looks at the queues of those whose pushes foreign producers announce.
-async fn follow_announcements(store: Store) {
+async fn follow_announcements(store: Store, leadership: Leadership) {
     let channel = store.keys().announcements();
     loop {
         match store.subscribe(std::slice::from_ref(&channel), &[]).await {
             Ok(mut announcements) => {
                 let mut messages = Vec::new();
                 while announcements.recv_many(&mut messages, 500).await > 0 {
+                    if messages.iter().any(Message::is_gap)
+                        && let Err(error) = leadership.scan_index().await
+                    {
+                        tracing::debug!(%error, "what was announced meanwhile could not be looked for, the scan will");
+                    }
                     // In the order in which they were announced: ties go to who came first.
                     let mut seen = HashSet::new();
                     let users: Vec<Vec<u8>> = messages
                         .drain(..)
+                        .filter(|message| !message.is_gap())
                         .map(|message| message.text.into_bytes())
                         .filter(|user| seen.insert(user.clone()))
                         .collect();
-                    if let Err(error) = store.notice(&users).await {
+                    if !users.is_empty()
+                        && let Err(error) = store.notice(&users).await
+                    {
                         tracing::debug!(%error, "an announcement could not be followed, the scan will");
                     }
                 }

@@ -127,6 +127,9 @@ for from = 0, 9000, 1000 do
   if #page < 1000 or #pools >= 1000 then break end
 end
 
+-- Behind all others, also where a clock that was set back gives less than they have.
+local last_turn = math.max(now_us, tonumber(redis.call('ZRANGE', K.pools(), -1, -1, 'WITHSCORES')[2] or 0))
+
 while #pools > 0 and taken < n do
   local still = {}
   for _, pool in ipairs(pools) do
@@ -135,7 +138,7 @@ while #pools > 0 and taken < n do
     else
       local got = take_one(pool)
       if got == true then
-        redis.call('ZADD', K.pools(), int(now_us + taken), pool)
+        redis.call('ZADD', K.pools(), int(last_turn + taken), pool)
         still[#still + 1] = pool
       elseif got == 'more' then
         -- It stays listed, and the next take goes on with it.

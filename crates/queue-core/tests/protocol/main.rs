@@ -12,4 +12,5 @@ mod scripts;
 mod sessions;
 mod support;
 mod take_finish;
+mod trouble;
 mod wakeups;
