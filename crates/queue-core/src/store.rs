@@ -9,7 +9,7 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use fred::clients::{Client, SubscriberClient, WithOptions};
@@ -56,6 +56,9 @@ struct Inner {
     command_timeout: Duration,
     /// A reconnect was asked for and is not over.
     reconnecting: AtomicBool,
+    /// When anything was answered last, in ms since `begin`.
+    answered_ms: AtomicU64,
+    begin: Instant,
     keys: Keys,
     /// Each script's text with the prelude before it, and its digest.
     scripts: HashMap<&'static str, fred::types::scripts::Script>,
@@ -109,6 +112,8 @@ impl Store {
                 patience: config.connect_timeout + config.command_timeout,
                 command_timeout: config.command_timeout,
                 reconnecting: false.into(),
+                answered_ms: 0.into(),
+                begin: Instant::now(),
                 keys,
                 scripts,
             }),
@@ -195,16 +200,38 @@ impl Store {
         let since = Instant::now();
         loop {
             self.connected(since).await?;
+            let sent_ms = self.inner.begin.elapsed().as_millis() as u64;
             match request().await {
-                Err(error) if was_not_sent(&error) => {}
+                // The client notices a moment later than its connection breaks.
+                Err(error) if was_not_sent(&error) => tokio::time::sleep(Duration::from_millis(10)).await,
                 Err(error) => {
+                    // The client's own watch begins anew with each command, so that one who asks all the time never
+                    // leaves a server that hangs: here a whole timeout without any answer is enough.
+                    let silent =
+                        *error.kind() == ErrorKind::Timeout && self.inner.answered_ms.load(Ordering::SeqCst) < sent_ms;
                     let error = translate(error);
-                    self.leave_if_no_primary(&error);
+                    match &error {
+                        Error::Refused(text) => {
+                            self.answered();
+                            if text.starts_with("READONLY") || text.starts_with("MASTERDOWN") {
+                                self.leave("it is no primary (any more)");
+                            }
+                        }
+                        _ if silent => self.leave("it answers nothing"),
+                        _ => {}
+                    }
                     return Err(error);
                 }
-                Ok(value) => return Ok(value),
+                Ok(value) => {
+                    self.answered();
+                    return Ok(value);
+                }
             }
         }
+    }
+
+    fn answered(&self) {
+        self.inner.answered_ms.store(self.inner.begin.elapsed().as_millis() as u64, Ordering::SeqCst);
     }
 
     /// Waits for a connection.
@@ -219,15 +246,13 @@ impl Store {
         Ok(())
     }
 
-    /// A server that became a replica keeps its connections. Behind Sentinel, or a name that leads elsewhere now, a new
-    /// connection finds the primary.
-    fn leave_if_no_primary(&self, error: &Error) {
-        let demoted =
-            matches!(error, Error::Refused(text) if text.starts_with("READONLY") || text.starts_with("MASTERDOWN"));
-        if demoted && !self.inner.reconnecting.swap(true, Ordering::SeqCst) {
+    /// Connects anew. A server that became a replica, or hangs, keeps its connections; behind Sentinel, or a name that
+    /// leads elsewhere now, a new connection finds the primary.
+    fn leave(&self, why: &'static str) {
+        if !self.inner.reconnecting.swap(true, Ordering::SeqCst) {
             let store = self.clone();
             tokio::spawn(async move {
-                tracing::info!("the server is no primary (any more), connecting anew");
+                tracing::info!("leaving the connection to redis: {why}");
                 let _ = tokio::time::timeout(store.inner.patience, store.client.force_reconnection()).await;
                 store.inner.reconnecting.store(false, Ordering::SeqCst);
             });
@@ -417,7 +442,11 @@ fn tls(config: &RedisConfig) -> Result<rustls::ClientConfig, Error> {
 
 /// Whether the client refused to send for want of a connection. The words are those of the pinned version.
 fn was_not_sent(error: &FredError) -> bool {
-    *error.kind() == ErrorKind::Canceled && error.details() == "Connection closed unexpectedly."
+    match error.kind() {
+        ErrorKind::Canceled => error.details() == "Connection closed unexpectedly.",
+        ErrorKind::Unknown => error.details() == "Failed to route command.",
+        _ => false,
+    }
 }
 
 fn translate(error: FredError) -> Error {

@@ -36,6 +36,7 @@ impl Yard {
         rusqlite::Connection::open(&path).unwrap().execute("CREATE TABLE effects (what TEXT)", ()).unwrap();
         let text = format!(
             "[worker]\nsession_lifetime = '6s'\nscan_interval = '5s'\n[redis]\ncommand_timeout = '2s'\n\
+             [sql]\nattempts = 100\nretry_delay = '100ms'\nretry_delay_max = '1s'\n\
              [databases.main]\nkind = 'sqlite'\npath = '{}'\n",
             path.display()
         );
@@ -440,7 +441,7 @@ async fn fails_over(down_after: Duration, kill: bool) -> Duration {
             first.raw(&["INFO", "replication"]).text().contains("role:slave").then_some(())
         })
         .await;
-        yard.resumes(second, "at the end").await;
+        yard.resumes(second, "at-the-end").await;
     }
     yard.stops().await;
     after
