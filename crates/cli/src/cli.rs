@@ -9,7 +9,7 @@ use queue_core::model::Status;
 
 /// A job that was waited for did not end well.
 pub const FAILED: u8 = 1;
-/// A job was refused: it is larger than allowed, or its user has too many.
+/// A job was refused: it is larger than allowed, its user has too many, or Redis has no room.
 pub const REFUSED: u8 = 4;
 /// A job was not over when the time to wait for it was.
 pub const NOT_OVER: u8 = 6;
@@ -20,7 +20,7 @@ Exit codes:
   1  a job that was waited for ended otherwise than done
   2  wrong command line, configuration or query
   3  no such job
-  4  refused: too many jobs queued, or too large
+  4  refused: too many jobs queued, or too large, or Redis has no room
   5  Redis can't be reached or refused; whether a job was submitted may be unknown: ask with its id
   6  a job was not over when the time to wait for it was
 

@@ -135,9 +135,10 @@ impl Report {
             Err(error) => {
                 let (code, word) = match &error {
                     EnqueueError::Invalid(_) => (console::USAGE, "invalid"),
-                    EnqueueError::Full { .. } | EnqueueError::TooLarge { .. } | EnqueueError::OutOfMemory(_) => {
-                        (REFUSED, "refused")
-                    }
+                    EnqueueError::Full { .. }
+                    | EnqueueError::TooLarge { .. }
+                    | EnqueueError::NoRoom { .. }
+                    | EnqueueError::OutOfMemory(_) => (REFUSED, "refused"),
                     EnqueueError::Refused(_) | EnqueueError::Failed(_) => (console::UNREACHABLE, "failed"),
                     EnqueueError::Unknown { .. } => (console::UNREACHABLE, "unknown"),
                 };

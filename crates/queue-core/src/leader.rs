@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 use crate::ids::SessionId;
 use crate::reply::Reply;
-use crate::scripts::{Lead, NotLeader, SessionEnd, Upkeep};
+use crate::scripts::{Budget, Lead, NotLeader, SessionEnd, Upkeep};
 use crate::store::Store;
 
 /// How many entries one round trip of a scan looks at.
@@ -56,6 +56,25 @@ impl Leadership {
     /// Jobs that became due, hashes that came late, the index of finished jobs.
     pub async fn upkeep(&self, retention: Duration) -> Led<Upkeep> {
         self.store.upkeep(&self.session, self.term, retention.as_millis() as u64).await
+    }
+
+    /// The same within a budget.
+    pub async fn upkeep_within(&self, budget: &Budget) -> Led<Upkeep> {
+        self.store.upkeep_within(&self.session, self.term, budget).await
+    }
+
+    /// How many bytes of memory the server uses, and its limit, 0 if it has none. `None` where that may not be asked.
+    pub async fn memory(&self) -> Result<Option<(u64, u64)>, Error> {
+        let text = match self.store.command("INFO", &[b"memory"]).await {
+            Ok(reply) => reply.lossy().unwrap_or_default(),
+            Err(error @ Error::Refused(_)) if !error.is_transient() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let says = |field: &str| {
+            let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+            value.and_then(|value| value.trim().parse().ok())
+        };
+        Ok(says("used_memory").zip(says("maxmemory")))
     }
 
     /// Gives back the jobs of a session whose beat stands still at `beat`. Returns how many, or `None` if it beat again.

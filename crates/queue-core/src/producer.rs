@@ -6,7 +6,7 @@ use crate::config::Limits;
 use crate::error::Error;
 use crate::group::{Group, Stopped};
 use crate::ids::{JobId, User};
-use crate::job::CALL_MAX;
+use crate::job::{CALL_MAX, PAYLOAD_MAX};
 use crate::model::Status;
 use crate::model::sql::{SqlJob, SqlJobError};
 use crate::scripts::{Enqueued, Fields, Submission};
@@ -152,6 +152,14 @@ pub enum EnqueueError {
         /// Most bytes that are allowed.
         limit: u64,
     },
+    /// The server's memory is nearly full: nothing new is queued until there is room again.
+    #[error("redis uses {used} bytes of memory, and accepts no new jobs above {mark}")]
+    NoRoom {
+        /// Bytes that it uses.
+        used: u64,
+        /// Bytes above which nothing new is accepted.
+        mark: u64,
+    },
     /// Redis has no memory left: nothing was queued. Jobs that end make room.
     #[error("redis has no memory left for new jobs: {0}")]
     OutOfMemory(std::sync::Arc<Error>),
@@ -234,8 +242,10 @@ async fn send(store: &Store, limits: &Limits, jobs: &[Submission]) -> Vec<Result
                 Enqueued::Exists => Ok(Submitted::AlreadyThere(job.id.clone())),
                 Enqueued::Full(limit) => Err(EnqueueError::Full { limit }),
                 Enqueued::TooLarge(bytes) => {
-                    Err(EnqueueError::TooLarge { bytes, limit: limits.max_payload_bytes.get() })
+                    let limit = limits.max_payload_bytes.get().min(PAYLOAD_MAX);
+                    Err(EnqueueError::TooLarge { bytes, limit })
                 }
+                Enqueued::NoRoom { used, mark } => Err(EnqueueError::NoRoom { used, mark }),
                 Enqueued::Refused(reason) => Err(EnqueueError::Refused(reason)),
             })
             .collect(),

@@ -2,7 +2,7 @@
 
 use crate::error::Error;
 use crate::ids::{Fence, IdError, JOB_ID_MAX_BYTES, JobId, Pool, SessionId, USER_MAX_BYTES, User};
-use crate::job::{FIELDS, MISSING_MS, REJECTED_MS};
+use crate::job::{FIELDS, MISSING_MS, PAYLOAD_MAX, REJECTED_MS};
 use crate::keys::Keys;
 use crate::reply::Reply;
 use crate::store::Store;
@@ -80,7 +80,7 @@ pub fn prelude(keys: &Keys) -> String {
     let fields: Vec<String> = FIELDS.iter().map(|(name, most)| format!("'{name}', {most}")).collect();
     format!(
         "{}local MAX_ID, MAX_USER = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}\n\
-         local MISSING_MS, MAX_REJECTED_MS = {MISSING_MS}, {REJECTED_MS}\n\
+         local MISSING_MS, MAX_REJECTED_MS, MAX_PAYLOAD = {MISSING_MS}, {REJECTED_MS}, {PAYLOAD_MAX}\n\
          local FIELDS = {{{}}}\n{}",
         keys.prelude(),
         fields.join(", "),
@@ -186,6 +186,13 @@ pub enum Enqueued {
     Full(u64),
     /// The fields are larger than allowed; how many bytes they have.
     TooLarge(u64),
+    /// The server's memory is nearly full.
+    NoRoom {
+        /// Bytes that it uses.
+        used: u64,
+        /// Bytes above which nothing new is accepted.
+        mark: u64,
+    },
     /// The queue's key can't be used.
     Refused(String),
 }
@@ -399,6 +406,32 @@ pub struct Upkeep {
     pub given_up: u64,
     /// Entries of the index of finished jobs that outlived the retention.
     pub trimmed: u64,
+    /// Records that were removed because there were too many, or too large ones.
+    pub evicted: u64,
+    /// Nothing new is accepted until memory is freed.
+    pub full: bool,
+}
+
+/// What may be kept, and how much memory there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Budget {
+    /// How long records of ended jobs are kept.
+    pub retention_ms: u64,
+    /// Most of these records; 0 for no limit.
+    pub count: u64,
+    /// Most bytes of them; 0 for no limit.
+    pub bytes: u64,
+    /// Bytes of memory that the server uses.
+    pub used: u64,
+    /// Bytes of memory above which nothing new is accepted; 0 for no limit.
+    pub mark: u64,
+    /// For how long that holds unless it is said again.
+    pub mark_ms: u64,
+}
+
+impl Budget {
+    /// Most records that one pass removes before their time. A pass that removed so many may have left some.
+    pub const EVICTED_MAX: u64 = 1_000;
 }
 
 /// How the leader's attempt to end a session went.
@@ -435,6 +468,10 @@ impl Store {
                 Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
                     (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
                     (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge(bytes.int("enqueue")? as u64)),
+                    (Some("no_room"), Some(used)) => Ok(Enqueued::NoRoom {
+                        used: used.int("enqueue")? as u64,
+                        mark: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
+                    }),
                     (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
                     _ => Err(reply.unexpected("enqueue")),
                 },
@@ -650,15 +687,36 @@ impl Store {
 
     /// One pass over scheduled jobs, ids without a hash, and the index of finished jobs.
     pub async fn upkeep(&self, leader: &SessionId, term: u64, retention_ms: u64) -> Led<Upkeep> {
-        let args = Args::new().text(leader.as_str()).number(term).number(retention_ms);
+        self.upkeep_within(leader, term, &Budget { retention_ms, ..Budget::default() }).await
+    }
+
+    /// The same, and the oldest records go where there are more than may be kept.
+    pub async fn upkeep_within(&self, leader: &SessionId, term: u64, budget: &Budget) -> Led<Upkeep> {
+        let Budget { retention_ms, count, bytes, used, mark, mark_ms } = *budget;
+        let args = Args::new()
+            .text(leader.as_str())
+            .number(term)
+            .number(retention_ms)
+            .number(count)
+            .number(bytes)
+            .number(used)
+            .number(mark)
+            .number(mark_ms.max(1));
         let reply = self.call(&UPKEEP, args.0).await?;
         if reply.text() == Some("not_leader") {
             return Ok(Err(NotLeader));
         }
         let items = reply.array("upkeep")?;
-        expect_len(&items, 5, "upkeep")?;
+        expect_len(&items, 7, "upkeep")?;
         let count = |at: usize| items[at].int("upkeep").map(|number| number as u64);
-        Ok(Ok(Upkeep { promoted: count(1)?, found: count(2)?, given_up: count(3)?, trimmed: count(4)? }))
+        Ok(Ok(Upkeep {
+            promoted: count(1)?,
+            found: count(2)?,
+            given_up: count(3)?,
+            trimmed: count(4)?,
+            evicted: count(5)?,
+            full: count(6)? == 1,
+        }))
     }
 
     /// Holds the foreign layout's locks of hosts; returns the hosts that a foreign worker schedules.

@@ -177,6 +177,9 @@ fn maintenance_settings(config: &Config) -> maintenance::Settings {
         discovery_interval: DISCOVERY_INTERVAL,
         sweep_interval: SWEEP_INTERVAL,
         keep: config.retention.finished,
+        keep_count: config.retention.count.get(),
+        keep_bytes: config.retention.bytes.0,
+        high_water: config.limits.memory_high_water,
         keep_untouched: config.retention.untouched,
         host_lock_ttl: HOST_LOCK_TTL,
     }

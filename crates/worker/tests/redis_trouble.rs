@@ -466,3 +466,27 @@ async fn after_the_thirty_seconds_that_sentinel_waits_by_default_work_goes_on() 
     let after = fails_over(Duration::from_secs(30), true).await;
     assert!(after < RESUMES_WITHIN, "{after:?}");
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_server_that_is_nearly_full_accepts_nothing_new_until_there_is_room() {
+    let server = RedisServer::with_config(&ALWAYS);
+    let yard = Yard::on(server.url_db(DB));
+    let producer = Producer::new(yard.store().await, Limits::default());
+    producer.enqueue(job("before", "ann")).await.unwrap();
+    server.raw(&["CONFIG", "SET", "maxmemory", "64mb"]);
+    server.raw(&["SETRANGE", "filler", "62000000", "x"]);
+    let refused = eventually("a refusal", LONG, async || {
+        let number = server.raw(&["INCR", "number"]).int();
+        producer.enqueue(job(&format!("job-{number}"), &format!("user{number}"))).await.err()
+    })
+    .await;
+    assert!(matches!(refused, EnqueueError::NoRoom { used, mark } if used > mark), "{refused}");
+    yard.daemon.wait_for_line("redis is nearly full", LONG);
+    // Foreign producers are refused by Redis alone, and only when nothing is left.
+    let after = yard.resumes(&server, "foreign").await;
+    assert!(after < RESUMES_WITHIN, "{after:?}");
+    server.raw(&["DEL", "filler"]);
+    eventually("room", LONG, async || producer.enqueue(job("again", "ann")).await.ok()).await;
+    yard.daemon.wait_for_line("redis has room again", LONG);
+    yard.stops().await;
+}

@@ -100,7 +100,34 @@ local function file(id, user, status, retention_ms)
   try('HDEL', K.job(id), 'pass')
   redis.call('PEXPIRE', K.job(id), retention_ms)
   redis.call('ZADD', K.finished(), now_ms, id)
+  redis.call('ZADD', K.expiring(), int(now_ms + retention_ms), id)
+  -- A server may forbid the question: then records count by their number alone.
+  local bytes = try('MEMORY', 'USAGE', K.job(id), 'SAMPLES', '0') or 0
+  local before = tonumber(redis.call('HGET', K.kept(), id) or 0)
+  redis.call('HSET', K.kept(), id, bytes)
+  redis.call('HINCRBY', K.kept(), '*', bytes - before)
   publish(user, id, status)
+end
+
+-- Takes records out of the index of ended jobs and out of the books of what they occupy.
+local function forget(ids)
+  if #ids == 0 then return end
+  local freed = 0
+  for _, bytes in ipairs(redis.call('HMGET', K.kept(), unpack(ids))) do freed = freed + (tonumber(bytes) or 0) end
+  redis.call('ZREM', K.finished(), unpack(ids))
+  redis.call('ZREM', K.expiring(), unpack(ids))
+  redis.call('HDEL', K.kept(), unpack(ids))
+  if freed > 0 then redis.call('HINCRBY', K.kept(), '*', -freed) end
+  if redis.call('HLEN', K.kept()) == 1 then redis.call('DEL', K.kept()) end
+end
+
+-- Takes a job off the schedule; where it was submitted with a delay, its user has one queued less.
+local function unschedule(id)
+  redis.call('ZREM', K.due(), id)
+  local user = redis.call('HGET', K.delayed(), id)
+  if not user then return end
+  redis.call('HDEL', K.delayed(), id)
+  if redis.call('HINCRBY', K.delays(), user, -1) <= 0 then redis.call('HDEL', K.delays(), user) end
 end
 
 -- Sets an id aside with its reason. The job's own hash is told too, but only where it is this user's: nobody can fail
@@ -326,7 +353,7 @@ local function leads(session, term) return redis.call('GET', K.leader()) == sess
 
 -- A scheduled job is due: it joins the front of its user's queue, for it has waited longest.
 local function promote(id)
-  redis.call('ZREM', K.due(), id)
+  unschedule(id)
   if redis.call('HEXISTS', K.claims(), id) == 1 then return end
   local held = redis.call('TYPE', K.job(id)).ok
   if held ~= 'hash' then

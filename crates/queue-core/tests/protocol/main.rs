@@ -1,6 +1,7 @@
 //! The protocol against a real Redis, each test on a server of its own. One program, so that it is linked once.
 
 mod anything;
+mod budgets;
 mod cancel;
 mod fairness;
 mod foreign;
