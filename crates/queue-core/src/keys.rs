@@ -150,6 +150,8 @@ keys! {
     /// The leader's word that memory is nearly full: bytes used and the mark above which nothing new is accepted. Lives for
     /// some seconds unless renewed.
     full = "drayman:{tag}full", String;
+    /// A mark that stands in the stream to the replicas behind all that was written before it. Lives for a minute.
+    confirming = "drayman:{tag}confirming", String;
     /// Where a parked session hears that there is work.
     wake(session) = "drayman:{tag}wake:{}", Channel;
     /// Where a session hears which job to cancel.

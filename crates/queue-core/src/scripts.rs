@@ -1,5 +1,7 @@
 //! The table of scripts: each with a typed call and a typed reply. All changes of a job's state happen in them.
 
+use std::time::Duration;
+
 use crate::error::Error;
 use crate::ids::{Fence, IdError, JOB_ID_MAX_BYTES, JobId, Pool, SessionId, USER_MAX_BYTES, User};
 use crate::job::{FIELDS, MISSING_MS, PAYLOAD_MAX, REJECTED_MS};
@@ -454,30 +456,22 @@ fn id<T, E: Into<IdError>>(parsed: Result<T, E>, script: &'static str) -> Result
 impl Store {
     /// Submits jobs; one result each, in order.
     pub async fn enqueue(&self, most_queued: u64, largest: u64, jobs: &[Submission]) -> Result<Vec<Enqueued>, Error> {
-        let mut args = Args::new().number(most_queued).number(largest);
-        for job in jobs {
-            args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms).counted_fields(&job.fields);
-        }
-        let replies = self.call(&ENQUEUE, args.0).await?.array("enqueue")?;
-        expect_len(&replies, jobs.len(), "enqueue")?;
-        replies
-            .into_iter()
-            .map(|reply| match &reply {
-                Reply::Bytes(word) if word == b"queued" => Ok(Enqueued::Queued),
-                Reply::Bytes(word) if word == b"exists" => Ok(Enqueued::Exists),
-                Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
-                    (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
-                    (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge(bytes.int("enqueue")? as u64)),
-                    (Some("no_room"), Some(used)) => Ok(Enqueued::NoRoom {
-                        used: used.int("enqueue")? as u64,
-                        mark: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
-                    }),
-                    (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
-                    _ => Err(reply.unexpected("enqueue")),
-                },
-                _ => Err(reply.unexpected("enqueue")),
-            })
-            .collect()
+        enqueued(self.call(&ENQUEUE, enqueue_args(most_queued, largest, false, jobs)).await?, jobs.len())
+    }
+
+    /// The same, and waits until `replicas` have confirmed it, or for `patience`; returns how many have. Blocks this
+    /// connection: see [`Store::aside`].
+    pub async fn enqueue_confirmed(
+        &self,
+        most_queued: u64,
+        largest: u64,
+        jobs: &[Submission],
+        replicas: u32,
+        patience: Duration,
+    ) -> Result<(Vec<Enqueued>, u32), Error> {
+        let args = enqueue_args(most_queued, largest, true, jobs);
+        let (reply, confirmed) = self.call_and_wait(&ENQUEUE, args, replicas, patience).await?;
+        Ok((enqueued(reply, jobs.len())?, confirmed))
     }
 
     /// Looks at the queues of users; returns how many of them became ready.
@@ -755,6 +749,37 @@ impl Store {
         let args = Args::new().text(leader.as_str()).number(term).text(user);
         led(self.call(&WIP, args.0).await?, |reply| Ok(reply.int("wip")? as u64))
     }
+}
+
+fn enqueue_args(most_queued: u64, largest: u64, confirm: bool, jobs: &[Submission]) -> Vec<Vec<u8>> {
+    let mut args = Args::new().number(most_queued).number(largest).number(u8::from(confirm));
+    for job in jobs {
+        args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms).counted_fields(&job.fields);
+    }
+    args.0
+}
+
+fn enqueued(reply: Reply, jobs: usize) -> Result<Vec<Enqueued>, Error> {
+    let replies = reply.array("enqueue")?;
+    expect_len(&replies, jobs, "enqueue")?;
+    replies
+        .into_iter()
+        .map(|reply| match &reply {
+            Reply::Bytes(word) if word == b"queued" => Ok(Enqueued::Queued),
+            Reply::Bytes(word) if word == b"exists" => Ok(Enqueued::Exists),
+            Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
+                (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
+                (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge(bytes.int("enqueue")? as u64)),
+                (Some("no_room"), Some(used)) => Ok(Enqueued::NoRoom {
+                    used: used.int("enqueue")? as u64,
+                    mark: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
+                }),
+                (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
+                _ => Err(reply.unexpected("enqueue")),
+            },
+            _ => Err(reply.unexpected("enqueue")),
+        })
+        .collect()
 }
 
 fn led<T>(reply: Reply, read: impl FnOnce(Reply) -> Result<T, Error>) -> Led<T> {

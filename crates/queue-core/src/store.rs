@@ -61,8 +61,10 @@ struct Inner {
     begin: Instant,
     keys: Keys,
     /// Each script's text with the prelude before it, and its digest.
-    scripts: HashMap<&'static str, fred::types::scripts::Script>,
+    scripts: Scripts,
 }
+
+type Scripts = HashMap<&'static str, fred::types::scripts::Script>;
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -95,31 +97,39 @@ impl Store {
     /// Connects. Fails at once if the server can't be reached; afterwards reconnects by itself for as long as it lives.
     pub async fn connect(config: &RedisConfig) -> Result<Self, Error> {
         let builder = builder(config)?;
-        let client = builder.build().map_err(translate)?;
-        client.init().await.map_err(translate)?;
         let keys = Keys::new();
         let prelude = scripts::prelude(&keys);
-        let scripts = scripts::TABLE
+        let scripts: Scripts = scripts::TABLE
             .iter()
             .map(|script| (script.name, fred::types::scripts::Script::from_lua(script.text(&prelude))))
             .collect();
-        let once = Options { max_attempts: Some(1), fail_fast: true, ..Options::default() };
-        let store = Self {
-            now: client.with_options(&once),
-            client,
-            inner: Arc::new(Inner {
-                builder,
-                patience: config.connect_timeout + config.command_timeout,
-                command_timeout: config.command_timeout,
-                reconnecting: false.into(),
-                answered_ms: 0.into(),
-                begin: Instant::now(),
-                keys,
-                scripts,
-            }),
-        };
+        let patience = config.connect_timeout + config.command_timeout;
+        let store = Self::with(builder, patience, config.command_timeout, keys, scripts).await?;
         store.check_version().await?;
         Ok(store)
+    }
+
+    async fn with(
+        builder: Builder,
+        patience: Duration,
+        command_timeout: Duration,
+        keys: Keys,
+        scripts: Scripts,
+    ) -> Result<Self, Error> {
+        let client = builder.build().map_err(translate)?;
+        client.init().await.map_err(translate)?;
+        let once = Options { max_attempts: Some(1), fail_fast: true, ..Options::default() };
+        let inner = Inner {
+            builder,
+            patience,
+            command_timeout,
+            reconnecting: false.into(),
+            answered_ms: 0.into(),
+            begin: Instant::now(),
+            keys,
+            scripts,
+        };
+        Ok(Self { now: client.with_options(&once), client, inner: Arc::new(inner) })
     }
 
     /// Refuses keys of another major version. A server that has none yet gets its own from the first session.
@@ -182,6 +192,57 @@ impl Store {
             answer = self.send(by_text).await;
         }
         reply(answer?, script.name)
+    }
+
+    /// A connection of its own, for calls that hold theirs up: it waits `longer` for each answer.
+    pub async fn aside(&self, longer: Duration) -> Result<Self, Error> {
+        let command_timeout = self.inner.command_timeout + longer;
+        let mut builder = self.inner.builder.clone();
+        builder
+            .with_performance_config(|performance| performance.default_command_timeout = command_timeout)
+            .with_connection_config(|connection| {
+                connection.unresponsive.max_timeout = Some(command_timeout + Duration::from_millis(250));
+            });
+        let (keys, scripts) = (self.inner.keys.clone(), self.inner.scripts.clone());
+        Self::with(builder, self.inner.patience, command_timeout, keys, scripts).await
+    }
+
+    /// Calls a script and waits for replicas to confirm what it wrote, both in one pipeline: a WAIT counts for the writes of
+    /// its own connection only, and no reconnect can come between them. Returns how many replicas have confirmed.
+    pub async fn call_and_wait(
+        &self,
+        script: &'static Script,
+        args: Vec<Vec<u8>>,
+        replicas: u32,
+        patience: Duration,
+    ) -> Result<(Reply, u32), Error> {
+        let prepared = &self.inner.scripts[script.name];
+        let text = prepared.lua().expect("made from its text");
+        let wait: Vec<Value> = vec![replicas.to_string().into(), patience.as_millis().max(1).to_string().into()];
+        let both = |command: &'static str, body: String| {
+            let mut call: Vec<Value> = vec![body.into(), "0".into()];
+            call.extend(args.iter().map(|arg| Value::Bytes(arg.clone().into())));
+            let (pipeline, wait) = (self.now.pipeline(), wait.clone());
+            async move {
+                let command = CustomCommand::new_static(command, None::<u16>, false);
+                let _: () = pipeline.custom(command, call).await?;
+                let _: () = pipeline.custom(CustomCommand::new_static("WAIT", None::<u16>, false), wait).await?;
+                let mut results = pipeline.try_all::<Value>().await.into_iter();
+                let called = results.next().unwrap_or_else(|| Err(FredError::new(ErrorKind::IO, "no answer")))?;
+                // Where the script's answer has come and that of WAIT has not, nobody has confirmed.
+                let confirmed = results.next().and_then(Result::ok).unwrap_or(Value::Integer(0));
+                Ok(Value::Array(vec![called, confirmed]))
+            }
+        };
+        let mut answer = self.send(|| both("EVALSHA", prepared.sha1().to_string())).await;
+        if matches!(&answer, Err(Error::Refused(text)) if text.starts_with("NOSCRIPT")) {
+            answer = self.send(|| both("EVAL", text.to_string())).await;
+        }
+        let mut items = reply(answer?, script.name)?.array(script.name)?.into_iter();
+        match (items.next(), items.next()) {
+            (Some(called), Some(confirmed)) => Ok((called, confirmed.int("WAIT")? as u32)),
+            _ => Err(Reply::Nil.unexpected(script.name)),
+        }
     }
 
     /// Runs one plain command.

@@ -473,8 +473,12 @@ async fn a_server_that_is_nearly_full_accepts_nothing_new_until_there_is_room() 
     let yard = Yard::on(server.url_db(DB));
     let producer = Producer::new(yard.store().await, Limits::default());
     producer.enqueue(job("before", "ann")).await.unwrap();
-    server.raw(&["CONFIG", "SET", "maxmemory", "64mb"]);
-    server.raw(&["SETRANGE", "filler", "62000000", "x"]);
+    server.raw(&["SETRANGE", "filler", "50000000", "x"]);
+    let info = server.raw(&["INFO", "memory"]).text();
+    let used = info.lines().find_map(|line| line.strip_prefix("used_memory:")).unwrap();
+    // The default mark is nine tenths.
+    let limit = used.trim().parse::<u64>().unwrap() * 100 / 95;
+    server.raw(&["CONFIG", "SET", "maxmemory", &limit.to_string()]);
     let refused = eventually("a refusal", LONG, async || {
         let number = server.raw(&["INCR", "number"]).int();
         producer.enqueue(job(&format!("job-{number}"), &format!("user{number}"))).await.err()

@@ -1,5 +1,5 @@
 -- Submits jobs, many in one call.
--- ARGV: most queued jobs per user, largest payload in bytes, then for each job:
+-- ARGV: most queued jobs per user, largest payload in bytes, 1 if replicas are to confirm it or 0, then for each job:
 --   id, user, delay in ms, number of fields and values, fields and values in turn
 -- Reply: for each job 'queued', 'exists' (the id was submitted before: nothing was written), {'full', limit},
 --   {'too_large', bytes}, {'no_room', bytes of memory used, bytes above which nothing new is accepted}, or {'refused', reason}
@@ -7,7 +7,9 @@ local most, largest = tonumber(ARGV[1]), tonumber(ARGV[2])
 -- The leader's word that memory is nearly full.
 local used, mark = string.match(redis.call('GET', K.full()) or '', '^(%d+) (%d+)$')
 local replies, wakes = {}, {}
-local i = 3
+-- A replica confirms what this very connection wrote: that a job exists was written by another, before this.
+if ARGV[3] == '1' then redis.call('SET', K.confirming(), now, 'PX', 60000) end
+local i = 4
 while i <= #ARGV do
   local id, user, delay, m = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3])
   local fields = {unpack(ARGV, i + 4, i + 3 + m)}

@@ -9,6 +9,7 @@ mod hostile;
 mod inspect;
 mod leftovers;
 mod producer;
+mod replicas;
 mod scripts;
 mod sessions;
 mod support;
