@@ -83,7 +83,8 @@ pub struct Message {
 }
 
 impl Message {
-    fn gap() -> Self {
+    /// Tells that messages may have been missed.
+    pub fn gap() -> Self {
         Self { channel: String::new(), text: String::new() }
     }
 

@@ -217,8 +217,9 @@ async fn follow_announcements(store: Store, leadership: Leadership) {
     loop {
         match store.subscribe(std::slice::from_ref(&channel), &[]).await {
             Ok(mut announcements) => {
-                let mut messages = Vec::new();
-                while announcements.recv_many(&mut messages, 500).await > 0 {
+                // What was announced before somebody listened was said to nobody.
+                let mut messages = vec![Message::gap()];
+                loop {
                     if messages.iter().any(Message::is_gap)
                         && let Err(error) = leadership.scan_index().await
                     {
@@ -236,6 +237,9 @@ async fn follow_announcements(store: Store, leadership: Leadership) {
                         && let Err(error) = store.notice(&users).await
                     {
                         tracing::debug!(%error, "an announcement could not be followed, the scan will");
+                    }
+                    if announcements.recv_many(&mut messages, 500).await == 0 {
+                        break;
                     }
                 }
             }
