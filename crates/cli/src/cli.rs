@@ -10,8 +10,10 @@ use queue_core::model::Status;
 
 /// A job that was waited for did not end well.
 pub const FAILED: u8 = 1;
-/// A job was refused: it is larger than allowed, its user has too many, or it can't be retried.
+/// A job was refused: it is larger than allowed, its user has too many, Redis has no room, or it can't be retried.
 pub const REFUSED: u8 = 4;
+/// A job is queued, but fewer replicas than wanted have confirmed it in time.
+pub const UNCONFIRMED: u8 = 7;
 /// A job was not over when the time to wait for it was.
 pub const NOT_OVER: u8 = 6;
 
@@ -21,11 +23,12 @@ Exit codes:
   1  a job that was waited for ended otherwise than done
   2  wrong command line, configuration or query
   3  no such job
-  4  refused: too many jobs queued, too large, or not to be retried
+  4  refused: too many jobs queued, too large, no room in Redis, or not to be retried
   5  Redis can't be reached or refused; whether a job was submitted may be unknown: ask with its id
   6  a job was not over when the time to wait for it was
+  7  queued, but confirmed by fewer replicas than wanted
 
-Where several apply, the first of 5, 2, 4, 3, 1, 6 counts.";
+Where several apply, the first of 5, 2, 4, 3, 7, 1, 6 counts.";
 
 /// Submits, shows, lists, watches and retries jobs.
 #[derive(Debug, Parser)]
@@ -115,6 +118,12 @@ pub struct Submit {
     /// Its id; submitting the same id again changes nothing [default: a new one]
     #[arg(long, conflicts_with = "jsonl")]
     pub id: Option<String>,
+    /// Wait until so many replicas of Redis have confirmed that they have it
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub replicas: Option<u32>,
+    /// How long to wait for them
+    #[arg(long, value_name = "DURATION", requires = "replicas", default_value = "1s", value_parser = humantime::parse_duration)]
+    pub replicas_timeout: Duration,
     /// Wait until it is over, for so long if said
     #[arg(long, value_name = "DURATION", num_args = 0..=1, require_equals = true, value_parser = humantime::parse_duration)]
     pub wait: Option<Option<Duration>>,

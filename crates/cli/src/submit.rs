@@ -5,18 +5,19 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use console::{Common, Failure, Out, complain};
-use queue_core::config::{self, TelemetryConfig};
+use queue_core::Store;
+use queue_core::config::{self, Limits, TelemetryConfig};
 use queue_core::ids::{JobId, User};
 use queue_core::job::CALL_MAX;
 use queue_core::model::retry::{NoBackoff, NoSqlState, RetryChoice};
-use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
+use queue_core::producer::{Confirmed, ConfirmedProducer, Database, EnqueueError, NewJob, Producer, Submitted};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use telemetry::{LogConfig, LogLevel, Telemetry};
 use tokio::sync::mpsc;
 use tracing::Instrument;
 
-use crate::cli::{FAILED, NOT_OVER, REFUSED, Submit};
+use crate::cli::{FAILED, NOT_OVER, REFUSED, Submit, UNCONFIRMED};
 use crate::follow::{Move, follow};
 use crate::watch;
 
@@ -27,7 +28,8 @@ const LINE_MAX_BYTES: u64 = 16 << 20;
 const TRACEPARENT_VARIABLE: &str = "TRACEPARENT";
 
 /// Exit codes, the one that counts first where several apply.
-const PRECEDENCE: [u8; 6] = [console::UNREACHABLE, console::USAGE, REFUSED, console::NOT_FOUND, FAILED, NOT_OVER];
+const PRECEDENCE: [u8; 7] =
+    [console::UNREACHABLE, console::USAGE, REFUSED, console::NOT_FOUND, UNCONFIRMED, FAILED, NOT_OVER];
 
 /// What the command line or a line of JSON says about a job.
 #[derive(Debug, Clone, Default, Deserialize)]
@@ -148,24 +150,37 @@ struct Report {
 }
 
 impl Report {
-    fn done(&mut self, place: usize, id: &str, result: Result<Submitted, EnqueueError>) {
+    fn done(&mut self, place: usize, id: &str, result: Result<Accepted, EnqueueError>) {
         match result {
-            Ok(submitted) => {
+            Ok(Accepted { submitted, replicas }) => {
                 let there = matches!(submitted, Submitted::AlreadyThere(_));
                 if self.json {
-                    self.out.json(&json!({ "id": id, "result": if there { "already_there" } else { "queued" } }));
+                    let mut line = json!({ "id": id, "result": if there { "already_there" } else { "queued" } });
+                    if let Some((by, wanted)) = replicas {
+                        line["replicas"] = json!({ "confirmed": by, "wanted": wanted });
+                    }
+                    self.out.json(&line);
                 } else {
                     self.out.line(id);
                     if there {
                         complain(format_args!("job {id} was there already, nothing was changed"));
                     }
                 }
+                if let Some((by, wanted)) = replicas.filter(|(by, wanted)| by < wanted) {
+                    if !self.json {
+                        complain(format_args!("job {id} is queued, but confirmed by {by} of {wanted} replicas only"));
+                    }
+                    self.codes.push(UNCONFIRMED);
+                }
                 self.ids.push(id.to_owned());
             }
             Err(error) => {
                 let (code, word) = match &error {
                     EnqueueError::Invalid(_) => (console::USAGE, "invalid"),
-                    EnqueueError::Full { .. } | EnqueueError::TooLarge { .. } => (REFUSED, "refused"),
+                    EnqueueError::Full { .. }
+                    | EnqueueError::TooLarge { .. }
+                    | EnqueueError::NoRoom { .. }
+                    | EnqueueError::OutOfMemory(_) => (REFUSED, "refused"),
                     EnqueueError::Refused(_) | EnqueueError::Failed(_) => (console::UNREACHABLE, "failed"),
                     EnqueueError::Unknown { .. } => (console::UNREACHABLE, "unknown"),
                 };
@@ -197,14 +212,53 @@ impl Report {
     }
 }
 
+/// What was accepted, and of how many replicas that were to confirm it how many have.
+struct Accepted {
+    submitted: Submitted,
+    replicas: Option<(u32, u32)>,
+}
+
+/// Who submits, as asked for: with replicas or without.
+enum Way {
+    Plain(Producer),
+    Confirmed(ConfirmedProducer, u32),
+}
+
+impl Way {
+    async fn of(store: Store, limits: Limits, args: (Option<u32>, Duration)) -> Result<Self, Failure> {
+        let producer = Producer::new(store, limits);
+        Ok(match args {
+            (Some(replicas), patience) => Way::Confirmed(producer.confirmed_by(replicas, patience).await?, replicas),
+            (None, _) => Way::Plain(producer),
+        })
+    }
+
+    async fn enqueue_many(&self, jobs: Vec<NewJob>) -> Vec<Result<Accepted, EnqueueError>> {
+        let plain = |submitted| Accepted { submitted, replicas: None };
+        match self {
+            Way::Plain(producer) => {
+                producer.enqueue_many(jobs).await.into_iter().map(|result| result.map(plain)).collect()
+            }
+            Way::Confirmed(producer, wanted) => {
+                let accepted = |confirmed: Confirmed| {
+                    let (Confirmed::Enough { by, .. } | Confirmed::TooFew { by, .. }) = &confirmed;
+                    Accepted { replicas: Some((*by, *wanted)), submitted: confirmed.submitted().clone() }
+                };
+                producer.enqueue_many(jobs).await.into_iter().map(|result| result.map(accepted)).collect()
+            }
+        }
+    }
+}
+
 /// Submits, and waits if asked to.
 pub async fn run(common: &Common, args: Submit) -> Result<u8, Failure> {
     let order = order(&args)?;
     let wait = args.wait;
+    let replicas = (args.replicas, args.replicas_timeout);
     let mut report = Report { json: common.json, many: args.jsonl, out: Out::default(), codes: vec![], ids: vec![] };
     let store = if args.jsonl {
         let (config, store) = common.connect().await?;
-        submit_lines(&Producer::new(store.clone(), config.limits), &order, &mut report).await;
+        submit_lines(&Way::of(store.clone(), config.limits, replicas).await?, &order, &mut report).await;
         store
     } else {
         // What can't be a job is refused before anything is connected to.
@@ -212,7 +266,7 @@ pub async fn run(common: &Common, args: Submit) -> Result<u8, Failure> {
         let id = job.id.clone();
         let (config, store) = common.connect().await?;
         let traces = traces(&config.telemetry)?;
-        let result = enqueue(&Producer::new(store.clone(), config.limits), job).await;
+        let result = enqueue(&Way::of(store.clone(), config.limits, replicas).await?, job).await;
         if let Some(traces) = traces {
             traces.stop().await;
         }
@@ -244,14 +298,14 @@ fn traces(config: &TelemetryConfig) -> Result<Option<Telemetry>, Failure> {
 
 /// Submits a job under a span, whose trace the job carries on. The span belongs to the trace of who called this program,
 /// if the environment names one.
-async fn enqueue(producer: &Producer, mut job: NewJob) -> Result<Submitted, EnqueueError> {
+async fn enqueue(way: &Way, mut job: NewJob) -> Result<Accepted, EnqueueError> {
     let caller = std::env::var(TRACEPARENT_VARIABLE).ok();
     let span = tracing::info_span!("submit", job = %job.id, user = %job.user);
     if let Some(caller) = &caller {
         telemetry::follow(&span, caller);
     }
     job.traceparent = telemetry::traceparent(&span).or(caller);
-    producer.enqueue(job).instrument(span).await
+    way.enqueue_many(vec![job]).instrument(span).await.remove(0)
 }
 
 /// What the command line says.
@@ -306,7 +360,7 @@ fn order(args: &Submit) -> Result<Order, Failure> {
 }
 
 /// Submits a job a line, as many as have come in one round trip. Stops when Redis does.
-async fn submit_lines(producer: &Producer, flags: &Order, report: &mut Report) {
+async fn submit_lines(way: &Way, flags: &Order, report: &mut Report) {
     let mut lines = read_lines();
     let mut waiting = Vec::new();
     while lines.recv_many(&mut waiting, CALL_MAX).await > 0 {
@@ -318,7 +372,7 @@ async fn submit_lines(producer: &Producer, flags: &Order, report: &mut Report) {
             read.push((place, job.as_ref().map(|job| job.id.clone()).map_err(String::clone)));
             jobs.extend(job.ok());
         }
-        let mut results = producer.enqueue_many(jobs).await.into_iter();
+        let mut results = way.enqueue_many(jobs).await.into_iter();
         let mut lost = false;
         for (place, job) in read {
             match job {

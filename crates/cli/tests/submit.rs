@@ -210,3 +210,28 @@ fn another_version_of_the_keys_is_refused() {
         (2, "the keys on this server are of protocol version 9.1, this program speaks 1.0\n")
     );
 }
+
+#[test]
+fn replicas_that_are_to_confirm_are_counted_and_too_few_have_a_code_of_their_own() {
+    let server = RedisServer::with_config(&[("repl-diskless-sync-delay", "0")]);
+    let base = ["--user", "ana", "--database", "app", "--replicas", "1"];
+    let ran = submit(&server, &[&base[..], &["--replicas-timeout", "100ms", "--id", "lonely", "q"]].concat());
+    assert_eq!((ran.code, ran.out.as_str()), (7, "lonely\n"));
+    assert_eq!(ran.err, "job lonely is queued, but confirmed by 0 of 1 replicas only\n");
+    assert_eq!(hash(&server, "lonely")["status"], "pending");
+
+    let of = format!("127.0.0.1 {}", server.addr().port());
+    let replica = RedisServer::with_config(&[("replicaof", &of)]);
+    let args = [&base[..], &["--replicas-timeout", "30s", "--json", "--id", "kept", "q"]].concat();
+    // The first to ask waits until the replica has begun to follow.
+    let ran = submit(&server, &args);
+    let expected = json!({ "id": "kept", "result": "queued", "replicas": { "confirmed": 1, "wanted": 1 } });
+    assert_eq!((ran.code, ran.json()), (0, vec![expected]));
+    assert_eq!(hash(&replica, "kept")["status"], "pending");
+    let ran = submit(&server, &args);
+    assert_eq!(ran.json()[0]["result"], "already_there");
+    assert_eq!(ran.json()[0]["replicas"]["confirmed"], 1);
+
+    let ran = submit(&server, &["--user", "ana", "--database", "app", "--replicas-timeout", "1s", "q"]);
+    assert_eq!(ran.code, 2, "how long to wait for nobody");
+}

@@ -12,6 +12,7 @@ use std::fmt;
 use std::io::ErrorKind;
 use std::num::{NonZeroU32, NonZeroU64};
 use std::path::{Path, PathBuf};
+use std::str::FromStr;
 use std::time::Duration;
 
 use figment::providers::{Format, Serialized, Toml};
@@ -19,6 +20,8 @@ use figment::value::{Dict, Value};
 use figment::{Figment, Profile, Provider};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+
+use crate::job::PAYLOAD_MAX;
 
 /// The file that is read when no other is named; it may be missing.
 pub const DEFAULT_FILE: &str = "/etc/drayman/worker.toml";
@@ -66,7 +69,7 @@ impl Default for RedisConfig {
             password_env: None,
             tls_ca_file: None,
             command_timeout: Duration::from_secs(5),
-            connect_timeout: Duration::from_secs(5),
+            connect_timeout: Duration::from_secs(2),
         }
     }
 }
@@ -144,13 +147,141 @@ pub struct Limits {
     pub max_queued_per_user: NonZeroU32,
     /// Largest payload that is accepted, in bytes.
     pub max_payload_bytes: NonZeroU64,
+    /// How much memory Redis may use before nothing new is accepted.
+    pub memory_high_water: HighWater,
 }
+
+impl Limits {
+    /// Checks what types alone don't.
+    pub fn validate(&self) -> Result<(), Fault> {
+        if self.max_payload_bytes.get() > PAYLOAD_MAX {
+            return Err(Fault::new(
+                "limits.max_payload_bytes",
+                format!("is more than {PAYLOAD_MAX}, the most that any job may have"),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// A size in bytes, written `16384`, `512KiB`, `2GiB`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ByteSize(pub u64);
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+        let (number, unit) = text.split_at(digits);
+        let shift = match unit {
+            "" => Some(0),
+            "KiB" => Some(10),
+            "MiB" => Some(20),
+            "GiB" => Some(30),
+            "TiB" => Some(40),
+            _ => None,
+        };
+        let bytes = shift.and_then(|shift| number.parse::<u64>().ok()?.checked_mul(1 << shift));
+        bytes.map(Self).ok_or_else(|| format!("{text:?} is no size; write a number of bytes, or 512KiB, 64MiB, 2GiB"))
+    }
+}
+
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
+        match units.into_iter().find(|(shift, _)| self.0 > 0 && self.0.is_multiple_of(1 << shift)) {
+            Some((shift, unit)) => write!(f, "{}{unit}", self.0 >> shift),
+            None => self.0.fmt(f),
+        }
+    }
+}
+
+/// A mark on the memory that Redis uses, written `90%` (of its `maxmemory`), `2GiB`, or `off`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum HighWater {
+    /// There is none.
+    Off,
+    /// In percent of the server's own limit; none where it has none.
+    Percent(u8),
+    /// In bytes.
+    Bytes(ByteSize),
+}
+
+impl HighWater {
+    /// The mark in bytes on a server with such a limit (0: none); 0 if there is none.
+    pub fn bytes(self, maxmemory: u64) -> u64 {
+        match self {
+            HighWater::Off => 0,
+            HighWater::Percent(percent) => (u128::from(maxmemory) * u128::from(percent) / 100) as u64,
+            HighWater::Bytes(ByteSize(bytes)) => bytes,
+        }
+    }
+}
+
+impl FromStr for HighWater {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let percent = |number: &str| number.parse().ok().filter(|percent| (1..=100).contains(percent));
+        match text.strip_suffix('%') {
+            _ if text == "off" => Ok(HighWater::Off),
+            Some(number) => {
+                percent(number).map(HighWater::Percent).ok_or_else(|| format!("{text:?} is none of 1% to 100%"))
+            }
+            None => match text.parse()? {
+                ByteSize(0) => Err("0 would accept nothing; write off".into()),
+                size => Ok(HighWater::Bytes(size)),
+            },
+        }
+    }
+}
+
+impl fmt::Display for HighWater {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            HighWater::Off => f.write_str("off"),
+            HighWater::Percent(percent) => write!(f, "{percent}%"),
+            HighWater::Bytes(size) => size.fmt(f),
+        }
+    }
+}
+
+/// Written and read as text; a bare number is one, too.
+macro_rules! as_text {
+    ($($type:ty),+) => {$(
+        impl Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                #[derive(Deserialize)]
+                #[serde(untagged)]
+                enum Raw {
+                    Number(u64),
+                    Text(String),
+                }
+                let text = match Raw::deserialize(deserializer)? {
+                    Raw::Number(number) => number.to_string(),
+                    Raw::Text(text) => text,
+                };
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+    )+};
+}
+
+as_text!(ByteSize, HighWater);
 
 impl Default for Limits {
     fn default() -> Self {
         Self {
             max_queued_per_user: const { NonZeroU32::new(64).unwrap() },
             max_payload_bytes: const { NonZeroU64::new(16_384).unwrap() },
+            memory_high_water: HighWater::Percent(90),
         }
     }
 }
@@ -168,6 +299,10 @@ pub struct RetentionConfig {
     /// Jobs that nothing refers to and nothing has touched.
     #[serde(with = "humantime_serde")]
     pub untouched: Duration,
+    /// Most records of ended jobs; the oldest go first.
+    pub count: NonZeroU64,
+    /// Most bytes of them.
+    pub bytes: ByteSize,
 }
 
 impl Default for RetentionConfig {
@@ -176,6 +311,8 @@ impl Default for RetentionConfig {
             finished: Duration::from_secs(2 * 60 * 60),
             ignored: Duration::from_secs(7 * 24 * 60 * 60),
             untouched: Duration::from_secs(2 * 24 * 60 * 60),
+            count: const { NonZeroU64::new(1_000_000).unwrap() },
+            bytes: ByteSize(512 << 20),
         }
     }
 }
@@ -185,7 +322,8 @@ impl RetentionConfig {
     pub fn validate(&self) -> Result<(), Fault> {
         positive("retention.finished", self.finished)?;
         positive("retention.ignored", self.ignored)?;
-        positive("retention.untouched", self.untouched)
+        positive("retention.untouched", self.untouched)?;
+        if self.bytes.0 == 0 { Err(Fault::new("retention.bytes", "must be more than nothing")) } else { Ok(()) }
     }
 }
 
@@ -243,6 +381,7 @@ impl ClientConfig {
 impl Configuration for ClientConfig {
     fn validate(&self) -> Result<(), Fault> {
         self.redis.validate()?;
+        self.limits.validate()?;
         self.retention.validate()?;
         self.telemetry.validate()
     }
@@ -600,6 +739,28 @@ fn list(text: &str) -> Value {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn sizes_and_marks_are_read_as_they_are_written() {
+        for (text, bytes) in [("0", 0), ("16384", 16_384), ("3KiB", 3 << 10), ("512MiB", 512 << 20), ("2TiB", 2 << 40)]
+        {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)));
+        }
+        assert_eq!(ByteSize(512 << 20).to_string(), "512MiB");
+        for text in ["", "MiB", "1.5GiB", "-1", "1MB", "99999999TiB", "1 KiB"] {
+            assert!(text.parse::<ByteSize>().is_err(), "{text}");
+        }
+        for (text, on_a_gibibyte, without_limit) in
+            [("off", 0, 0), ("90%", 966_367_641, 0), ("100%", 1 << 30, 0), ("2GiB", 2 << 30, 2 << 30)]
+        {
+            let mark: HighWater = text.parse().unwrap();
+            assert_eq!((mark.bytes(1 << 30), mark.bytes(0)), (on_a_gibibyte, without_limit));
+            assert_eq!(mark.to_string(), text);
+        }
+        for text in ["0%", "101%", "%", "0", "on"] {
+            assert!(text.parse::<HighWater>().is_err(), "{text}");
+        }
+    }
+
     use std::collections::BTreeMap;
 
     use super::*;

@@ -12,6 +12,9 @@ pub enum Error {
     /// Redis can't be reached or does not serve now. Whether the command ran is unknown: every script is safe to send again.
     #[error("redis does not answer: {0}")]
     Unavailable(String),
+    /// There is no connection to Redis, and nothing was sent.
+    #[error("redis can't be reached: {0}")]
+    Unreachable(String),
     /// Redis refused the command: wrong credentials, missing rights, out of memory, read-only.
     #[error("redis refused: {0}")]
     Refused(String),
@@ -39,10 +42,15 @@ impl Error {
         matches!(self, Error::Refused(text) if text.starts_with("WRONGTYPE"))
     }
 
+    /// Whether the command may have run all the same: there was no answer, or one that nobody can read.
+    pub fn is_outcome_unknown(&self) -> bool {
+        matches!(self, Error::Unavailable(_) | Error::Reply { .. })
+    }
+
     /// Whether waiting and sending the same again may help.
     pub fn is_transient(&self) -> bool {
         match self {
-            Error::Unavailable(_) => true,
+            Error::Unavailable(_) | Error::Unreachable(_) => true,
             // A server that is loading, failing over or short of memory serves again later.
             Error::Refused(text) => [
                 "LOADING",

@@ -34,6 +34,9 @@ pub const FIELDS: &[(&str, usize)] = &[
     ("history", 1 << 16),
 ];
 
+/// Most bytes of a job's fields and their names, whatever limits a producer has.
+pub const PAYLOAD_MAX: u64 = 1 << 20;
+
 /// How long a queued id may wait for its hash, in ms.
 pub const MISSING_MS: u64 = 60_000;
 

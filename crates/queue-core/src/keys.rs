@@ -140,6 +140,19 @@ keys! {
     missing = "drayman:{tag}missing", SortedSet;
     /// Jobs in a final status by when they ended, in ms. Trimmed to the retention.
     finished = "drayman:{tag}finished", SortedSet;
+    /// The same jobs by when their records expire, in ms.
+    expiring = "drayman:{tag}expiring", SortedSet;
+    /// The same jobs: id → bytes of the record, and `*` → the sum of them.
+    kept = "drayman:{tag}kept", Hash;
+    /// Jobs of [`Keys::due`] that were submitted with a delay: id → user.
+    delayed = "drayman:{tag}delayed", Hash;
+    /// How many of them each user has; no entry for none. They count as queued.
+    delays = "drayman:{tag}delays", Hash;
+    /// The leader's word that memory is nearly full: bytes used and the mark above which nothing new is accepted. Lives for
+    /// some seconds unless renewed.
+    full = "drayman:{tag}full", String;
+    /// A mark that stands in the stream to the replicas behind all that was written before it. Lives for a minute.
+    confirming = "drayman:{tag}confirming", String;
     /// Where a parked session hears that there is work.
     wake(session) = "drayman:{tag}wake:{}", Channel;
     /// Where a session hears which job to cancel.

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::error::Error;
 use crate::ids::SessionId;
 use crate::reply::Reply;
-use crate::scripts::{Lead, NotLeader, SessionEnd, Upkeep};
+use crate::scripts::{Budget, Lead, NotLeader, SessionEnd, Upkeep};
 use crate::store::Store;
 
 /// How many entries one round trip of a scan looks at.
@@ -58,6 +58,25 @@ impl Leadership {
         self.store.upkeep(&self.session, self.term, retention.as_millis() as u64).await
     }
 
+    /// The same within a budget.
+    pub async fn upkeep_within(&self, budget: &Budget) -> Led<Upkeep> {
+        self.store.upkeep_within(&self.session, self.term, budget).await
+    }
+
+    /// How many bytes of memory the server uses, and its limit, 0 if it has none. `None` where that may not be asked.
+    pub async fn memory(&self) -> Result<Option<(u64, u64)>, Error> {
+        let text = match self.store.command("INFO", &[b"memory"]).await {
+            Ok(reply) => reply.lossy().unwrap_or_default(),
+            Err(error @ Error::Refused(_)) if !error.is_transient() => return Ok(None),
+            Err(error) => return Err(error),
+        };
+        let says = |field: &str| {
+            let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+            value.and_then(|value| value.trim().parse().ok())
+        };
+        Ok(says("used_memory").zip(says("maxmemory")))
+    }
+
     /// Gives back the jobs of a session whose beat stands still at `beat`. Returns how many, or `None` if it beat again.
     async fn reclaim(&self, session: &str, beat: u64) -> Led<Option<u64>> {
         let mut returned = 0;
@@ -83,7 +102,7 @@ impl Leadership {
                 other => other?,
             };
             if !users.is_empty() {
-                ready += self.store.notice(&users).await?;
+                ready += self.store.look(&users).await?;
             }
             if next == b"0" {
                 return Ok(Ok(ready));
@@ -99,7 +118,7 @@ impl Leadership {
         let mut found = Scan::new(self.store.keys().queue("*"), "list");
         while let Some(keys) = found.next(&self.store).await? {
             let users: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
-            ready += self.store.notice(&users).await?;
+            ready += self.store.look(&users).await?;
         }
         Ok(Ok(ready))
     }

@@ -6,7 +6,7 @@ use crate::config::Limits;
 use crate::error::Error;
 use crate::group::{Group, Stopped};
 use crate::ids::{JobId, User};
-use crate::job::CALL_MAX;
+use crate::job::{CALL_MAX, PAYLOAD_MAX};
 use crate::model::Status;
 use crate::model::retry::{Backoff, RetryChoice};
 use crate::model::sql::{SqlJob, SqlJobError};
@@ -166,6 +166,17 @@ pub enum EnqueueError {
         /// Most bytes that are allowed.
         limit: u64,
     },
+    /// The server's memory is nearly full: nothing new is queued until there is room again.
+    #[error("redis uses {used} bytes of memory, and accepts no new jobs above {mark}")]
+    NoRoom {
+        /// Bytes that it uses.
+        used: u64,
+        /// Bytes above which nothing new is accepted.
+        mark: u64,
+    },
+    /// Redis has no memory left: nothing was queued. Jobs that end make room.
+    #[error("redis has no memory left for new jobs: {0}")]
+    OutOfMemory(std::sync::Arc<Error>),
     /// Redis holds something that makes it impossible.
     #[error("{0}")]
     Refused(String),
@@ -203,6 +214,26 @@ impl Producer {
         Self { store, limits, group }
     }
 
+    /// A producer with a connection of its own whose submissions wait until so many replicas have confirmed them, or for so
+    /// long.
+    pub async fn confirmed_by(&self, replicas: u32, patience: Duration) -> Result<ConfirmedProducer, Error> {
+        let confirming = Confirming {
+            store: self.store.aside(patience).await?,
+            limits: self.limits.clone(),
+            wanted: replicas,
+            patience,
+            turn: Default::default(),
+        };
+        let group = {
+            let confirming = confirming.clone();
+            Group::start(CALL_MAX, move |jobs: Vec<Submission>| {
+                let confirming = confirming.clone();
+                async move { confirming.send(&jobs).await }
+            })
+        };
+        Ok(ConfirmedProducer { confirming, group })
+    }
+
     /// Submits one job.
     pub async fn enqueue(&self, job: NewJob) -> Result<Submitted, EnqueueError> {
         let submission = job.into_submission()?;
@@ -215,28 +246,133 @@ impl Producer {
 
     /// Submits many jobs; one result each, in order.
     pub async fn enqueue_many(&self, jobs: Vec<NewJob>) -> Vec<Result<Submitted, EnqueueError>> {
-        let mut results: Vec<Option<Result<Submitted, EnqueueError>>> = Vec::with_capacity(jobs.len());
-        let mut submissions = Vec::with_capacity(jobs.len());
-        for job in jobs {
-            match job.into_submission() {
-                Ok(submission) => {
-                    submissions.push(submission);
-                    results.push(None);
-                }
-                Err(error) => results.push(Some(Err(error))),
-            }
-        }
+        let (submissions, mut results) = submissions(jobs);
         let mut sent = Vec::with_capacity(submissions.len());
         for chunk in submissions.chunks(CALL_MAX) {
             sent.extend(send(&self.store, &self.limits, chunk).await);
         }
-        let mut sent = sent.into_iter();
-        results.into_iter().map(|done| done.unwrap_or_else(|| sent.next().expect("one result a submission"))).collect()
+        fill(&mut results, sent)
+    }
+}
+
+/// The submissions that jobs make, and for each job the error if it makes none.
+fn submissions(jobs: Vec<NewJob>) -> (Vec<Submission>, Vec<Option<EnqueueError>>) {
+    let mut submissions = Vec::with_capacity(jobs.len());
+    let errors = jobs.into_iter().map(|job| job.into_submission().map(|made| submissions.push(made)).err()).collect();
+    (submissions, errors)
+}
+
+/// One result for each job, of those that were sent and those that were not.
+fn fill<T>(errors: &mut [Option<EnqueueError>], sent: Vec<Result<T, EnqueueError>>) -> Vec<Result<T, EnqueueError>> {
+    let mut sent = sent.into_iter();
+    let next = |error: &mut Option<EnqueueError>| match error.take() {
+        Some(error) => Err(error),
+        None => sent.next().expect("one result a submission"),
+    };
+    errors.iter_mut().map(next).collect()
+}
+
+/// A submission that replicas were asked to confirm. Queued it is in either case.
+#[must_use = "too few replicas may have it"]
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Confirmed {
+    /// As many replicas as wanted have it, or more.
+    Enough {
+        /// What the submission did.
+        submitted: Submitted,
+        /// How many replicas have confirmed it.
+        by: u32,
+    },
+    /// Fewer have confirmed it in time; it may reach them later, or be lost with the primary.
+    TooFew {
+        /// What the submission did.
+        submitted: Submitted,
+        /// How many replicas have confirmed it.
+        by: u32,
+        /// How many were wanted.
+        wanted: u32,
+    },
+}
+
+impl Confirmed {
+    /// What the submission did.
+    pub fn submitted(&self) -> &Submitted {
+        match self {
+            Confirmed::Enough { submitted, .. } | Confirmed::TooFew { submitted, .. } => submitted,
+        }
+    }
+}
+
+/// Submits jobs and waits until replicas have them. Cheap to clone; submissions of many tasks share round trips.
+///
+/// A confirmation counts for the replicas that there are: a failover keeps what it covers if the one that takes over is
+/// among those that confirmed. Ask for all of them, or see that Sentinel has no other to choose.
+#[derive(Debug, Clone)]
+pub struct ConfirmedProducer {
+    confirming: Confirming,
+    group: Group<Submission, Result<Confirmed, EnqueueError>>,
+}
+
+/// A connection that waits for replicas. One call at a time: each holds it up.
+#[derive(Debug, Clone)]
+struct Confirming {
+    store: Store,
+    limits: Limits,
+    wanted: u32,
+    patience: Duration,
+    turn: std::sync::Arc<tokio::sync::Mutex<()>>,
+}
+
+impl Confirming {
+    async fn send(&self, jobs: &[Submission]) -> Vec<Result<Confirmed, EnqueueError>> {
+        let Self { store, limits, wanted, patience, turn } = self;
+        let (most, largest) = (limits.max_queued_per_user.get().into(), limits.max_payload_bytes.get());
+        let _turn = turn.lock().await;
+        let (replies, by) = match store.enqueue_confirmed(most, largest, jobs, *wanted, *patience).await {
+            Ok((replies, by)) => (Ok(replies), by),
+            Err(error) => (Err(error), 0),
+        };
+        let confirmed = |submitted| match by >= *wanted {
+            true => Confirmed::Enough { submitted, by },
+            false => Confirmed::TooFew { submitted, by, wanted: *wanted },
+        };
+        results(replies, limits, jobs).into_iter().map(|result| result.map(confirmed)).collect()
+    }
+}
+
+impl ConfirmedProducer {
+    /// Submits one job.
+    pub async fn enqueue(&self, job: NewJob) -> Result<Confirmed, EnqueueError> {
+        let submission = job.into_submission()?;
+        let id = submission.id.clone();
+        match self.group.ask(submission).await {
+            Ok(result) => result,
+            Err(Stopped) => Err(EnqueueError::Unknown { id, source: Error::Unavailable("stopping".into()).into() }),
+        }
+    }
+
+    /// Submits many jobs; one result each, in order.
+    pub async fn enqueue_many(&self, jobs: Vec<NewJob>) -> Vec<Result<Confirmed, EnqueueError>> {
+        let (submissions, mut results) = submissions(jobs);
+        let mut sent = Vec::with_capacity(submissions.len());
+        for chunk in submissions.chunks(CALL_MAX) {
+            sent.extend(self.confirming.send(chunk).await);
+        }
+        fill(&mut results, sent)
     }
 }
 
 async fn send(store: &Store, limits: &Limits, jobs: &[Submission]) -> Vec<Result<Submitted, EnqueueError>> {
-    match store.enqueue(limits.max_queued_per_user.get().into(), limits.max_payload_bytes.get(), jobs).await {
+    let replies = store.enqueue(limits.max_queued_per_user.get().into(), limits.max_payload_bytes.get(), jobs).await;
+    results(replies, limits, jobs)
+}
+
+fn results(
+    replies: Result<Vec<Enqueued>, Error>,
+    limits: &Limits,
+    jobs: &[Submission],
+) -> Vec<Result<Submitted, EnqueueError>> {
+    match replies {
         Ok(replies) => replies
             .into_iter()
             .zip(jobs)
@@ -245,19 +381,24 @@ async fn send(store: &Store, limits: &Limits, jobs: &[Submission]) -> Vec<Result
                 Enqueued::Exists => Ok(Submitted::AlreadyThere(job.id.clone())),
                 Enqueued::Full(limit) => Err(EnqueueError::Full { limit }),
                 Enqueued::TooLarge(bytes) => {
-                    Err(EnqueueError::TooLarge { bytes, limit: limits.max_payload_bytes.get() })
+                    let limit = limits.max_payload_bytes.get().min(PAYLOAD_MAX);
+                    Err(EnqueueError::TooLarge { bytes, limit })
                 }
+                Enqueued::NoRoom { used, mark } => Err(EnqueueError::NoRoom { used, mark }),
                 Enqueued::Refused(reason) => Err(EnqueueError::Refused(reason)),
             })
             .collect(),
         Err(error) => {
             let source = std::sync::Arc::new(error);
-            let unknown = matches!(*source, Error::Unavailable(_));
+            let unknown = source.is_outcome_unknown();
+            let full = matches!(&*source, Error::Refused(text) if text.starts_with("OOM"));
             jobs.iter()
                 .map(|job| {
                     let source = source.clone();
                     Err(if unknown {
                         EnqueueError::Unknown { id: job.id.clone(), source }
+                    } else if full {
+                        EnqueueError::OutOfMemory(source)
                     } else {
                         EnqueueError::Failed(source)
                     })

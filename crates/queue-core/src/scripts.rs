@@ -1,8 +1,10 @@
 //! The table of scripts: each with a typed call and a typed reply. All changes of a job's state happen in them.
 
+use std::time::Duration;
+
 use crate::error::Error;
 use crate::ids::{Fence, IdError, JOB_ID_MAX_BYTES, JobId, Pool, SessionId, USER_MAX_BYTES, User};
-use crate::job::{FIELDS, MISSING_MS, REJECTED_MS};
+use crate::job::{FIELDS, MISSING_MS, PAYLOAD_MAX, REJECTED_MS};
 use crate::keys::Keys;
 use crate::model::retry::{HISTORY_MAX_BYTES, SUSPECT_AFTER, UNCLEAN_MAX};
 use crate::reply::Reply;
@@ -15,38 +17,66 @@ pub struct Script {
     pub name: &'static str,
     /// Its text, without the prelude.
     pub body: &'static str,
+    /// What becomes of it while Redis has no memory left.
+    pub when_full: WhenFull,
+}
+
+/// What becomes of a script while Redis holds more than its `maxmemory`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum WhenFull {
+    /// It is refused, before it has written anything: it brings new work.
+    Refused,
+    /// It runs: it frees memory, or needs little, and without it nothing would be freed.
+    Runs,
+}
+
+impl Script {
+    /// The whole text as the server gets it.
+    pub fn text(&self, prelude: &str) -> String {
+        // Must be the first line.
+        let flags = match self.when_full {
+            WhenFull::Refused => "",
+            WhenFull::Runs => "#!lua flags=allow-oom\n",
+        };
+        format!("{flags}{prelude}\n{}", self.body)
+    }
 }
 
 macro_rules! scripts {
-    ($($constant:ident = $name:literal;)+) => {
-        $(#[doc = concat!("`", $name, ".lua`")]
-        pub static $constant: Script = Script { name: $name, body: include_str!(concat!("scripts/", $name, ".lua")) };)+
+    ($($constant:ident = $name:literal $(from $file:literal)?, $when_full:ident;)+) => {
+        $(#[doc = concat!("`", $name, "`")]
+        pub static $constant: Script =
+            Script { name: $name, body: scripts!(@body $name $($file)?), when_full: WhenFull::$when_full };)+
 
         /// Every script.
         pub static TABLE: &[&Script] = &[$(&$constant),+];
     };
+    (@body $name:literal) => { include_str!(concat!("scripts/", $name, ".lua")) };
+    (@body $name:literal $file:literal) => { include_str!(concat!("scripts/", $file, ".lua")) };
 }
 
 scripts! {
-    ENQUEUE = "enqueue";
-    NOTICE = "notice";
-    TAKE = "take";
-    MARK = "mark";
-    FINISH = "finish";
-    CANCEL = "cancel";
-    RETRY = "retry";
-    SESSION_OPEN = "session_open";
-    SESSION_BEAT = "session_beat";
-    SESSION_END = "session_end";
-    CAPACITY = "capacity";
-    LEAD = "lead";
-    UPKEEP = "upkeep";
-    HOST_LOCK = "host_lock";
-    OLD_QUEUE = "old_queue";
-    SWEEP = "sweep";
-    POOL_SWEEP = "pool_sweep";
-    WIP = "wip";
-    INSPECT = "inspect";
+    ENQUEUE = "enqueue", Refused;
+    NOTICE = "notice", Refused;
+    // The leader's own look. Were it refused, a memory that is full of jobs that nobody has noticed would stay full.
+    LOOK = "look" from "notice", Runs;
+    TAKE = "take", Runs;
+    MARK = "mark", Runs;
+    FINISH = "finish", Runs;
+    CANCEL = "cancel", Runs;
+    RETRY = "retry", Runs;
+    SESSION_OPEN = "session_open", Runs;
+    SESSION_BEAT = "session_beat", Runs;
+    SESSION_END = "session_end", Runs;
+    CAPACITY = "capacity", Runs;
+    LEAD = "lead", Runs;
+    UPKEEP = "upkeep", Runs;
+    HOST_LOCK = "host_lock", Runs;
+    OLD_QUEUE = "old_queue", Runs;
+    SWEEP = "sweep", Runs;
+    POOL_SWEEP = "pool_sweep", Runs;
+    WIP = "wip", Runs;
+    INSPECT = "inspect", Runs;
 }
 
 /// What stands before every script: the keys, the constants, the functions that scripts share.
@@ -54,7 +84,7 @@ pub fn prelude(keys: &Keys) -> String {
     let fields: Vec<String> = FIELDS.iter().map(|(name, most)| format!("'{name}', {most}")).collect();
     format!(
         "{}local MAX_ID, MAX_USER = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}\n\
-         local MISSING_MS, MAX_REJECTED_MS = {MISSING_MS}, {REJECTED_MS}\n\
+         local MISSING_MS, MAX_REJECTED_MS, MAX_PAYLOAD = {MISSING_MS}, {REJECTED_MS}, {PAYLOAD_MAX}\n\
          local SUSPECT_AFTER, MAX_UNCLEAN, MAX_HISTORY = {SUSPECT_AFTER}, {UNCLEAN_MAX}, {HISTORY_MAX_BYTES}\n\
          local FIELDS = {{{}}}\n{}",
         keys.prelude(),
@@ -163,6 +193,13 @@ pub enum Enqueued {
     Full(u64),
     /// The fields are larger than allowed; how many bytes they have.
     TooLarge(u64),
+    /// The server's memory is nearly full.
+    NoRoom {
+        /// Bytes that it uses.
+        used: u64,
+        /// Bytes above which nothing new is accepted.
+        mark: u64,
+    },
     /// The queue's key can't be used.
     Refused(String),
 }
@@ -406,6 +443,32 @@ pub struct Upkeep {
     pub given_up: u64,
     /// Entries of the index of finished jobs that outlived the retention.
     pub trimmed: u64,
+    /// Records that were removed because there were too many, or too large ones.
+    pub evicted: u64,
+    /// Nothing new is accepted until memory is freed.
+    pub full: bool,
+}
+
+/// What may be kept, and how much memory there is.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Budget {
+    /// How long records of ended jobs are kept.
+    pub retention_ms: u64,
+    /// Most of these records; 0 for no limit.
+    pub count: u64,
+    /// Most bytes of them; 0 for no limit.
+    pub bytes: u64,
+    /// Bytes of memory that the server uses.
+    pub used: u64,
+    /// Bytes of memory above which nothing new is accepted; 0 for no limit.
+    pub mark: u64,
+    /// For how long that holds unless it is said again.
+    pub mark_ms: u64,
+}
+
+impl Budget {
+    /// Most records that one pass removes before their time. A pass that removed so many may have left some.
+    pub const EVICTED_MAX: u64 = 1_000;
 }
 
 /// How the leader's attempt to end a session went.
@@ -428,32 +491,32 @@ fn id<T, E: Into<IdError>>(parsed: Result<T, E>, script: &'static str) -> Result
 impl Store {
     /// Submits jobs; one result each, in order.
     pub async fn enqueue(&self, most_queued: u64, largest: u64, jobs: &[Submission]) -> Result<Vec<Enqueued>, Error> {
-        let mut args = Args::new().number(most_queued).number(largest);
-        for job in jobs {
-            args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms);
-            args = args.number(job.run_at_ms.unwrap_or(0)).counted_fields(&job.fields);
-        }
-        let replies = self.call(&ENQUEUE, args.0).await?.array("enqueue")?;
-        expect_len(&replies, jobs.len(), "enqueue")?;
-        replies
-            .into_iter()
-            .map(|reply| match &reply {
-                Reply::Bytes(word) if word == b"queued" => Ok(Enqueued::Queued),
-                Reply::Bytes(word) if word == b"exists" => Ok(Enqueued::Exists),
-                Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
-                    (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
-                    (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge(bytes.int("enqueue")? as u64)),
-                    (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
-                    _ => Err(reply.unexpected("enqueue")),
-                },
-                _ => Err(reply.unexpected("enqueue")),
-            })
-            .collect()
+        enqueued(self.call(&ENQUEUE, enqueue_args(most_queued, largest, false, jobs)).await?, jobs.len())
+    }
+
+    /// The same, and waits until `replicas` have confirmed it, or for `patience`; returns how many have. Blocks this
+    /// connection: see [`Store::aside`].
+    pub async fn enqueue_confirmed(
+        &self,
+        most_queued: u64,
+        largest: u64,
+        jobs: &[Submission],
+        replicas: u32,
+        patience: Duration,
+    ) -> Result<(Vec<Enqueued>, u32), Error> {
+        let args = enqueue_args(most_queued, largest, true, jobs);
+        let (reply, confirmed) = self.call_and_wait(&ENQUEUE, args, replicas, patience).await?;
+        Ok((enqueued(reply, jobs.len())?, confirmed))
     }
 
     /// Looks at the queues of users; returns how many of them became ready.
     pub async fn notice(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
         Ok(self.call(&NOTICE, users.to_vec()).await?.int("notice")? as u64)
+    }
+
+    /// The same for the leader, also while memory is full.
+    pub async fn look(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
+        Ok(self.call(&LOOK, users.to_vec()).await?.int("look")? as u64)
     }
 
     /// Takes up to `n` jobs. The same `number` again returns the same jobs.
@@ -681,15 +744,36 @@ impl Store {
 
     /// One pass over scheduled jobs, ids without a hash, and the index of finished jobs.
     pub async fn upkeep(&self, leader: &SessionId, term: u64, retention_ms: u64) -> Led<Upkeep> {
-        let args = Args::new().text(leader.as_str()).number(term).number(retention_ms);
+        self.upkeep_within(leader, term, &Budget { retention_ms, ..Budget::default() }).await
+    }
+
+    /// The same, and the oldest records go where there are more than may be kept.
+    pub async fn upkeep_within(&self, leader: &SessionId, term: u64, budget: &Budget) -> Led<Upkeep> {
+        let Budget { retention_ms, count, bytes, used, mark, mark_ms } = *budget;
+        let args = Args::new()
+            .text(leader.as_str())
+            .number(term)
+            .number(retention_ms)
+            .number(count)
+            .number(bytes)
+            .number(used)
+            .number(mark)
+            .number(mark_ms.max(1));
         let reply = self.call(&UPKEEP, args.0).await?;
         if reply.text() == Some("not_leader") {
             return Ok(Err(NotLeader));
         }
         let items = reply.array("upkeep")?;
-        expect_len(&items, 5, "upkeep")?;
+        expect_len(&items, 7, "upkeep")?;
         let count = |at: usize| items[at].int("upkeep").map(|number| number as u64);
-        Ok(Ok(Upkeep { promoted: count(1)?, found: count(2)?, given_up: count(3)?, trimmed: count(4)? }))
+        Ok(Ok(Upkeep {
+            promoted: count(1)?,
+            found: count(2)?,
+            given_up: count(3)?,
+            trimmed: count(4)?,
+            evicted: count(5)?,
+            full: count(6)? == 1,
+        }))
     }
 
     /// Holds the foreign layout's locks of hosts; returns the hosts that a foreign worker schedules.
@@ -728,6 +812,38 @@ impl Store {
         let args = Args::new().text(leader.as_str()).number(term).text(user);
         led(self.call(&WIP, args.0).await?, |reply| Ok(reply.int("wip")? as u64))
     }
+}
+
+fn enqueue_args(most_queued: u64, largest: u64, confirm: bool, jobs: &[Submission]) -> Vec<Vec<u8>> {
+    let mut args = Args::new().number(most_queued).number(largest).number(u8::from(confirm));
+    for job in jobs {
+        args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms);
+        args = args.number(job.run_at_ms.unwrap_or(0)).counted_fields(&job.fields);
+    }
+    args.0
+}
+
+fn enqueued(reply: Reply, jobs: usize) -> Result<Vec<Enqueued>, Error> {
+    let replies = reply.array("enqueue")?;
+    expect_len(&replies, jobs, "enqueue")?;
+    replies
+        .into_iter()
+        .map(|reply| match &reply {
+            Reply::Bytes(word) if word == b"queued" => Ok(Enqueued::Queued),
+            Reply::Bytes(word) if word == b"exists" => Ok(Enqueued::Exists),
+            Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
+                (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
+                (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge(bytes.int("enqueue")? as u64)),
+                (Some("no_room"), Some(used)) => Ok(Enqueued::NoRoom {
+                    used: used.int("enqueue")? as u64,
+                    mark: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
+                }),
+                (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
+                _ => Err(reply.unexpected("enqueue")),
+            },
+            _ => Err(reply.unexpected("enqueue")),
+        })
+        .collect()
 }
 
 fn led<T>(reply: Reply, read: impl FnOnce(Reply) -> Result<T, Error>) -> Led<T> {

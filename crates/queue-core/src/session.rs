@@ -218,7 +218,8 @@ async fn send_finishes(
                     () = tokio::time::sleep(pause) => {}
                     () = abandon.cancelled() => {}
                 }
-                pause = (pause * 2).min(Duration::from_secs(2));
+                // Short: until they are recorded, results hold the places of what could run.
+                pause = (pause * 2).min(Duration::from_millis(400));
             }
             Err(error) => {
                 let text = error.to_string();

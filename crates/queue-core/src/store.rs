@@ -3,20 +3,25 @@
 //! The client is set so that nothing happens twice or late: one attempt per command (a lost reply must not run a script
 //! again behind our back), a timeout on each, and none is kept for a connection that is not there (an abandoned command
 //! must not run after a reconnect). Whether to send again is decided above, where it is known to be harmless.
+//!
+//! While there is no connection a call waits for one, for as long as a command may take, and is sent only then: who is
+//! told [`Error::Unreachable`] can rely on it that nothing has happened.
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
-use fred::clients::{Client, SubscriberClient};
+use fred::clients::{Client, SubscriberClient, WithOptions};
 use fred::error::{Error as FredError, ErrorKind};
 use fred::interfaces::{ClientLike, EventInterface, LuaInterface, PubsubInterface};
 use fred::types::config::{
-    Config, ConnectionConfig, PerformanceConfig, ReconnectPolicy, TlsConfig, TlsConnector, UnresponsiveConfig,
+    Config, ConnectionConfig, Options, PerformanceConfig, ReconnectPolicy, TlsConfig, TlsConnector, UnresponsiveConfig,
 };
 use fred::types::{Builder, CustomCommand, Value};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
+use tokio::sync::broadcast::error::RecvError;
 use tokio::sync::mpsc;
 
 use crate::config::{Fault, RedisConfig};
@@ -25,10 +30,21 @@ use crate::keys::Keys;
 use crate::reply::Reply;
 use crate::scripts::{self, Script};
 
+/// The longest pause between two attempts to connect. Short, because work is to go on soon after an outage, and one attempt
+/// costs a server nothing.
+const RECONNECT_PAUSE_MAX_MS: u32 = 400;
+/// How long a server that accepts a connection may take to greet. One that hangs is left for another attempt: after a
+/// failover that finds the new primary.
+const GREETING_MAX: Duration = Duration::from_millis(1_500);
+/// How long after the commands' connection came back the subscriptions' own has to have noticed by itself.
+const EARS_NOTICE_WITHIN: Duration = Duration::from_secs(1);
+
 /// A connection to Redis, cheap to clone.
 #[derive(Clone)]
 pub struct Store {
     client: Client,
+    /// The client in the mode in which it keeps nothing for a connection that is not there.
+    now: WithOptions<Client>,
     inner: Arc<Inner>,
 }
 
@@ -36,10 +52,19 @@ struct Inner {
     builder: Builder,
     /// How long a subscription may take to begin.
     patience: Duration,
+    /// How long a command may wait for a connection.
+    command_timeout: Duration,
+    /// A reconnect was asked for and is not over.
+    reconnecting: AtomicBool,
+    /// When anything was answered last, in ms since `begin`.
+    answered_ms: AtomicU64,
+    begin: Instant,
     keys: Keys,
     /// Each script's text with the prelude before it, and its digest.
-    scripts: HashMap<&'static str, fred::types::scripts::Script>,
+    scripts: Scripts,
 }
+
+type Scripts = HashMap<&'static str, fred::types::scripts::Script>;
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -47,7 +72,8 @@ impl std::fmt::Debug for Store {
     }
 }
 
-/// One message of a subscription.
+/// One message of a subscription. One without a channel tells that messages may have been missed: the connection was
+/// lost and is there again.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Message {
     /// The channel that it came on.
@@ -56,29 +82,55 @@ pub struct Message {
     pub text: String,
 }
 
+impl Message {
+    /// Tells that messages may have been missed.
+    pub fn gap() -> Self {
+        Self { channel: String::new(), text: String::new() }
+    }
+
+    /// Whether messages may have been missed before this one, which is none.
+    pub fn is_gap(&self) -> bool {
+        self.channel.is_empty()
+    }
+}
+
 impl Store {
     /// Connects. Fails at once if the server can't be reached; afterwards reconnects by itself for as long as it lives.
     pub async fn connect(config: &RedisConfig) -> Result<Self, Error> {
         let builder = builder(config)?;
-        let client = builder.build().map_err(translate)?;
-        client.init().await.map_err(translate)?;
         let keys = Keys::new();
         let prelude = scripts::prelude(&keys);
-        let scripts = scripts::TABLE
+        let scripts: Scripts = scripts::TABLE
             .iter()
-            .map(|script| (script.name, fred::types::scripts::Script::from_lua(format!("{prelude}\n{}", script.body))))
+            .map(|script| (script.name, fred::types::scripts::Script::from_lua(script.text(&prelude))))
             .collect();
-        let store = Self {
-            client,
-            inner: Arc::new(Inner {
-                builder,
-                patience: config.connect_timeout + config.command_timeout,
-                keys,
-                scripts,
-            }),
-        };
+        let patience = config.connect_timeout + config.command_timeout;
+        let store = Self::with(builder, patience, config.command_timeout, keys, scripts).await?;
         store.check_version().await?;
         Ok(store)
+    }
+
+    async fn with(
+        builder: Builder,
+        patience: Duration,
+        command_timeout: Duration,
+        keys: Keys,
+        scripts: Scripts,
+    ) -> Result<Self, Error> {
+        let client = builder.build().map_err(translate)?;
+        client.init().await.map_err(translate)?;
+        let once = Options { max_attempts: Some(1), fail_fast: true, ..Options::default() };
+        let inner = Inner {
+            builder,
+            patience,
+            command_timeout,
+            reconnecting: false.into(),
+            answered_ms: 0.into(),
+            begin: Instant::now(),
+            keys,
+            scripts,
+        };
+        Ok(Self { now: client.with_options(&once), client, inner: Arc::new(inner) })
     }
 
     /// Refuses keys of another major version. A server that has none yet gets its own from the first session.
@@ -132,21 +184,141 @@ impl Store {
         let prepared = &self.inner.scripts[script.name];
         let args: Vec<Value> = args.into_iter().map(|arg| Value::Bytes(arg.into())).collect();
         let no_keys: Vec<String> = Vec::new();
-        let mut answer: Result<Value, FredError> =
-            self.client.evalsha(prepared.sha1().clone(), no_keys.clone(), args.clone()).await;
-        if matches!(&answer, Err(error) if error.details().starts_with("NOSCRIPT")) {
+        let by_digest = || self.now.evalsha::<Value, _, _, _>(prepared.sha1().clone(), no_keys.clone(), args.clone());
+        let mut answer = self.send(by_digest).await;
+        if matches!(&answer, Err(Error::Refused(text)) if text.starts_with("NOSCRIPT")) {
             // Not run: so sending the text is no second run.
-            answer = self.client.eval(prepared.lua().expect("made from its text").clone(), no_keys, args).await;
+            let text = prepared.lua().expect("made from its text");
+            let by_text = || self.now.eval::<Value, _, _, _>(text.clone(), no_keys.clone(), args.clone());
+            answer = self.send(by_text).await;
         }
-        reply(answer.map_err(translate)?, script.name)
+        reply(answer?, script.name)
+    }
+
+    /// A connection of its own, for calls that hold theirs up: it waits `longer` for each answer.
+    pub async fn aside(&self, longer: Duration) -> Result<Self, Error> {
+        let command_timeout = self.inner.command_timeout + longer;
+        let mut builder = self.inner.builder.clone();
+        builder
+            .with_performance_config(|performance| performance.default_command_timeout = command_timeout)
+            .with_connection_config(|connection| {
+                connection.unresponsive.max_timeout = Some(command_timeout + Duration::from_millis(250));
+            });
+        let (keys, scripts) = (self.inner.keys.clone(), self.inner.scripts.clone());
+        Self::with(builder, self.inner.patience, command_timeout, keys, scripts).await
+    }
+
+    /// Calls a script and waits for replicas to confirm what it wrote, both in one pipeline: a WAIT counts for the writes of
+    /// its own connection only, and no reconnect can come between them. Returns how many replicas have confirmed.
+    pub async fn call_and_wait(
+        &self,
+        script: &'static Script,
+        args: Vec<Vec<u8>>,
+        replicas: u32,
+        patience: Duration,
+    ) -> Result<(Reply, u32), Error> {
+        let prepared = &self.inner.scripts[script.name];
+        let text = prepared.lua().expect("made from its text");
+        let wait: Vec<Value> = vec![replicas.to_string().into(), patience.as_millis().max(1).to_string().into()];
+        let both = |command: &'static str, body: String| {
+            let mut call: Vec<Value> = vec![body.into(), "0".into()];
+            call.extend(args.iter().map(|arg| Value::Bytes(arg.clone().into())));
+            let (pipeline, wait) = (self.now.pipeline(), wait.clone());
+            async move {
+                let command = CustomCommand::new_static(command, None::<u16>, false);
+                let _: () = pipeline.custom(command, call).await?;
+                let _: () = pipeline.custom(CustomCommand::new_static("WAIT", None::<u16>, false), wait).await?;
+                let mut results = pipeline.try_all::<Value>().await.into_iter();
+                let called = results.next().unwrap_or_else(|| Err(FredError::new(ErrorKind::IO, "no answer")))?;
+                // Where the script's answer has come and that of WAIT has not, nobody has confirmed.
+                let confirmed = results.next().and_then(Result::ok).unwrap_or(Value::Integer(0));
+                Ok(Value::Array(vec![called, confirmed]))
+            }
+        };
+        let mut answer = self.send(|| both("EVALSHA", prepared.sha1().to_string())).await;
+        if matches!(&answer, Err(Error::Refused(text)) if text.starts_with("NOSCRIPT")) {
+            answer = self.send(|| both("EVAL", text.to_string())).await;
+        }
+        let mut items = reply(answer?, script.name)?.array(script.name)?.into_iter();
+        match (items.next(), items.next()) {
+            (Some(called), Some(confirmed)) => Ok((called, confirmed.int("WAIT")? as u32)),
+            _ => Err(Reply::Nil.unexpected(script.name)),
+        }
     }
 
     /// Runs one plain command.
     pub async fn command(&self, name: &'static str, args: &[&[u8]]) -> Result<Reply, Error> {
         let args: Vec<Value> = args.iter().map(|arg| Value::Bytes(arg.to_vec().into())).collect();
         let command = CustomCommand::new_static(name, None::<u16>, false);
-        let answer: Value = self.client.custom(command, args).await.map_err(translate)?;
-        reply(answer, name)
+        let answer = self.send(|| self.now.custom::<Value, _>(command.clone(), args.clone())).await;
+        reply(answer?, name)
+    }
+
+    /// Sends once there is a connection, and once only.
+    async fn send<F>(&self, request: impl Fn() -> F) -> Result<Value, Error>
+    where
+        F: Future<Output = Result<Value, FredError>>,
+    {
+        let since = Instant::now();
+        loop {
+            self.connected(since).await?;
+            let sent_ms = self.inner.begin.elapsed().as_millis() as u64;
+            match request().await {
+                // The client notices a moment later than its connection breaks.
+                Err(error) if was_not_sent(&error) => tokio::time::sleep(Duration::from_millis(10)).await,
+                Err(error) => {
+                    // The client's own watch begins anew with each command, so that one who asks all the time never
+                    // leaves a server that hangs: here a whole timeout without any answer is enough.
+                    let silent =
+                        *error.kind() == ErrorKind::Timeout && self.inner.answered_ms.load(Ordering::SeqCst) < sent_ms;
+                    let error = translate(error);
+                    match &error {
+                        Error::Refused(text) => {
+                            self.answered();
+                            if text.starts_with("READONLY") || text.starts_with("MASTERDOWN") {
+                                self.leave("it is no primary (any more)");
+                            }
+                        }
+                        _ if silent => self.leave("it answers nothing"),
+                        _ => {}
+                    }
+                    return Err(error);
+                }
+                Ok(value) => {
+                    self.answered();
+                    return Ok(value);
+                }
+            }
+        }
+    }
+
+    fn answered(&self) {
+        self.inner.answered_ms.store(self.inner.begin.elapsed().as_millis() as u64, Ordering::SeqCst);
+    }
+
+    /// Waits for a connection.
+    async fn connected(&self, since: Instant) -> Result<(), Error> {
+        while !self.client.is_connected() {
+            if since.elapsed() >= self.inner.command_timeout {
+                return Err(Error::Unreachable("there is no connection".into()));
+            }
+            // In slices: the client might connect between our question and its ear.
+            let _ = tokio::time::timeout(Duration::from_millis(100), self.client.wait_for_connect()).await;
+        }
+        Ok(())
+    }
+
+    /// Connects anew. A server that became a replica, or hangs, keeps its connections; behind Sentinel, or a name that
+    /// leads elsewhere now, a new connection finds the primary.
+    fn leave(&self, why: &'static str) {
+        if !self.inner.reconnecting.swap(true, Ordering::SeqCst) {
+            let store = self.clone();
+            tokio::spawn(async move {
+                tracing::info!("leaving the connection to redis: {why}");
+                let _ = tokio::time::timeout(store.inner.patience, store.client.force_reconnection()).await;
+                store.inner.reconnecting.store(false, Ordering::SeqCst);
+            });
+        }
     }
 
     /// The members of a set that others may write too; none if they have made something else of it.
@@ -159,25 +331,20 @@ impl Store {
     }
 
     /// Listens to channels on a connection of its own, which subscribes again by itself after a reconnect. What was said
-    /// in between is lost: messages are hints. Ends when the receiver is dropped.
+    /// in between is lost, and a [`Message::is_gap`] tells so: messages are hints. Ends when the receiver is dropped.
     pub async fn subscribe(&self, channels: &[String], patterns: &[String]) -> Result<mpsc::Receiver<Message>, Error> {
         let subscriber: SubscriberClient = self.inner.builder.build_subscriber_client().map_err(translate)?;
         let begin = async {
             subscriber.init().await?;
             let messages = subscriber.message_rx();
-            subscriber.manage_subscriptions();
-            if !channels.is_empty() {
-                subscriber.subscribe(channels.to_vec()).await?;
-            }
-            if !patterns.is_empty() {
-                subscriber.psubscribe(patterns.to_vec()).await?;
-            }
-            Ok(messages)
+            let reconnects = subscriber.reconnect_rx();
+            begin_listening(&subscriber, channels, patterns).await?;
+            Ok((messages, reconnects))
         };
         // The client puts no time limit on a subscription that is never confirmed.
         let begun = tokio::time::timeout(self.inner.patience, begin).await;
-        let mut messages = match begun {
-            Ok(Ok(messages)) => messages,
+        let (mut messages, mut reconnects) = match begun {
+            Ok(Ok(begun)) => begun,
             failed => {
                 let _ = subscriber.quit().await;
                 return Err(match failed {
@@ -187,27 +354,53 @@ impl Store {
             }
         };
         let (sender, receiver) = mpsc::channel(1024);
+        let (channels, patterns, patience) = (channels.to_vec(), patterns.to_vec(), self.inner.patience);
+        let mut commands_reconnected = self.client.reconnect_rx();
         tokio::spawn(async move {
+            // An idle subscription never notices by itself that its server hangs or its host is gone: when the commands'
+            // connection had to be made anew, this one has to be, too.
+            let mut renew_at: Option<Instant> = None;
             loop {
                 let message = tokio::select! {
-                    message = messages.recv() => message,
-                    () = sender.closed() => break,
-                };
-                match message {
-                    Ok(message) => {
-                        let Some(text) =
-                            message.value.as_bytes().map(|bytes| String::from_utf8_lossy(bytes).into_owned())
-                        else {
-                            continue;
-                        };
-                        let message = Message { channel: message.channel.to_string(), text };
-                        // A listener that does not keep up misses hints rather than holding up the connection.
-                        if let Err(mpsc::error::TrySendError::Closed(_)) = sender.try_send(message) {
+                    message = messages.recv() => match message {
+                        Ok(message) => {
+                            let Some(text) =
+                                message.value.as_bytes().map(|bytes| String::from_utf8_lossy(bytes).into_owned())
+                            else {
+                                continue;
+                            };
+                            Message { channel: message.channel.to_string(), text }
+                        }
+                        Err(RecvError::Lagged(_)) => Message::gap(),
+                        Err(RecvError::Closed) => break,
+                    },
+                    reconnected = reconnects.recv() => {
+                        if matches!(reconnected, Err(RecvError::Closed)) {
                             break;
                         }
+                        renew_at = None;
+                        let again = begin_listening(&subscriber, &channels, &patterns);
+                        if !matches!(tokio::time::timeout(patience, again).await, Ok(Ok(()))) {
+                            renew_at = Some(Instant::now() + EARS_NOTICE_WITHIN);
+                            continue;
+                        }
+                        Message::gap()
                     }
-                    Err(tokio::sync::broadcast::error::RecvError::Lagged(_)) => {}
-                    Err(tokio::sync::broadcast::error::RecvError::Closed) => break,
+                    _ = commands_reconnected.recv(), if renew_at.is_none() => {
+                        renew_at = Some(Instant::now() + EARS_NOTICE_WITHIN);
+                        continue;
+                    }
+                    () = until(renew_at) => {
+                        renew_at = None;
+                        let subscriber = subscriber.clone();
+                        tokio::spawn(async move { tokio::time::timeout(patience, subscriber.force_reconnection()).await });
+                        continue;
+                    }
+                    () = sender.closed() => break,
+                };
+                // A listener that does not keep up misses hints rather than holding up the connection.
+                if let Err(mpsc::error::TrySendError::Closed(_)) = sender.try_send(message) {
+                    break;
                 }
             }
             let _ = subscriber.quit().await;
@@ -221,6 +414,27 @@ impl Store {
     }
 }
 
+async fn begin_listening(
+    subscriber: &SubscriberClient,
+    channels: &[String],
+    patterns: &[String],
+) -> Result<(), FredError> {
+    if !channels.is_empty() {
+        subscriber.subscribe(channels.to_vec()).await?;
+    }
+    if !patterns.is_empty() {
+        subscriber.psubscribe(patterns.to_vec()).await?;
+    }
+    Ok(())
+}
+
+async fn until(at: Option<Instant>) {
+    match at {
+        Some(at) => tokio::time::sleep_until(at.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
 fn builder(config: &RedisConfig) -> Result<Builder, Error> {
     let fred_config = fred_config(config)?;
     let command_timeout = config.command_timeout;
@@ -230,17 +444,19 @@ fn builder(config: &RedisConfig) -> Result<Builder, Error> {
         .with_connection_config(|connection: &mut ConnectionConfig| {
             connection.max_command_attempts = 1;
             connection.connection_timeout = connect_timeout;
-            connection.internal_command_timeout = command_timeout;
+            connection.internal_command_timeout = command_timeout.min(GREETING_MAX);
             connection.max_command_buffer_len = 10_000;
-            // A server that accepts and never answers is as good as none.
-            connection.unresponsive =
-                UnresponsiveConfig { max_timeout: Some(command_timeout * 2), interval: Duration::from_millis(500) };
+            // A server that accepts and never answers is as good as none: whoever asked has given up by then.
+            connection.unresponsive = UnresponsiveConfig {
+                max_timeout: Some(command_timeout + Duration::from_millis(250)),
+                interval: Duration::from_millis(250),
+            };
         })
         .with_performance_config(|performance: &mut PerformanceConfig| {
             performance.default_command_timeout = command_timeout;
             performance.broadcast_channel_capacity = 4096;
         })
-        .set_policy(ReconnectPolicy::new_exponential(0, 50, 1_000, 2));
+        .set_policy(ReconnectPolicy::new_exponential(0, 50, RECONNECT_PAUSE_MAX_MS, 2));
     Ok(builder)
 }
 
@@ -284,6 +500,15 @@ fn tls(config: &RedisConfig) -> Result<rustls::ClientConfig, Error> {
         .with_safe_default_protocol_versions()
         .map_err(|error| Fault::new("redis.url", format!("cannot be used with TLS: {error}")))?;
     Ok(builder.with_root_certificates(roots).with_no_client_auth())
+}
+
+/// Whether the client refused to send for want of a connection. The words are those of the pinned version.
+fn was_not_sent(error: &FredError) -> bool {
+    match error.kind() {
+        ErrorKind::Canceled => error.details() == "Connection closed unexpectedly.",
+        ErrorKind::Unknown => error.details() == "Failed to route command.",
+        _ => false,
+    }
 }
 
 fn translate(error: FredError) -> Error {

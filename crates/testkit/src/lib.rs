@@ -1,6 +1,7 @@
 //! Real servers for tests, and the ways in which they and the network fail.
 //!
 //! - [`RedisServer`] and [`Postgres`]: private servers, each in a folder of its own, gone when dropped;
+//! - [`Sentinel`]: two of them, and three sentinels that replace the one by the other;
 //! - [`Proxy`]: a network between client and server that loses, delays and cuts;
 //! - [`Daemon`] and [`bin`]: this workspace's programs as child processes, with their output;
 //! - [`NotifySocket`]: systemd's end of the readiness protocol;
@@ -16,6 +17,7 @@ mod process;
 mod proxy;
 mod redis;
 mod scratch;
+mod sentinel;
 mod wait;
 
 pub use notify::NotifySocket;
@@ -24,4 +26,5 @@ pub use process::{Daemon, Signal, bin, spawn_child};
 pub use proxy::{Direction, Proxy};
 pub use redis::{RawClient, RedisServer, Value};
 pub use scratch::Scratch;
+pub use sentinel::Sentinel;
 pub use wait::{eventually, eventually_blocking};

@@ -29,6 +29,8 @@ pub struct RedisServer {
     config: Vec<(String, String)>,
     port: Port,
     socket: PathBuf,
+    /// What stands before the server's own environment: a clock that the test sets.
+    env: Vec<(&'static str, PathBuf)>,
     // Last: the folder goes after the server.
     scratch: Scratch,
 }
@@ -54,9 +56,41 @@ impl RedisServer {
         fs::write(&base, text).expect("a file in a fresh folder");
         let socket = scratch.path().join("redis.sock");
         let config = config.iter().map(|(key, value)| (key.to_string(), value.to_string())).collect();
-        let server = Self { child: Mutex::new(None), config, port: Port::lease(), socket, scratch };
+        let env = Vec::new();
+        let server = Self { child: Mutex::new(None), config, port: Port::lease(), socket, env, scratch };
         server.run(&mut server.child(), file.is_none());
         server
+    }
+
+    /// [`RedisServer::with_config`], with a wall clock that [`RedisServer::shift_clock`] sets.
+    pub fn with_clock(config: &[(&str, &str)]) -> Self {
+        let mut server = Self::with_config(config);
+        let (source, library) = (server.dir().join("clock.c"), server.dir().join("clock.so"));
+        fs::write(&source, include_str!("clock.c")).expect("a file in a folder of ours");
+        let built = Command::new("cc").args(["-shared", "-fPIC", "-O1", "-o"]).arg(&library).arg(&source).status();
+        assert!(built.is_ok_and(|status| status.success()), "cc builds no library: run scripts/setup");
+        server.env = vec![("LD_PRELOAD", library), ("DRAYMAN_TEST_CLOCK", server.dir().join("clock"))];
+        server.shift_clock(0);
+        server.restart();
+        server
+    }
+
+    /// From now on the server's wall clock is this many seconds ahead of the machine's, or behind it.
+    ///
+    /// # Panics
+    ///
+    /// If the server is none of [`RedisServer::with_clock`].
+    pub fn shift_clock(&self, seconds: i64) {
+        let (_, file) = self.env.last().expect("a server with a clock of its own");
+        // In place: the server has the file mapped.
+        let mut file = fs::File::options().create(true).truncate(false).write(true).open(file).expect("a file of ours");
+        file.write_all(&seconds.to_ne_bytes()).expect("room for eight bytes");
+    }
+
+    /// SIGKILL, as [`RedisServer::kill`], then [`RedisServer::restart`].
+    pub fn crash(&self) {
+        self.kill();
+        self.restart();
     }
 
     /// `redis://127.0.0.1:<port>/0`.
@@ -213,6 +247,7 @@ impl RedisServer {
             // One argument for an empty value: `save ""`.
             command.args(if value.is_empty() { vec![""] } else { value.split_whitespace().collect() });
         }
+        command.envs(self.env.iter().map(|(name, path)| (name, path)));
         command.stdin(Stdio::null()).stdout(log_file.try_clone().expect("a second handle")).stderr(log_file);
         let mut started = spawn_child(command, Signal::SIGKILL)
             .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
@@ -266,7 +301,7 @@ fn stop(child: &mut Option<Child>, signal: Signal) {
     let _ = child.wait();
 }
 
-fn find_program(names: &[&str]) -> PathBuf {
+pub(crate) fn find_program(names: &[&str]) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     names
         .iter()
@@ -540,6 +575,17 @@ mod tests {
         assert_eq!(client.receive().unwrap(), Value::Simple("PONG".into()));
         server.pause();
         // Dropping a paused server must not hang.
+    }
+
+    #[test]
+    fn a_server_with_a_clock_of_its_own_has_the_time_that_it_is_given() {
+        let server = RedisServer::with_clock(&[]);
+        let now = || server.raw(&["TIME"]).texts()[0].parse::<i64>().unwrap();
+        let start = now();
+        server.shift_clock(3_600);
+        assert!((3_600..3_660).contains(&(now() - start)));
+        server.shift_clock(-3_600);
+        assert!((-3_600..-3_540).contains(&(now() - start)));
     }
 
     #[test]

@@ -51,6 +51,7 @@ fn the_unit_gives_the_worker_what_it_counts_on() {
     has("NotifyAccess=main");
     has("KillSignal=SIGTERM");
     has("Restart=on-failure");
+    has("StartLimitIntervalSec=0");
     has("User=drayman");
     has("ExecStart=/usr/bin/drayman-worker --config /etc/drayman/%i.toml");
     assert!(unit.lines().any(|line| line.starts_with("WatchdogSec=")));

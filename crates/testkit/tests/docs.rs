@@ -22,13 +22,20 @@ fn functions(folder: &Path, names: &mut BTreeSet<String>) {
 
 #[test]
 fn each_promise_stands_beside_tests_that_exist() {
-    let page = fs::read_to_string(root().join("docs/guarantees.md")).expect("the page");
     let mut names = BTreeSet::new();
     functions(&root().join("crates"), &mut names);
-    // Names of tests are sentences; settings and statuses in backticks are shorter.
-    let named: Vec<&str> = page.split('`').skip(1).step_by(2).filter(|text| text.matches('_').count() >= 3).collect();
-    assert!(named.len() > 20, "{named:?}");
-    for name in named {
-        assert!(names.contains(name), "{name} is no test");
+    for (page, least) in [("guarantees.md", 20), ("operations.md", 20)] {
+        let text = fs::read_to_string(root().join("docs").join(page)).expect("the page");
+        // Names of tests are sentences; settings and statuses in backticks are shorter, variables in capitals.
+        let is_sentence = |text: &&str| {
+            text.matches('_').count() >= 3
+                && text.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '_')
+        };
+        let text = text.replace("```", "");
+        let named: Vec<&str> = text.split('`').skip(1).step_by(2).filter(is_sentence).collect();
+        assert!(named.len() > least, "{page}: {named:?}");
+        for name in named {
+            assert!(names.contains(name), "{page}: {name} is no test");
+        }
     }
 }

@@ -27,6 +27,8 @@ const HOST_LOCK_TTL: Duration = Duration::from_secs(5);
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
 /// How often old hashes are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
+/// The pause before a session that could not be opened is tried again.
+const OPEN_AGAIN_AFTER: Duration = Duration::from_millis(250);
 /// How long results that Redis does not answer for are still sent while the worker stops.
 const LAST_RESULTS: Duration = Duration::from_secs(5);
 
@@ -71,7 +73,7 @@ pub async fn run(config: Config, limits: watch::Receiver<Limits>, shutdown: Shut
             Err(error) if greeted && error.is_transient() => {
                 tracing::warn!(%error, "no session could be opened, trying again");
                 tokio::select! {
-                    () = tokio::time::sleep(Duration::from_secs(1)) => continue,
+                    () = tokio::time::sleep(OPEN_AGAIN_AFTER) => continue,
                     () = shutdown.drain().cancelled() => break,
                 }
             }
@@ -174,7 +176,11 @@ fn maintenance_settings(config: &Config) -> maintenance::Settings {
         scan_interval: config.worker.scan_interval,
         discovery_interval: DISCOVERY_INTERVAL,
         sweep_interval: SWEEP_INTERVAL,
-        keep: config.retention.finished,
+        // Each record has its own lifetime, and the index all of them.
+        keep: config.retention.finished.max(config.retention.ignored),
+        keep_count: config.retention.count.get(),
+        keep_bytes: config.retention.bytes.0,
+        high_water: config.limits.memory_high_water,
         keep_untouched: config.retention.untouched,
         host_lock_ttl: HOST_LOCK_TTL,
     }

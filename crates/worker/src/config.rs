@@ -197,6 +197,7 @@ pub enum CheckError {
 impl Configuration for Config {
     fn validate(&self) -> Result<(), Fault> {
         self.redis.validate()?;
+        self.limits.validate()?;
         if self.worker.pools.is_empty() {
             return Err(Fault::new("worker.pools", "names no pool"));
         }
@@ -303,6 +304,11 @@ mod tests {
             ("[log]\nlevel = 'info,a=loud'", "log.level"),
             ("[telemetry]\notlp_endpoint = 'collector:4317'", "telemetry.otlp_endpoint does not begin with http://"),
             ("[limits]\nmax_payload_bytes = -1", "limits.max_payload_bytes has an invalid"),
+            ("[limits]\nmax_payload_bytes = 1048577", "limits.max_payload_bytes is more than 1048576"),
+            ("[limits]\nmemory_high_water = '101%'", "limits.memory_high_water cannot be used: \"101%\" is none of"),
+            ("[limits]\nmemory_high_water = '2GB'", "limits.memory_high_water cannot be used: \"2GB\" is no size"),
+            ("[retention]\nbytes = '0KiB'", "retention.bytes must be more than nothing"),
+            ("[retention]\ncount = 0", "retention.count has an invalid"),
             ("[worker]\nnme = 1", "unknown key worker.nme in "),
         ];
         for (file, refusal) in cases {

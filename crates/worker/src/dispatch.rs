@@ -258,7 +258,8 @@ impl Dispatch {
         let (session, events) = (self.session.clone(), self.events.clone());
         let pause = match self.failed_takes {
             0 => Duration::ZERO,
-            failed => Duration::from_millis(50 << failed.min(4)),
+            // Short: each attempt waits for a connection by itself.
+            failed => Duration::from_millis(50 << failed.min(3)),
         };
         tokio::spawn(async move {
             tokio::time::sleep(pause).await;

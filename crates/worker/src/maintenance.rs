@@ -7,9 +7,11 @@ use std::future::Future;
 use std::time::{Duration, Instant};
 
 use queue_core::Store;
+use queue_core::config::HighWater;
 use queue_core::ids::SessionId;
 use queue_core::leader::{self, Leadership, Led, SessionWatch};
-use queue_core::scripts::NotLeader;
+use queue_core::scripts::{Budget, NotLeader, Upkeep};
+use queue_core::store::Message;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -17,6 +19,8 @@ use tokio_util::task::AbortOnDropHandle;
 const HOST_FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
 /// The pause before announcements are listened to again.
 const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// How many chunks of records one pass removes before their time.
+const EVICTIONS_MAX: usize = 20;
 /// How long what the users of an idle pool owe is remembered.
 const POOL_FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
 
@@ -35,6 +39,12 @@ pub struct Settings {
     pub sweep_interval: Duration,
     /// How long the record of a finished job is kept.
     pub keep: Duration,
+    /// Most records of finished jobs.
+    pub keep_count: u64,
+    /// Most bytes of them.
+    pub keep_bytes: u64,
+    /// How much memory Redis may use before nothing new is accepted.
+    pub high_water: HighWater,
     /// How long an untouched hash that nothing refers to is kept.
     pub keep_untouched: Duration,
     /// How long the foreign layout's lock of a host lives unless renewed.
@@ -107,6 +117,8 @@ struct Term {
     /// Hosts whose locks are held, by when there was last something to take for them.
     hosts: HashMap<String, Instant>,
     foreign_hosts: Vec<String>,
+    /// Nothing new is accepted for want of memory.
+    full: bool,
     /// What takes the longer the more keys there are. It goes on beside the passes, for they renew the leadership.
     _rounds: Vec<AbortOnDropHandle<()>>,
 }
@@ -115,7 +127,7 @@ impl Term {
     fn begin(store: &Store, leadership: Leadership, settings: &Settings) -> Self {
         let keep_untouched = settings.keep_untouched;
         let rounds = vec![
-            AbortOnDropHandle::new(tokio::spawn(follow_announcements(store.clone()))),
+            AbortOnDropHandle::new(tokio::spawn(follow_announcements(store.clone(), leadership.clone()))),
             every(settings.scan_interval, &leadership, |leadership| async move {
                 led!(leadership.scan_index());
                 Ok(Ok(()))
@@ -134,13 +146,14 @@ impl Term {
             watch: SessionWatch::default(),
             hosts: HashMap::new(),
             foreign_hosts: Vec::new(),
+            full: false,
             _rounds: rounds,
         }
     }
 
     async fn pass(&mut self, settings: &Settings) -> Led<()> {
         let leadership = self.leadership.clone();
-        let done = led!(leadership.upkeep(settings.keep));
+        let done = led!(self.upkeep(settings));
         if done.found + done.given_up > 0 {
             tracing::info!(found = done.found, given_up = done.given_up, "ids that were queued before their hash");
         }
@@ -161,23 +174,72 @@ impl Term {
     }
 }
 
+impl Term {
+    async fn upkeep(&mut self, settings: &Settings) -> Led<Upkeep> {
+        let (used, maxmemory) = self.leadership.memory().await?.unwrap_or_default();
+        let budget = Budget {
+            retention_ms: settings.keep.as_millis() as u64,
+            count: settings.keep_count,
+            bytes: settings.keep_bytes,
+            used,
+            mark: settings.high_water.bytes(maxmemory),
+            // Longer than a leader's term without renewal: a change of leaders lifts nothing.
+            mark_ms: 3 * settings.leader_ttl.as_millis() as u64,
+        };
+        let mut done = led!(self.leadership.upkeep_within(&budget));
+        for _ in 1..EVICTIONS_MAX {
+            if done.evicted % Budget::EVICTED_MAX != 0 || done.evicted == 0 {
+                break;
+            }
+            let more = led!(self.leadership.upkeep_within(&budget));
+            done.evicted += more.evicted;
+            if more.evicted == 0 {
+                break;
+            }
+        }
+        if done.evicted > 0 {
+            tracing::debug!(evicted = done.evicted, "records went before their time, there were more than may be kept");
+        }
+        if done.full != self.full {
+            self.full = done.full;
+            match done.full {
+                true => tracing::warn!(used, mark = budget.mark, "redis is nearly full: no new jobs are accepted"),
+                false => tracing::info!(used, mark = budget.mark, "redis has room again: new jobs are accepted"),
+            }
+        }
+        Ok(Ok(done))
+    }
+}
+
 /// Looks at the queues of those whose pushes foreign producers announce.
-async fn follow_announcements(store: Store) {
+async fn follow_announcements(store: Store, leadership: Leadership) {
     let channel = store.keys().announcements();
     loop {
         match store.subscribe(std::slice::from_ref(&channel), &[]).await {
             Ok(mut announcements) => {
-                let mut messages = Vec::new();
-                while announcements.recv_many(&mut messages, 500).await > 0 {
+                // What was announced before somebody listened was said to nobody.
+                let mut messages = vec![Message::gap()];
+                loop {
+                    if messages.iter().any(Message::is_gap)
+                        && let Err(error) = leadership.scan_index().await
+                    {
+                        tracing::debug!(%error, "what was announced meanwhile could not be looked for, the scan will");
+                    }
                     // In the order in which they were announced: ties go to who came first.
                     let mut seen = HashSet::new();
                     let users: Vec<Vec<u8>> = messages
                         .drain(..)
+                        .filter(|message| !message.is_gap())
                         .map(|message| message.text.into_bytes())
                         .filter(|user| seen.insert(user.clone()))
                         .collect();
-                    if let Err(error) = store.notice(&users).await {
+                    if !users.is_empty()
+                        && let Err(error) = store.notice(&users).await
+                    {
                         tracing::debug!(%error, "an announcement could not be followed, the scan will");
+                    }
+                    if announcements.recv_many(&mut messages, 500).await == 0 {
+                        break;
                     }
                 }
             }

@@ -34,7 +34,7 @@ while i <= #ARGV do
       -- A long queue is not searched: take drops what is final.
       if (try('LLEN', K.queue(user)) or 0) <= 1000 and try('LREM', K.queue(user), 0, id)
         and redis.call('EXISTS', K.queue(user)) == 0 then try('SREM', K.queued_users(), user) end
-      redis.call('ZREM', K.due(), id)
+      unschedule(id)
       record(id, user, 'status', 'cancelled', 'ended_at', now, 'cancel_requested_at', now, unpack(fields))
       file(id, user, redis.call('HGET', job, 'status'), retention_ms)
       -- Another job is the user's head now, perhaps of another pool.

@@ -100,7 +100,34 @@ local function file(id, user, status, retention_ms)
   try('HDEL', K.job(id), 'pass')
   redis.call('PEXPIRE', K.job(id), retention_ms)
   redis.call('ZADD', K.finished(), now_ms, id)
+  redis.call('ZADD', K.expiring(), int(now_ms + retention_ms), id)
+  -- A server may forbid the question: then records count by their number alone.
+  local bytes = try('MEMORY', 'USAGE', K.job(id), 'SAMPLES', '0') or 0
+  local before = tonumber(redis.call('HGET', K.kept(), id) or 0)
+  redis.call('HSET', K.kept(), id, bytes)
+  redis.call('HINCRBY', K.kept(), '*', bytes - before)
   publish(user, id, status)
+end
+
+-- Takes records out of the index of ended jobs and out of the books of what they occupy.
+local function forget(ids)
+  if #ids == 0 then return end
+  local freed = 0
+  for _, bytes in ipairs(redis.call('HMGET', K.kept(), unpack(ids))) do freed = freed + (tonumber(bytes) or 0) end
+  redis.call('ZREM', K.finished(), unpack(ids))
+  redis.call('ZREM', K.expiring(), unpack(ids))
+  redis.call('HDEL', K.kept(), unpack(ids))
+  if freed > 0 then redis.call('HINCRBY', K.kept(), '*', -freed) end
+  if redis.call('HLEN', K.kept()) == 1 then redis.call('DEL', K.kept()) end
+end
+
+-- Takes a job off the schedule; where it was submitted with a delay, its user has one queued less.
+local function unschedule(id)
+  redis.call('ZREM', K.due(), id)
+  local user = redis.call('HGET', K.delayed(), id)
+  if not user then return end
+  redis.call('HDEL', K.delayed(), id)
+  if redis.call('HINCRBY', K.delays(), user, -1) <= 0 then redis.call('HDEL', K.delays(), user) end
 end
 
 -- Sets an id aside with its reason. The job's own hash is told too, but only where it is this user's: nobody can fail
@@ -146,6 +173,20 @@ local function place_name(text)
   return (string.gsub(text, '[%c ]', '?'))
 end
 
+local NAMES = {}
+for i = 1, #FIELDS, 2 do NAMES[#NAMES + 1] = FIELDS[i] end
+
+-- The name, size and limit of a field that is too long, if there is one. Values are read only where the whole hash is small.
+local function too_long(job)
+  local bytes = redis.call('HLEN', job) <= 64 and try('MEMORY', 'USAGE', job, 'SAMPLES', '0')
+  local values = bytes and bytes <= 65536 and redis.call('HMGET', job, unpack(NAMES))
+  for i, name in ipairs(NAMES) do
+    local most = FIELDS[2 * i]
+    local size = values and #(values[i] or '') or not values and redis.call('HSTRLEN', job, name)
+    if size > most then return name, size, most end
+  end
+end
+
 -- What a queued id is worth: 'ready' with its pool, 'missing', 'drop' (claimed, or over with its status), or 'reject' with the reason and
 -- whether the hash is the user's own. Sizes are asked before anything is read.
 local function look(id, user)
@@ -158,12 +199,9 @@ local function look(id, user)
   if redis.call('HSTRLEN', job, 'user') > MAX_USER then return 'reject', 'its field user is too long' end
   local owner = redis.call('HGET', job, 'user')
   if owner and owner ~= '' and owner ~= user then return 'reject', 'it belongs to another user than its queue' end
-  for i = 1, #FIELDS, 2 do
-    local size = redis.call('HSTRLEN', job, FIELDS[i])
-    if size > FIELDS[i + 1] then
-      return 'reject', 'its field ' .. FIELDS[i] .. ' is ' .. size .. ' bytes long, at most ' .. FIELDS[i + 1]
-        .. ' are allowed', true
-    end
+  local field, size, most = too_long(job)
+  if field then
+    return 'reject', 'its field ' .. field .. ' is ' .. size .. ' bytes long, at most ' .. most .. ' are allowed', true
   end
   local h = redis.call('HMGET', job, 'status', 'fallback_status', 'database', 'host')
   if is_over(h[1], h[2]) then return 'drop', h[1] end
@@ -361,7 +399,7 @@ local function leads(session, term) return redis.call('GET', K.leader()) == sess
 
 -- A scheduled job is due: it joins the front of its user's queue, for it has waited longest.
 local function promote(id)
-  redis.call('ZREM', K.due(), id)
+  unschedule(id)
   if redis.call('HEXISTS', K.claims(), id) == 1 then return end
   local held = redis.call('TYPE', K.job(id)).ok
   if held ~= 'hash' then

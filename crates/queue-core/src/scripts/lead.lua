@@ -9,7 +9,11 @@ if wish == 'resign' then
   if holder == session then redis.call('DEL', K.leader()) end
   return {'none', ''}
 end
-if holder and holder ~= session then return {'follower', holder} end
+if holder and holder ~= session then
+  -- A clock that was set back would keep a dead leader in office until it has caught up.
+  if redis.call('PTTL', K.leader()) > 2 * tonumber(ttl_ms) then redis.call('PEXPIRE', K.leader(), ttl_ms) end
+  return {'follower', holder}
+end
 if not holder then term = int(redis.call('INCR', K.term())) end
 redis.call('SET', K.leader(), session .. '\t' .. term, 'PX', ttl_ms)
 return {'leader', term}

@@ -34,7 +34,7 @@ while i <= #ARGV do
       if pass ~= '' then redis.call('HSET', job, 'pass', string.sub(pass, 2)) end
       redis.call('HSET', job, 'run', int(run), 'updated_at', now, unpack(fields))
       redis.call('PERSIST', job)
-      redis.call('ZREM', K.finished(), id)
+      forget({id})
       -- A copy that was queued before is the same job: it has one place.
       if redis.call('LLEN', K.queue(user)) <= 1000 then redis.call('LREM', K.queue(user), 0, id) end
       redis.call('LPUSH', K.queue(user), id)

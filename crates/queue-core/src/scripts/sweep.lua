@@ -22,6 +22,7 @@ for i = 4, #ARGV do
         or try('LPOS', queue, id)
       if is_over(h[3], h[4]) or not referenced then
         redis.call('DEL', job)
+        forget({id})
         removed = removed + 1
       end
     end

@@ -10,9 +10,6 @@ local default_capacity, fairness = tonumber(ARGV[5]), ARGV[6]
 local s = redis.call('HMGET', K.session(session), 'take', 'dead')
 if not s[1] or s[2] then return {'lost'} end
 
-local names = {}
-for i = 1, #FIELDS, 2 do names[#names + 1] = FIELDS[i] end
-
 local reply = {'taken', ''}
 
 local function tell_due()
@@ -22,7 +19,7 @@ end
 
 local function hand_out(id, user, pool, fence)
   local job = {id, user, pool, fence, try('HGET', K.limits(user), 'timeout') or ''}
-  for _, value in ipairs(redis.call('HMGET', K.job(id), unpack(names))) do job[#job + 1] = value end
+  for _, value in ipairs(redis.call('HMGET', K.job(id), unpack(NAMES))) do job[#job + 1] = value end
   reply[#reply + 1] = job
 end
 
@@ -45,7 +42,7 @@ promote_due(100)
 
 local taken = 0
 
-local function claim_head(id, user, pool, start)
+local function claim_head(id, user, pool, start, suspected)
   local job = K.job(id)
   local status = redis.call('HGET', job, 'status')
   -- One µs apart, so that fences tell the order of jobs that are taken together.
@@ -65,7 +62,7 @@ local function claim_head(id, user, pool, start)
   try('LPUSH', K.wip(user), id)
   try('SADD', K.wip_users(), user)
   -- One suspect at a time, so that the next end of this worker tells which job it was.
-  if unclean_of(id) >= SUSPECT_AFTER then redis.call('HSET', K.session(session), 'suspect', id) end
+  if suspected then redis.call('HSET', K.session(session), 'suspect', id) end
   -- A status that is decided already stays: only the job-level fallback is left to run.
   if not FINAL[status] then redis.call('HSET', job, 'status', 'running') end
   redis.call('HSET', job, 'user', user, 'fence', fence, 'worker', session, 'updated_at', now)
@@ -101,13 +98,13 @@ local function take_one(pool)
     local user, start = first[1], tonumber(first[2])
     if not user then return passed_over > 0 and 'blocked' end
     local id, actual = head(user)
-    local suspect = id and actual == pool and unclean_of(id) >= SUSPECT_AFTER
-      and redis.call('HEXISTS', K.session(session), 'suspect') == 1
-    if not suspect then redis.call('ZREM', K.ready(pool), user) end
-    if suspect then
+    local suspected = id and actual == pool and unclean_of(id) >= SUSPECT_AFTER
+    local passed = suspected and redis.call('HEXISTS', K.session(session), 'suspect') == 1
+    if not passed then redis.call('ZREM', K.ready(pool), user) end
+    if passed then
       passed_over = passed_over + 1
     elseif id and actual == pool then
-      local tag = claim_head(id, user, pool, start)
+      local tag = claim_head(id, user, pool, start, suspected)
       local v = math.max(tonumber(p[3] or 0), start)
       redis.call('HSET', K.pool(pool), 'v', int(v))
       redis.call('ZADD', K.debt(pool), tag, user)
@@ -135,6 +132,9 @@ for from = 0, 9000, 1000 do
   if #page < 1000 or #pools >= 1000 then break end
 end
 
+-- Behind all others, also where a clock that was set back gives less than they have.
+local last_turn = math.max(now_us, tonumber(redis.call('ZRANGE', K.pools(), -1, -1, 'WITHSCORES')[2] or 0))
+
 while #pools > 0 and taken < n do
   local still = {}
   for _, pool in ipairs(pools) do
@@ -143,7 +143,7 @@ while #pools > 0 and taken < n do
     else
       local got = take_one(pool)
       if got == true then
-        redis.call('ZADD', K.pools(), int(now_us + taken), pool)
+        redis.call('ZADD', K.pools(), int(last_turn + taken), pool)
         still[#still + 1] = pool
       elseif got == 'more' then
         -- It stays listed, and the next take goes on with it.

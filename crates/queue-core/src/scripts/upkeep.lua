@@ -1,7 +1,10 @@
 -- One bounded pass of the leader's housekeeping over what waits for a time.
--- ARGV: leader's session, term, retention of finished jobs in ms
--- Reply: {'done', promoted, found, given up, trimmed}, or 'not_leader'
+-- ARGV: leader's session, term, retention of finished jobs in ms, most of them, most bytes of them, bytes of memory that
+--   the server uses, bytes above which nothing new is accepted (0 for no limit each), for how many ms that holds
+-- Reply: {'done', promoted, found, given up, trimmed, evicted, 1 if nothing new is accepted or 0}, or 'not_leader'
 local session, term, retention_ms = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local most, most_bytes = tonumber(ARGV[4]), tonumber(ARGV[5])
+local used, mark, full_ms = tonumber(ARGV[6]), tonumber(ARGV[7]), ARGV[8]
 if not leads(session, term) then return 'not_leader' end
 local found, given_up, users = 0, 0, {}
 local promoted = promote_due(1000)
@@ -28,6 +31,38 @@ end
 
 for user in pairs(users) do place_on(user) end
 
+-- Records whose time is over, by what their keeper said and by what is kept now.
 local old = redis.call('ZRANGEBYSCORE', K.finished(), '-inf', int(now_ms - retention_ms), 'LIMIT', 0, 5000)
-if #old > 0 then redis.call('ZREM', K.finished(), unpack(old)) end
-return {'done', promoted, found, given_up, #old}
+forget(old)
+local expired = redis.call('ZRANGEBYSCORE', K.expiring(), '-inf', int(now_ms), 'LIMIT', 0, 5000)
+forget(expired)
+
+-- The oldest of those that are more than may be kept.
+local count, bytes = redis.call('ZCARD', K.finished()), tonumber(redis.call('HGET', K.kept(), '*') or 0)
+local function too_much() return (most > 0 and count > most) or (most_bytes > 0 and bytes > most_bytes) end
+local evicted = {}
+if too_much() then
+  local oldest = redis.call('ZRANGE', K.finished(), 0, 999)
+  local sizes = redis.call('HMGET', K.kept(), unpack(oldest))
+  for i, id in ipairs(oldest) do
+    if not too_much() then break end
+    local job = K.job(id)
+    -- One that somebody has begun anew is no record.
+    if redis.call('TYPE', job).ok == 'hash' and redis.call('HEXISTS', K.claims(), id) == 0 then
+      local h = redis.call('HMGET', job, 'status', 'fallback_status')
+      if is_over(h[1], h[2]) then redis.call('UNLINK', job) end
+    end
+    evicted[#evicted + 1] = id
+    count, bytes = count - 1, bytes - (tonumber(sizes[i]) or 0)
+  end
+  forget(evicted)
+end
+
+-- Above the mark nothing new is accepted, until there is some room below it. Without a leader this ends by itself.
+local full = mark > 0 and (used >= mark or (used >= 0.95 * mark and redis.call('EXISTS', K.full()) == 1))
+if full then
+  redis.call('SET', K.full(), int(used) .. ' ' .. int(mark), 'PX', full_ms)
+else
+  redis.call('DEL', K.full())
+end
+return {'done', promoted, found, given_up, #old + #expired, #evicted, full and 1 or 0}

@@ -16,7 +16,7 @@ async fn each_script_of_the_table_loads() {
     let rig = Rig::start().await;
     let prelude = scripts::prelude(rig.store.keys());
     for script in scripts::TABLE {
-        let text = format!("{prelude}\n{}", script.body);
+        let text = script.text(&prelude);
         assert_eq!(rig.redis(&["SCRIPT", "LOAD", &text]).text().len(), 40, "{}", script.name);
     }
 }

@@ -161,6 +161,28 @@ impl Rig {
         }
         assert!(work.is_empty(), "claims in no work list: {work:?}");
 
+        // The index of ended jobs, its order by expiry and the books of what the records occupy name the same jobs.
+        let ended: BTreeSet<String> =
+            self.redis(&["ZRANGE", "drayman:finished", "0", "-1"]).texts().into_iter().collect();
+        let expiring = self.redis(&["ZRANGE", "drayman:expiring", "0", "-1"]).texts().into_iter().collect();
+        assert_eq!(ended, expiring, "the ended jobs and when they expire");
+        let mut kept = self.redis(&["HGETALL", "drayman:kept"]).map();
+        let sum: u64 = kept.remove("*").map_or(0, |sum| sum.parse().unwrap());
+        assert_eq!(kept.values().map(|bytes| bytes.parse::<u64>().unwrap()).sum::<u64>(), sum, "bytes of ended jobs");
+        assert_eq!(ended, kept.into_keys().collect(), "the ended jobs and what they occupy");
+        // Each job that was submitted with a delay is on the schedule, and counts for its user.
+        let due: BTreeSet<String> = self.redis(&["ZRANGE", "drayman:due", "0", "-1"]).texts().into_iter().collect();
+        let mut delays: BTreeMap<String, String> = self.redis(&["HGETALL", "drayman:delays"]).map();
+        let mut delayed: BTreeMap<String, u64> = BTreeMap::new();
+        for (id, user) in self.redis(&["HGETALL", "drayman:delayed"]).map() {
+            assert!(due.contains(&id), "{id} counts as delayed and is not due");
+            *delayed.entry(user).or_default() += 1;
+        }
+        for (user, count) in delayed {
+            assert_eq!(delays.remove(&user), Some(count.to_string()), "delayed jobs of {user:?}");
+        }
+        assert!(delays.is_empty(), "users of whom nothing is delayed: {delays:?}");
+
         let index_kind = self.redis(&["TYPE", "batch:indexes:queue"]).text();
         if index_kind != "string" {
             let queued: BTreeSet<String> = (self.keys("batch:queue:*").into_iter())
