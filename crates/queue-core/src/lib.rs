@@ -22,6 +22,7 @@ pub mod events;
 pub mod inspect;
 pub mod leader;
 pub mod producer;
+pub mod reconcile;
 pub mod session;
 
 pub use error::Error;

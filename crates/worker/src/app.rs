@@ -174,6 +174,7 @@ fn maintenance_settings(config: &Config) -> maintenance::Settings {
         scan_interval: config.worker.scan_interval,
         discovery_interval: DISCOVERY_INTERVAL,
         sweep_interval: SWEEP_INTERVAL,
+        reconcile_interval: config.worker.reconcile_interval,
         keep: config.retention.finished,
         keep_untouched: config.retention.untouched,
         host_lock_ttl: HOST_LOCK_TTL,

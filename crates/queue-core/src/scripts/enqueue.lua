@@ -23,7 +23,7 @@ while i <= #ARGV do
     reply = {'too_large', size}
   else
     redis.call('HSET', K.job(id), 'user', user, 'status', delay > 0 and 'scheduled' or 'pending', 'created_at', now,
-      'updated_at', now, unpack(fields))
+      'updated_at', now, 'enqueued_at', now, unpack(fields))
     if delay > 0 then
       redis.call('ZADD', K.due(), int(now_ms + delay), id)
       publish(user, id, 'scheduled')

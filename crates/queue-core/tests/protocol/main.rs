@@ -8,6 +8,7 @@ mod hostile;
 mod inspect;
 mod leftovers;
 mod producer;
+mod reconcile;
 mod scripts;
 mod sessions;
 mod support;
