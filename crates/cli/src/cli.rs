@@ -13,6 +13,8 @@ pub const FAILED: u8 = 1;
 pub const REFUSED: u8 = 4;
 /// A job was not over when the time to wait for it was.
 pub const NOT_OVER: u8 = 6;
+/// Keys do not agree, and were not repaired.
+pub const WRONG: u8 = 7;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -23,6 +25,7 @@ Exit codes:
   4  refused: too many jobs queued, or too large
   5  Redis can't be reached or refused; whether a job was submitted may be unknown: ask with its id
   6  a job was not over when the time to wait for it was
+  7  the doctor found keys that do not agree, and did not repair all of them
 
 Where several apply, the first of 5, 2, 4, 3, 1, 6 counts.";
 
@@ -49,6 +52,8 @@ pub enum Command {
     List(List),
     /// Show the moves of jobs as they happen
     Watch(Watch),
+    /// Show the state of server, workers and work, and find what is wrong with it
+    Doctor(DoctorArgs),
 }
 
 /// `drayman submit`
@@ -150,4 +155,13 @@ pub struct Watch {
     /// All jobs of this user, without an end
     #[arg(long, conflicts_with = "ids")]
     pub user: Option<String>,
+}
+
+/// `drayman doctor`
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct DoctorArgs {
+    /// Repair keys that do not agree; the leader among the workers does the same, every minute
+    #[arg(long)]
+    pub repair: bool,
 }

@@ -1,4 +1,4 @@
-//! `drayman`: submits, shows, lists and watches jobs.
+//! `drayman`: submits, shows, lists and watches jobs, and looks after what they are kept in.
 
 use std::process::ExitCode;
 
@@ -6,6 +6,7 @@ use clap::Parser;
 use console::Failure;
 
 mod cli;
+mod doctor;
 mod follow;
 mod list;
 mod status;
@@ -23,5 +24,6 @@ async fn run(cli: cli::Cli) -> Result<u8, Failure> {
         cli::Command::Status(args) => status::run(&cli.common, args).await,
         cli::Command::List(args) => list::run(&cli.common, args).await,
         cli::Command::Watch(args) => watch::run(&cli.common, args).await,
+        cli::Command::Doctor(args) => doctor::run(&cli.common, args).await,
     }
 }

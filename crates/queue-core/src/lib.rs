@@ -21,6 +21,7 @@ pub mod cancel;
 pub mod events;
 pub mod inspect;
 pub mod leader;
+pub mod overview;
 pub mod producer;
 pub mod reconcile;
 pub mod session;
