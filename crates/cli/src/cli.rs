@@ -16,6 +16,8 @@ pub const REFUSED: u8 = 4;
 pub const UNCONFIRMED: u8 = 7;
 /// A job was not over when the time to wait for it was.
 pub const NOT_OVER: u8 = 6;
+/// Keys do not agree, and were not repaired.
+pub const WRONG: u8 = 8;
 
 const EXIT_CODES: &str = "\
 Exit codes:
@@ -27,8 +29,9 @@ Exit codes:
   5  Redis can't be reached or refused; whether a job was submitted may be unknown: ask with its id
   6  a job was not over when the time to wait for it was
   7  queued, but confirmed by fewer replicas than wanted
+  8  the doctor found keys that do not agree, and did not repair all of them
 
-Where several apply, the first of 5, 2, 4, 3, 7, 1, 6 counts.";
+Where several apply, the first of 5, 2, 4, 3, 7, 1, 6, 8 counts.";
 
 /// Submits, shows, lists, watches and retries jobs.
 #[derive(Debug, Parser)]
@@ -55,6 +58,8 @@ pub enum Command {
     Retry(RetryArgs),
     /// Show the moves of jobs as they happen
     Watch(Watch),
+    /// Show the state of server, workers and work, and find what is wrong with it
+    Doctor(DoctorArgs),
 }
 
 /// `drayman submit`
@@ -202,4 +207,13 @@ pub struct Watch {
     /// All jobs of this user, without an end
     #[arg(long, conflicts_with = "ids")]
     pub user: Option<String>,
+}
+
+/// `drayman doctor`
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct DoctorArgs {
+    /// Repair keys that do not agree; the leader among the workers does the same, every minute
+    #[arg(long)]
+    pub repair: bool,
 }

@@ -1,4 +1,4 @@
-//! `drayman`: submits, shows, lists, watches and retries jobs.
+//! `drayman`: submits, shows, lists, watches and retries jobs, and looks after what they are kept in.
 
 use std::process::ExitCode;
 
@@ -6,6 +6,7 @@ use clap::Parser;
 use console::Failure;
 
 mod cli;
+mod doctor;
 mod follow;
 mod list;
 mod retry;
@@ -25,5 +26,6 @@ async fn run(cli: cli::Cli) -> Result<u8, Failure> {
         cli::Command::List(args) => list::run(&cli.common, args).await,
         cli::Command::Retry(args) => retry::run(&cli.common, args).await,
         cli::Command::Watch(args) => watch::run(&cli.common, args).await,
+        cli::Command::Doctor(args) => doctor::run(&cli.common, args).await,
     }
 }

@@ -172,6 +172,11 @@ impl Keys {
         Self { tag: Some(tag.into()) }
     }
 
+    /// What all keys but those of the foreign layout begin with.
+    pub fn prefix(&self) -> String {
+        format!("drayman:{}", self.tag_text())
+    }
+
     fn tag_text(&self) -> String {
         self.tag.as_ref().map(|tag| format!("{{{tag}}}:")).unwrap_or_default()
     }

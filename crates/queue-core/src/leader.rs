@@ -53,6 +53,14 @@ impl Leadership {
         self.term
     }
 
+    pub(crate) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(crate) fn session(&self) -> &SessionId {
+        &self.session
+    }
+
     /// Jobs that became due, hashes that came late, the index of finished jobs.
     pub async fn upkeep(&self, retention: Duration) -> Led<Upkeep> {
         self.store.upkeep(&self.session, self.term, retention.as_millis() as u64).await

@@ -21,7 +21,9 @@ pub mod cancel;
 pub mod events;
 pub mod inspect;
 pub mod leader;
+pub mod overview;
 pub mod producer;
+pub mod reconcile;
 pub mod retry;
 pub mod session;
 

@@ -77,6 +77,9 @@ scripts! {
     POOL_SWEEP = "pool_sweep", Runs;
     WIP = "wip", Runs;
     INSPECT = "inspect", Runs;
+    RECONCILE = "reconcile", Runs;
+    // The same, for who only looks: Redis lets it write nothing.
+    COMPARE = "compare" from "reconcile", Refused;
 }
 
 /// What stands before every script: the keys, the constants, the functions that scripts share.
@@ -805,6 +808,26 @@ impl Store {
         let args = Args::new().text(leader.as_str()).number(term).number(idle_ms);
         let args = pools.iter().fold(args, |args, pool| args.text(pool));
         led(self.call(&POOL_SWEEP, args.0).await?, |reply| Ok(reply.int("pool_sweep")? as u64))
+    }
+
+    /// Compares keys that must agree, and repairs if told to. `leader` is who leads, with its term, where a leader does it.
+    pub async fn reconcile(
+        &self,
+        repair: bool,
+        leader: Option<(&SessionId, u64)>,
+        retention_ms: u64,
+        aspect: &'static str,
+        items: &[Vec<u8>],
+    ) -> Led<Vec<Reply>> {
+        let args = Args::new().text(if repair { "repair" } else { "check" });
+        let args = match leader {
+            Some((session, term)) => args.text(session.as_str()).number(term),
+            None => args.text("").text(""),
+        };
+        let args = items.iter().fold(args.number(retention_ms).text(aspect), |args, item| args.text(item));
+        let reply =
+            if repair { self.call(&RECONCILE, args.0).await? } else { self.call_read_only(&COMPARE, args.0).await? };
+        led(reply, |reply| reply.array("reconcile"))
     }
 
     /// Clears a user's work-in-progress list of what is not being worked on.

@@ -246,6 +246,24 @@ impl Store {
         }
     }
 
+    /// Calls a script that may read and nothing else: Redis itself refuses what would write.
+    pub(crate) async fn call_read_only(&self, script: &'static Script, args: Vec<Vec<u8>>) -> Result<Reply, Error> {
+        let prepared = &self.inner.scripts[script.name];
+        let with = |first: &[u8]| -> Vec<Vec<u8>> {
+            [first.to_vec(), b"0".to_vec()].into_iter().chain(args.iter().cloned()).collect()
+        };
+        let run = async |name: &'static str, args: Vec<Vec<u8>>| {
+            let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
+            self.command(name, &args).await
+        };
+        match run("EVALSHA_RO", with(prepared.sha1().as_bytes())).await {
+            Err(Error::Refused(text)) if text.starts_with("NOSCRIPT") => {
+                run("EVAL_RO", with(prepared.lua().expect("made from its text").as_bytes())).await
+            }
+            reply => reply,
+        }
+    }
+
     /// Runs one plain command.
     pub async fn command(&self, name: &'static str, args: &[&[u8]]) -> Result<Reply, Error> {
         let args: Vec<Value> = args.iter().map(|arg| Value::Bytes(arg.to_vec().into())).collect();

@@ -176,6 +176,7 @@ fn maintenance_settings(config: &Config) -> maintenance::Settings {
         scan_interval: config.worker.scan_interval,
         discovery_interval: DISCOVERY_INTERVAL,
         sweep_interval: SWEEP_INTERVAL,
+        reconcile_interval: config.worker.reconcile_interval,
         // Each record has its own lifetime, and the index all of them.
         keep: config.retention.finished.max(config.retention.ignored),
         keep_count: config.retention.count.get(),

@@ -65,6 +65,9 @@ pub struct WorkerConfig {
     /// How often to look for work that no message told of.
     #[serde(with = "humantime_serde")]
     pub scan_interval: Duration,
+    /// How often the leader compares all keys and repairs those that do not agree.
+    #[serde(with = "humantime_serde")]
+    pub reconcile_interval: Duration,
     /// How long running work may go on once the worker is told to stop.
     #[serde(with = "humantime_serde")]
     pub drain_grace: Duration,
@@ -82,6 +85,7 @@ impl Default for WorkerConfig {
             name: None,
             session_lifetime: Duration::from_secs(15),
             scan_interval: Duration::from_secs(5),
+            reconcile_interval: Duration::from_secs(60),
             drain_grace: Duration::from_secs(20),
             fairness: Fairness::Jobs,
             max_unclean: const { NonZeroU32::new(5).unwrap() },
@@ -212,6 +216,7 @@ impl Configuration for Config {
             return Err(Fault::new("worker.max_unclean", format!("must be at most {}", UNCLEAN_MAX / 2)));
         }
         positive("worker.scan_interval", self.worker.scan_interval)?;
+        positive("worker.reconcile_interval", self.worker.reconcile_interval)?;
         positive("sql.statement_timeout", self.sql.statement_timeout)?;
         self.retention.validate()?;
         self.telemetry.validate()
@@ -290,6 +295,7 @@ mod tests {
             ("[worker]\nname = ''", "worker.name is blank"),
             ("[worker]\nsession_lifetime = '200ms'", "worker.session_lifetime must be at least 1s"),
             ("[worker]\nscan_interval = '0s'", "worker.scan_interval must be longer than nothing"),
+            ("[worker]\nreconcile_interval = '0s'", "worker.reconcile_interval must be longer than nothing"),
             ("[sql]\nstatement_timeout = 3", "sql.statement_timeout has an invalid type"),
             ("[retry]\nmax_attempts = 0", "retry.max_attempts has an invalid value"),
             ("[retry]\non = ['4000']", "retry.on"),

@@ -4,14 +4,18 @@
 
 use std::collections::{HashMap, HashSet};
 use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use queue_core::Store;
 use queue_core::config::HighWater;
 use queue_core::ids::SessionId;
 use queue_core::leader::{self, Leadership, Led, SessionWatch};
+use queue_core::reconcile::{Fate, Reconciler};
 use queue_core::scripts::{Budget, NotLeader, Upkeep};
 use queue_core::store::Message;
+use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -37,6 +41,8 @@ pub struct Settings {
     pub discovery_interval: Duration,
     /// How often old hashes are looked for.
     pub sweep_interval: Duration,
+    /// How often all keys are compared.
+    pub reconcile_interval: Duration,
     /// How long the record of a finished job is kept.
     pub keep: Duration,
     /// Most records of finished jobs.
@@ -140,6 +146,7 @@ impl Term {
                 }
                 Ok(Ok(()))
             }),
+            every(settings.reconcile_interval, &leadership, reconciliation(settings.keep)),
         ];
         Self {
             leadership,
@@ -248,6 +255,21 @@ async fn follow_announcements(store: Store, leadership: Leadership) {
             }
         }
         tokio::time::sleep(LISTEN_AGAIN_AFTER).await;
+    }
+}
+
+/// Compares all keys, repairs those that do not agree, and tells what is new.
+fn reconciliation(keep: Duration) -> impl Fn(Leadership) -> Pin<Box<dyn Future<Output = Led<()>> + Send>> {
+    let reconciler = Arc::new(Mutex::new(Reconciler::default()));
+    move |leadership| {
+        let reconciler = reconciler.clone();
+        Box::pin(async move {
+            for finding in led!(reconciler.lock().await.round(&leadership, keep)) {
+                let repaired = finding.fate == Fate::Repaired;
+                tracing::warn!(kind = %finding.kind, what = finding.what, repaired, "keys disagree: {}", finding.sentence);
+            }
+            Ok(Ok(()))
+        })
     }
 }
 

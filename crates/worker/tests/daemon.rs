@@ -423,3 +423,17 @@ fn a_leader_leads_on_while_it_looks_through_many_keys() {
     assert_eq!(redis.raw_db(DB, &["GET", "drayman:term"]).text(), "1");
     stop(&daemon);
 }
+
+#[test]
+fn the_leader_repairs_keys_that_disagree_and_tells_of_each() {
+    let redis = RedisServer::start();
+    redis.raw_db(DB, &["HSET", "drayman:pool:sql:h", "running", "3"]);
+    let daemon = daemon(&redis.url_db(DB), &[("DRAYMAN_WORKER__RECONCILE_INTERVAL", "100ms")]);
+    let line = daemon.wait_for_line("pool-miscount", SOON);
+    assert!(line.contains("WARN") && line.contains("sql:h") && line.contains("repaired"), "{line}");
+    assert_eq!(redis.raw_db(DB, &["HGET", "drayman:pool:sql:h", "running"]).text(), "0");
+    // Not only once.
+    redis.raw_db(DB, &["HSET", "drayman:busy:sql:h", "ann", "2"]);
+    daemon.wait_for_line("user-miscount", SOON);
+    stop(&daemon);
+}

@@ -339,9 +339,8 @@ local function place_on(user, pool)
   if new and at ~= pool then wake_one(at) end
 end
 
--- Gives a claimed job back to the front of its queue as if it had not been taken, with `extra` fields and values.
-local function give_back(id, claim, extra)
-  release(id, claim)
+-- Puts a job whose claim is gone at the front of its queue as if it had not been taken, with `extra` fields and values.
+local function put_back(id, claim, extra)
   local status = try('HGET', K.job(id), 'status')
   local fields = {unpack(extra)}
   if try('HGET', K.job(id), 'fallback_status') == 'running' then
@@ -356,6 +355,12 @@ local function give_back(id, claim, extra)
     publish(claim.user, id, 'pending')
   end
   place_on(claim.user, claim.pool)
+end
+
+-- Gives a claimed job back to the front of its queue.
+local function give_back(id, claim, extra)
+  release(id, claim)
+  put_back(id, claim, extra)
 end
 
 -- How often the job's worker was lost while it ran.
@@ -406,8 +411,12 @@ local function promote(id)
     set_aside(id, '', 'it was due, but its key holds ' .. (held == 'none' and 'nothing' or 'a ' .. held))
     return
   end
-  local h = redis.call('HMGET', K.job(id), 'user', 'status')
-  if h[2] ~= 'scheduled' then return end
+  local h = redis.call('HMGET', K.job(id), 'user', 'status', 'fallback_status')
+  if h[2] ~= 'scheduled' then
+    -- Somebody else ended it, and left it without a lifetime.
+    if is_over(h[2], h[3]) and redis.call('PTTL', K.job(id)) == -1 then file(id, h[1] or '', h[2], MAX_REJECTED_MS) end
+    return
+  end
   if not h[1] or not is_user(h[1]) then
     reject(id, h[1] or '', 'it was due, but its hash names no valid user', true)
     return

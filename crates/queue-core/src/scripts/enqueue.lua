@@ -33,7 +33,7 @@ while i <= #ARGV do
     reply = {'no_room', used, mark}
   else
     redis.call('HSET', K.job(id), 'user', user, 'status', delay > 0 and 'scheduled' or 'pending', 'created_at', now,
-      'updated_at', now, unpack(fields))
+      'updated_at', now, 'enqueued_at', now, unpack(fields))
     if delay > 0 then
       redis.call('ZADD', K.due(), int(now_ms + delay), id)
       redis.call('HSET', K.delayed(), id, user)

@@ -9,6 +9,7 @@ mod hostile;
 mod inspect;
 mod leftovers;
 mod producer;
+mod reconcile;
 mod replicas;
 mod retry;
 mod scripts;

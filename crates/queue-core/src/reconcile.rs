@@ -1,0 +1,420 @@
+//! Compares from both sides the keys that must agree, and repairs those that do not.
+//!
+//! A healthy system gives no finding, whatever goes on in it: scripts change all that belongs together in one step. Keys can
+//! disagree after a restore from a backup, a failover that lost writes, hands that edited keys, or a fault of ours.
+//!
+//! Rust only finds where to look, by scans in bounded pages. Whether something is wrong is decided, and repaired, in one
+//! script and in one step, so a finding is true at its moment and a repair is safe whoever makes it. What a live session has
+//! claimed stays its own, and what a producer may be writing just now is left alone for a minute.
+
+use std::collections::hash_map::RandomState;
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::fmt;
+use std::hash::BuildHasher;
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::error::Error;
+use crate::ids::SessionId;
+use crate::inspect::{Inspect, Place};
+use crate::keys::{Holds, TABLE};
+use crate::leader::{Leadership, Led};
+use crate::reply::Reply;
+use crate::scripts::NotLeader;
+use crate::store::Store;
+
+/// How many entries one round trip of a scan looks at.
+const SCAN_COUNT: &[u8] = b"500";
+
+/// Most items that one call compares; of jobs that stand in no place fewer, for each may need a search through a queue.
+const PAGE: usize = 200;
+const JOBS_PAGE: usize = 10;
+
+/// How long what can only be reported is not looked at again by the same leader. Each look counts as a touch of the job's
+/// hash, and the removal of old hashes waits for those that nobody touches.
+const KNOWN_FOR: Duration = Duration::from_secs(3_600);
+
+macro_rules! kinds {
+    ($($(#[doc = $doc:literal])+ $kind:ident = $word:literal;)+) => {
+        /// What is wrong.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        pub enum Kind {
+            $($(#[doc = $doc])+ $kind,)+
+        }
+
+        impl Kind {
+            /// Every kind.
+            pub const ALL: &[Kind] = &[$(Kind::$kind),+];
+
+            /// The stable word for it.
+            pub fn word(self) -> &'static str {
+                match self {
+                    $(Kind::$kind => $word,)+
+                }
+            }
+        }
+    };
+}
+
+kinds! {
+    /// A key of ours holds another type than its row of the table says. Reported.
+    WrongType = "wrong-type";
+    /// A key begins as ours do and is in no row of the table. Reported.
+    UnknownKey = "unknown-key";
+    /// The leader's key would never expire. Repaired: it gets a lifetime, which a leader that lives renews.
+    LeaderLasting = "leader-lasting";
+    /// A session has work, cancels or an entry among the sessions, and no registration. Repaired: its jobs go back to the
+    /// front of their queues as after a lost worker, and the keys go.
+    SessionGone = "session-gone";
+    /// A session lives and does not stand among the sessions. Repaired: entered.
+    SessionUnlisted = "session-unlisted";
+    /// A claim's text can't be read. Repaired: removed; its job goes back by what its work list says.
+    ClaimMalformed = "claim-malformed";
+    /// A claim is held by a session that does not exist. Repaired: its job goes back.
+    ClaimOrphaned = "claim-orphaned";
+    /// A claimed job has no hash. Reported: the worker that holds the claim ends it.
+    ClaimJobless = "claim-jobless";
+    /// A claim is missing from its session's work list. Repaired: entered.
+    ClaimUnlisted = "claim-unlisted";
+    /// A work list names what its session has not claimed. Repaired: removed; a job that ran goes back.
+    WorkUnclaimed = "work-unclaimed";
+    /// A session is asked to cancel what it has not claimed. Repaired: removed.
+    CancelStray = "cancel-stray";
+    /// A job says that it runs, was taken by us, and is neither claimed nor queued. Repaired: it goes back.
+    RunningLost = "running-lost";
+    /// A job says that it runs, and we have not taken it. Reported: nobody can know what became of it.
+    RunningForeign = "running-foreign";
+    /// A job waits that stood in a queue before and is in none. Repaired: to the front of its queue.
+    PendingLost = "pending-lost";
+    /// A job waits that its producer has not pushed. Reported.
+    PendingUnqueued = "pending-unqueued";
+    /// A job is scheduled for no time. Repaired: it is due now.
+    ScheduledLost = "scheduled-lost";
+    /// A job of ours has not ended and names no valid user. Reported.
+    JobOwnerless = "job-ownerless";
+    /// The record of an ended job has no lifetime. Repaired: it gets one.
+    FinalKept = "final-kept";
+    /// What is scheduled has no hash, or another status and no place in a queue. Repaired: removed from the schedule.
+    DueStray = "due-stray";
+    /// An entry of the ids without a hash can't be read. Repaired: removed.
+    MissingMalformed = "missing-malformed";
+    /// The index of ended jobs names one that has not ended, or whose record is gone too early. Repaired: removed.
+    FinishedStray = "finished-stray";
+    /// A user's list of work in progress names what nobody works on. Repaired: removed.
+    WipStray = "wip-stray";
+    /// A user's list of work in progress misses a running job. Repaired: entered.
+    WipMissing = "wip-missing";
+    /// The index of users with work in progress is wrong. Repaired.
+    WipIndex = "wip-index";
+    /// A number of a pool is none. Repaired: removed, so that the default counts.
+    PoolMalformed = "pool-malformed";
+    /// A pool's count of running jobs is not that of its claims. Repaired: counted.
+    PoolMiscount = "pool-miscount";
+    /// A user's count of running jobs in a pool is not that of the claims. Repaired: counted.
+    UserMiscount = "user-miscount";
+    /// A pool's users owe something, and its virtual time is lost. Repaired: it goes on from the least of their times.
+    PoolTimeless = "pool-timeless";
+    /// Users are ready in a pool that takes do not look at. Repaired: entered.
+    PoolUnlisted = "pool-unlisted";
+    /// A user is ready and has as many running jobs as it may. Repaired: removed until one of them ends.
+    ReadyBeyondLimit = "ready-beyond-limit";
+    /// A session that does not exist is parked. Repaired: removed.
+    ParkedStray = "parked-stray";
+    /// Sessions are parked where no wake-up looks. Repaired: entered.
+    ServiceUnlisted = "service-unlisted";
+    /// A user has waiting jobs and has not been ready for a minute. Repaired: made ready.
+    QueueUnnoticed = "queue-unnoticed";
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(self.word())
+    }
+}
+
+impl Serialize for Kind {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(self.word())
+    }
+}
+
+/// What became of a finding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Fate {
+    /// Nobody but an operator can put it right.
+    Reported,
+    /// It was left as it is, because only a look was asked for.
+    Repairable,
+    /// It is repaired.
+    Repaired,
+}
+
+/// One thing that is wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Finding {
+    /// Its kind.
+    pub kind: Kind,
+    /// The id, user, session, pool or key that it is about. Others may have written it: any text.
+    pub what: String,
+    /// A sentence for an operator.
+    pub sentence: String,
+    /// What became of it.
+    pub fate: Fate,
+}
+
+impl Finding {
+    fn read(reply: Reply) -> Result<Self, Error> {
+        let unexpected = reply.unexpected("reconcile");
+        let [kind, what, sentence, fate] = &reply.texts("reconcile")?[..] else { return Err(unexpected) };
+        let Some(kind) = Kind::ALL.iter().copied().find(|known| known.word() == kind) else { return Err(unexpected) };
+        let fate = match fate.as_str() {
+            "reported" => Fate::Reported,
+            "repairable" => Fate::Repairable,
+            "repaired" => Fate::Repaired,
+            _ => return Err(unexpected),
+        };
+        Ok(Self { kind, what: what.clone(), sentence: sentence.clone(), fate })
+    }
+}
+
+/// Compares, and changes nothing.
+pub async fn check(store: &Store, retention: Duration) -> Result<Vec<Finding>, Error> {
+    anybody(Round::new(store, false, None, retention).run().await)
+}
+
+/// Compares and repairs. Needs no leadership.
+pub async fn repair(store: &Store, retention: Duration) -> Result<Vec<Finding>, Error> {
+    anybody(Round::new(store, true, None, retention).run().await)
+}
+
+fn anybody<T>(led: Led<T>) -> Result<T, Error> {
+    led?.map_err(|NotLeader| Error::Reply { script: "reconcile", reply: "not_leader".into() })
+}
+
+/// What a leader remembers from round to round.
+#[derive(Debug, Default)]
+pub struct Reconciler {
+    /// What was only reported, by when.
+    known: HashMap<(Kind, String), Instant>,
+}
+
+impl Reconciler {
+    /// One round of a leader: compares and repairs. Returns what is new.
+    pub async fn round(&mut self, leadership: &Leadership, retention: Duration) -> Led<Vec<Finding>> {
+        self.known.retain(|_, since| since.elapsed() < KNOWN_FOR);
+        let leader = Some((leadership.session(), leadership.term()));
+        let mut round = Round::new(leadership.store(), true, leader, retention);
+        round.known_jobs = self.known.keys().map(|(_, what)| what.as_bytes().to_vec()).collect();
+        let findings = match round.run().await? {
+            Ok(findings) => findings,
+            Err(NotLeader) => return Ok(Err(NotLeader)),
+        };
+        let now = Instant::now();
+        let new = |finding: &Finding| {
+            finding.fate != Fate::Reported || self.known.insert((finding.kind, finding.what.clone()), now).is_none()
+        };
+        Ok(Ok(findings.into_iter().filter(new).collect()))
+    }
+}
+
+/// Stops at `NotLeader` as `?` stops at an error.
+macro_rules! led {
+    ($call:expr) => {
+        match $call.await? {
+            Ok(value) => value,
+            Err(NotLeader) => return Ok(Err(NotLeader)),
+        }
+    };
+}
+
+/// One comparison of everything.
+struct Round<'a> {
+    store: &'a Store,
+    repair: bool,
+    leader: Option<(&'a SessionId, u64)>,
+    retention_ms: u64,
+    /// Jobs that are not looked at again yet.
+    known_jobs: HashSet<Vec<u8>>,
+    findings: Vec<Finding>,
+}
+
+impl<'a> Round<'a> {
+    fn new(store: &'a Store, repair: bool, leader: Option<(&'a SessionId, u64)>, retention: Duration) -> Self {
+        let retention_ms = retention.as_millis() as u64;
+        Self { store, repair, leader, retention_ms, known_jobs: HashSet::new(), findings: Vec::new() }
+    }
+
+    /// What others rest on comes first: numbers that scripts compute with, then claims, then what names them.
+    async fn run(mut self) -> Led<Vec<Finding>> {
+        let keys = self.store.keys().clone();
+        let ours = led!(self.key_table());
+        led!(self.look("leader", &[Vec::new()]));
+        led!(self.look("pools", &ours.pools));
+        led!(self.walk("claims", "HSCAN", &keys.claims()));
+        let sessions = self.set_members(&keys.sessions()).await?;
+        let sessions: Vec<Vec<u8>> =
+            ours.sessions.into_iter().chain(sessions).collect::<BTreeSet<_>>().into_iter().collect();
+        led!(self.look("sessions", &sessions));
+        led!(self.walk("due", "ZSCAN", &keys.due()));
+        led!(self.walk("missing", "ZSCAN", &keys.missing()));
+        // Before the walk through the queues, which counts as a touch.
+        let users = self.keys_of(&keys.queue("*"), keys.queue("").len()).await?;
+        led!(self.look("queues", &users));
+        led!(self.unplaced_jobs());
+        led!(self.walk("finished", "ZSCAN", &keys.finished()));
+        let mut users: BTreeSet<Vec<u8>> = self.set_members(&keys.wip_users()).await?.into_iter().collect();
+        users.extend(self.claimants(3).await?);
+        users.extend(self.keys_of(&keys.wip("*"), keys.wip("").len()).await?);
+        led!(self.look("wip", &users.into_iter().collect::<Vec<_>>()));
+        led!(self.look("parked", &ours.services));
+        Ok(Ok(self.findings))
+    }
+
+    /// Has a script compare items, a page of them each call.
+    async fn look(&mut self, aspect: &'static str, items: &[Vec<u8>]) -> Led<()> {
+        let page = if aspect == "jobs" { JOBS_PAGE } else { PAGE };
+        for page in items.chunks(page) {
+            match self.store.reconcile(self.repair, self.leader, self.retention_ms, aspect, page).await {
+                Ok(Ok(found)) => {
+                    for finding in found {
+                        self.findings.push(Finding::read(finding)?);
+                    }
+                }
+                Ok(Err(NotLeader)) => return Ok(Err(NotLeader)),
+                // The look at the key table has told of it; the rest can be compared all the same.
+                Err(error) if error.is_wrong_type() => {}
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Looks at all members of a hash or sorted set.
+    async fn walk(&mut self, aspect: &'static str, command: &'static str, key: &str) -> Led<()> {
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            let (next, found) = self.step(command, &[key.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
+            let members: Vec<Vec<u8>> = found.into_iter().step_by(2).collect();
+            led!(self.look(aspect, &members));
+            cursor = next;
+        }
+        Ok(Ok(()))
+    }
+
+    /// One step of a scan: where to go on, and what was found; nothing where the key is of another type.
+    async fn step(&self, command: &'static str, args: &[&[u8]]) -> Result<(Option<Vec<u8>>, Vec<Vec<u8>>), Error> {
+        let reply = match self.store.command(command, args).await {
+            Err(error) if error.is_wrong_type() => return Ok((None, Vec::new())),
+            reply => reply?,
+        };
+        let mut items = reply.array(command)?.into_iter();
+        let next = items.next().and_then(Reply::into_bytes).filter(|cursor| cursor != b"0");
+        let found = items.next().unwrap_or(Reply::Nil).array(command)?;
+        Ok((next, found.into_iter().filter_map(Reply::into_bytes).collect()))
+    }
+
+    async fn set_members(&self, key: &str) -> Result<Vec<Vec<u8>>, Error> {
+        Ok(self.store.members(key).await?.into_iter().filter_map(Reply::into_bytes).collect())
+    }
+
+    /// What stands behind a prefix in the keys of a pattern, each once.
+    async fn keys_of(&self, pattern: &str, prefix: usize) -> Result<Vec<Vec<u8>>, Error> {
+        let mut found = BTreeSet::new();
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            let (next, keys) = self.step("SCAN", &[&at, b"MATCH", pattern.as_bytes(), b"COUNT", SCAN_COUNT]).await?;
+            found.extend(keys.into_iter().map(|key| key[prefix..].to_vec()));
+            cursor = next;
+        }
+        Ok(found.into_iter().collect())
+    }
+
+    /// The pools (2) or users (3) of all claims.
+    async fn claimants(&self, part: usize) -> Result<BTreeSet<Vec<u8>>, Error> {
+        let claims = self.store.keys().claims();
+        let mut found = BTreeSet::new();
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            let (next, pairs) = self.step("HSCAN", &[claims.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
+            let texts = pairs.iter().skip(1).step_by(2);
+            found.extend(texts.filter_map(|text| text.split(|byte| *byte == b'\t').nth(part)).map(<[u8]>::to_vec));
+            cursor = next;
+        }
+        Ok(found)
+    }
+
+    /// Compares our keys with the table of keys, and sorts out what the other looks need of them.
+    async fn key_table(&mut self) -> Led<Ours> {
+        let mut ours = Ours::default();
+        let mut pools = self.claimants(2).await?;
+        let prefix = self.store.keys().prefix();
+        // Keys of another partition begin with its tag.
+        let others = format!("{prefix}{{").into_bytes();
+        let rows: Vec<(&str, Vec<u8>, bool, Holds)> = TABLE
+            .iter()
+            .filter(|row| row.template.contains("{tag}") && row.holds != Holds::Channel)
+            .map(|row| {
+                let text = row.template.replace("drayman:{tag}", &prefix);
+                (row.name, text.trim_end_matches("{}").as_bytes().to_vec(), text.ends_with("{}"), row.holds)
+            })
+            .collect();
+        let mut items = Vec::new();
+        for key in self.keys_of(&format!("{prefix}*"), 0).await? {
+            if key.starts_with(&others) {
+                continue;
+            }
+            let row = rows.iter().find(|(_, text, named, _)| if *named { key.starts_with(text) } else { key == *text });
+            let wanted = row.map_or("", |(.., holds)| holds.type_name());
+            if let Some((name, text, ..)) = row {
+                let named = key[text.len()..].to_vec();
+                match *name {
+                    "session" | "work" | "cancels" => ours.sessions.push(named),
+                    "pool" | "ready" | "debt" | "busy" => _ = pools.insert(named),
+                    "parked" => ours.services.push(named),
+                    _ => {}
+                }
+            }
+            items.extend([key, wanted.as_bytes().to_vec()]);
+        }
+        ours.pools = pools.into_iter().collect();
+        led!(self.look("keys", &items));
+        Ok(Ok(ours))
+    }
+
+    /// Looks at the hashes of jobs that stand in no place. Ids are remembered by a hash of eight bytes whose key is another
+    /// one in each round: a job that is mistaken for another one is seen in the next.
+    async fn unplaced_jobs(&mut self) -> Led<()> {
+        let hasher = RandomState::new();
+        let mut placed: HashSet<u64> = HashSet::new();
+        let inspect = Inspect::new(self.store.clone());
+        let mut walk = inspect.walk(None, &[Place::AllQueues, Place::Schedule, Place::Claims, Place::Ended]);
+        while let Some(ids) = walk.next().await? {
+            placed.extend(ids.iter().map(|id| hasher.hash_one(id.as_str().as_bytes())));
+        }
+        let keys = self.store.keys().clone();
+        let (pattern, prefix) = (keys.job("*"), keys.job("").len());
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            let args: [&[u8]; 7] = [&at, b"MATCH", pattern.as_bytes(), b"COUNT", SCAN_COUNT, b"TYPE", b"hash"];
+            let (next, found) = self.step("SCAN", &args).await?;
+            let ids: Vec<Vec<u8>> = found
+                .into_iter()
+                .map(|key| key[prefix..].to_vec())
+                .filter(|id| !self.known_jobs.contains(id) && !placed.contains(&hasher.hash_one(id.as_slice())))
+                .collect();
+            led!(self.look("jobs", &ids));
+            cursor = next;
+        }
+        Ok(Ok(()))
+    }
+}
+
+/// What the keys of ours name.
+#[derive(Debug, Default)]
+struct Ours {
+    sessions: Vec<Vec<u8>>,
+    pools: Vec<Vec<u8>>,
+    services: Vec<Vec<u8>>,
+}
