@@ -4,11 +4,13 @@
 //! - [`Proxy`]: a network between client and server that loses, delays and cuts;
 //! - [`Daemon`] and [`bin`]: this workspace's programs as child processes, with their output;
 //! - [`NotifySocket`]: systemd's end of the readiness protocol;
+//! - [`chaos`]: all of these together for a minute or an hour, with random work and random faults;
 //! - [`eventually`]: wait for a state, never for a time.
 //!
 //! A fixture that cannot be set up panics with the reason: a test has no better answer to it. The servers, the
 //! proxy and the notify socket run outside the test's async runtime, so blocking calls to them cannot deadlock it.
 
+pub mod chaos;
 mod notify;
 mod ports;
 mod postgres;
