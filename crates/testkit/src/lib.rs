@@ -17,13 +17,14 @@ mod postgres;
 mod process;
 mod proxy;
 mod redis;
+mod resp;
 mod scratch;
 mod wait;
 
 pub use notify::NotifySocket;
 pub use postgres::{Postgres, Rows};
 pub use process::{Daemon, Signal, bin, spawn_child};
-pub use proxy::{Direction, Proxy};
+pub use proxy::{Direction, Point, Proxy};
 pub use redis::{RawClient, RedisServer, Value};
 pub use scratch::Scratch;
 pub use wait::{eventually, eventually_blocking};
