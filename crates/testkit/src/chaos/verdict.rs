@@ -128,7 +128,10 @@ pub fn of_jobs(stage: &Stage, watch: &Watch, crashes: &Crashes) -> io::Result<(V
         *counts.by_status.entry(hash.get("status").cloned().unwrap_or_default()).or_default() += 1;
         let crashed = crashes.iter().any(|(_, up)| *up >= acknowledged);
         of_statements(life, &hash, &effects, crashed, &mut violations, &mut counts);
-        if life.told_cancelled && hash.get("status").is_none_or(|status| status != "cancelled") {
+        // Of a job that had ended but for its own fallback, that fallback is what was cancelled.
+        let cancelled =
+            ["status", "fallback_status"].iter().any(|field| hash.get(*field).is_some_and(|s| s == "cancelled"));
+        if life.told_cancelled && !cancelled {
             violations.push(Violation::of(id, CANCELLED, format!("it is {:?}", hash.get("status"))));
         }
         if let Some(started) = hash.get("started_at")
