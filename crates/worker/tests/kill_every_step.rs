@@ -27,7 +27,7 @@ const LANES: u8 = 14;
 /// What a worker calls in a job's life, beside its housekeeping.
 const OF_A_JOB: [&str; 5] = ["session_open", "take", "mark", "finish", "session_end"];
 const SETTINGS: [(&str, &str); 4] = [
-    ("DRAYMAN_WORKER__SESSION_LIFETIME", "1s"),
+    ("DRAYMAN_WORKER__SESSION_LIFETIME", "2s"),
     ("DRAYMAN_WORKER__SCAN_INTERVAL", "300ms"),
     ("DRAYMAN_WORKER__DRAIN_GRACE", "100ms"),
     ("DRAYMAN_REDIS__COMMAND_TIMEOUT", "30s"),
