@@ -243,7 +243,8 @@ fn sequence(id: &str, step: &str) -> String {
 ///
 /// A place is held by a session lock for as long as the statement works and not longer: what a worker that is gone or
 /// stopped leaves open holds none. A statement that finds no place enters who holds them; that counts once all of them,
-/// itself too, have committed, for what does not commit may have been a stopped worker's.
+/// itself too, have committed, for what does not commit may have been a stopped worker's. Commits take their time, so that
+/// faults meet them.
 pub fn schema() -> String {
     format!(
         "CREATE TABLE effects (job text, step text, name text);
@@ -265,6 +266,11 @@ pub fn schema() -> String {
            PERFORM pg_sleep(seconds);
            IF mine IS NOT NULL THEN PERFORM pg_advisory_unlock(pool, mine); END IF;
          END $$;
+         CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+           PERFORM pg_sleep(0.3 * random()); RETURN NULL;
+         END $$;
+         CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW EXECUTE FUNCTION slow_commit();
          CREATE FUNCTION refuse() RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'it''s \"planned\"'; END $$;
          CREATE FUNCTION fail_once(name text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
            IF nextval(name::regclass) = 1 THEN RAISE 'once' USING ERRCODE = '40001'; END IF;
