@@ -101,6 +101,12 @@ kinds! {
     MissingMalformed = "missing-malformed";
     /// The index of ended jobs names one that has not ended, or whose record is gone too early. Repaired: removed.
     FinishedStray = "finished-stray";
+    /// The books of ended jobs do not agree about a record that is there. Repaired: entered in all of them.
+    FinalUnbooked = "final-unbooked";
+    /// A job counts as delayed and is not scheduled. Repaired: it counts no more.
+    DelayedStray = "delayed-stray";
+    /// A sum is not what its parts add up to: the bytes of ended jobs, or the delayed jobs of a user. Repaired: counted.
+    SumWrong = "sum-wrong";
     /// A user's list of work in progress names what nobody works on. Repaired: removed.
     WipStray = "wip-stray";
     /// A user's list of work in progress misses a running job. Repaired: entered.
@@ -263,7 +269,10 @@ impl<'a> Round<'a> {
         let users = self.keys_of(&keys.queue("*"), keys.queue("").len()).await?;
         led!(self.look("queues", &users));
         led!(self.unplaced_jobs());
-        led!(self.walk("finished", "ZSCAN", &keys.finished()));
+        for (command, key) in [("ZSCAN", keys.finished()), ("ZSCAN", keys.expiring()), ("HSCAN", keys.kept())] {
+            led!(self.walk("finished", command, &key));
+        }
+        led!(self.look("sums", &[Vec::new()]));
         let mut users: BTreeSet<Vec<u8>> = self.set_members(&keys.wip_users()).await?.into_iter().collect();
         users.extend(self.claimants(3).await?);
         users.extend(self.keys_of(&keys.wip("*"), keys.wip("").len()).await?);

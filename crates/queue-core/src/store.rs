@@ -179,6 +179,11 @@ impl Store {
         Ok(warnings)
     }
 
+    /// The digest by which the server knows a script.
+    pub fn digest(&self, script: &'static Script) -> &str {
+        self.inner.scripts[script.name].sha1()
+    }
+
     /// Calls a script, loading it first if the server has forgotten it.
     pub async fn call(&self, script: &'static Script, args: Vec<Vec<u8>>) -> Result<Reply, Error> {
         let prepared = &self.inner.scripts[script.name];

@@ -1,9 +1,9 @@
 //! A network that fails on request: a TCP proxy between a client and a server.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, mpsc as blocking};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
@@ -15,6 +15,7 @@ use tokio::sync::{broadcast, mpsc};
 use tokio::time::{Instant, sleep_until};
 
 use crate::ports::Port;
+use crate::resp;
 
 /// A way through the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,6 +25,20 @@ pub enum Direction {
     /// Server to client: replies.
     ToClient,
 }
+
+/// Where a call of a Redis client is stopped, and its connection with it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Point {
+    /// The server does not get it.
+    BeforeCall,
+    /// The server has answered it, and the client does not get the reply.
+    BeforeReply,
+    /// The client has its reply, and the server gets nothing more.
+    AfterReply,
+}
+
+/// Sees each request of a Redis client, the words of the command, and may stop it.
+type Gate = Box<dyn FnMut(&[Vec<u8>]) -> Option<Point> + Send>;
 
 /// Forwards TCP connections to a server; everything passes unless a method says otherwise. It has a thread and a
 /// runtime of its own, and what a method asks for is in force when it returns.
@@ -35,7 +50,6 @@ pub struct Proxy {
     port: Port,
 }
 
-#[derive(Debug)]
 struct Shared {
     target: SocketAddr,
     delay_us: AtomicU64,
@@ -45,6 +59,14 @@ struct Shared {
     /// Numbers of the open connections.
     open: Mutex<BTreeSet<u64>>,
     cut: broadcast::Sender<()>,
+    gate: Mutex<Option<Gate>>,
+    stopped: AtomicUsize,
+}
+
+impl std::fmt::Debug for Shared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Shared").field("target", &self.target).finish_non_exhaustive()
+    }
 }
 
 /// Bytes that may still pass in each direction before everything is cut.
@@ -72,6 +94,8 @@ impl Proxy {
             budgets: Mutex::default(),
             open: Mutex::default(),
             cut: broadcast::Sender::new(1),
+            gate: Mutex::default(),
+            stopped: AtomicUsize::new(0),
         });
         let (orders, inbox) = mpsc::unbounded_channel();
         let addr = SocketAddr::from(([127, 0, 0, 1], port.number()));
@@ -141,6 +165,18 @@ impl Proxy {
     pub fn cut_after_bytes(&self, direction: Direction, bytes: u64) {
         *self.shared.budgets().of(direction) = Some(bytes);
     }
+
+    /// Shows `gate` every command on connections that are made from now on, in the order in which the server would get them.
+    /// A connection of which it stops a command passes nothing more, in either direction, until it is cut. Other faults
+    /// than cuts and refusals don't reach connections with a gate, and subscriptions pass it unseen.
+    pub fn gate(&self, gate: impl FnMut(&[Vec<u8>]) -> Option<Point> + Send + 'static) {
+        *self.shared.gate() = Some(Box::new(gate));
+    }
+
+    /// How many connections stand still by the gate's word: what it stopped there has come as far as its point.
+    pub fn stopped(&self) -> usize {
+        self.shared.stopped.load(Ordering::SeqCst)
+    }
 }
 
 impl Drop for Proxy {
@@ -160,6 +196,24 @@ impl Shared {
 
     fn budgets(&self) -> MutexGuard<'_, Budgets> {
         self.budgets.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    fn gate(&self) -> MutexGuard<'_, Option<Gate>> {
+        self.gate.lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// Stands still until the connection is cut.
+    async fn stop(&self) -> io::Result<()> {
+        /// Counts what stands, however that ends.
+        struct Standing<'a>(&'a AtomicUsize);
+        impl Drop for Standing<'_> {
+            fn drop(&mut self) {
+                self.0.fetch_sub(1, Ordering::SeqCst);
+            }
+        }
+        self.stopped.fetch_add(1, Ordering::SeqCst);
+        let _standing = Standing(&self.stopped);
+        std::future::pending().await
     }
 
     /// How many of `length` bytes may pass; fewer than that means: then cut.
@@ -231,11 +285,79 @@ async fn connection(client: TcpStream, shared: &Shared, mut cut: broadcast::Rece
         server.set_nodelay(true)?;
         let (from_client, to_client) = client.into_split();
         let (from_server, to_server) = server.into_split();
-        tokio::try_join!(requests(from_client, to_server, shared), replies(from_server, to_client, shared))
+        if shared.gate().is_some() {
+            return gated(Ends { from_client, to_client, from_server, to_server }, shared).await;
+        }
+        tokio::try_join!(requests(from_client, to_server, shared), replies(from_server, to_client, shared)).map(|_| ())
     };
     tokio::select! {
         _ = both => {}
         _ = cut.recv() => {}
+    }
+}
+
+/// The four ends of a connection.
+struct Ends {
+    from_client: OwnedReadHalf,
+    to_client: OwnedWriteHalf,
+    from_server: OwnedReadHalf,
+    to_server: OwnedWriteHalf,
+}
+
+/// A connection command by command.
+async fn gated(mut ends: Ends, shared: &Shared) -> io::Result<()> {
+    let (mut requests, mut replies) = (Vec::new(), Vec::new());
+    // What the server has not answered, with the point at which that is to be stopped.
+    let mut open: VecDeque<Option<Point>> = VecDeque::new();
+    // Nothing more is asked.
+    let mut last = false;
+    // Everything stands still once what was asked is answered.
+    let mut stop = false;
+    // Replies are not one for one any more.
+    let mut listens = false;
+    loop {
+        let (mut sent, mut answered) = ([0; 16 * 1024], [0; 16 * 1024]);
+        tokio::select! {
+            length = ends.from_client.read(&mut sent), if !last => match length? {
+                0 => return Ok(()),
+                length => requests.extend_from_slice(&sent[..length]),
+            },
+            length = ends.from_server.read(&mut answered) => match length? {
+                0 => return Ok(()),
+                length => replies.extend_from_slice(&answered[..length]),
+            },
+        }
+        while !last && let Some((length, words)) = resp::command(&requests)? {
+            let point = shared.gate().as_mut().and_then(|gate| gate(&words));
+            if point == Some(Point::BeforeCall) {
+                // What was asked before is still answered.
+                (last, stop) = (true, true);
+                break;
+            }
+            listens |= words.first().is_some_and(|word| word.to_ascii_uppercase().ends_with(b"SUBSCRIBE"));
+            ends.to_server.write_all(&requests[..length]).await?;
+            requests.drain(..length);
+            open.push_back(point);
+            last = point.is_some();
+        }
+        if listens {
+            ends.to_client.write_all(&replies).await?;
+            replies.clear();
+        }
+        while let Some(length) = resp::reply(&replies)? {
+            let point = open.pop_front().flatten();
+            if point == Some(Point::BeforeReply) {
+                return shared.stop().await;
+            }
+            ends.to_client.write_all(&replies[..length]).await?;
+            replies.drain(..length);
+            if point == Some(Point::AfterReply) {
+                return shared.stop().await;
+            }
+        }
+        if stop && open.is_empty() {
+            return shared.stop().await;
+        }
     }
 }
 
@@ -388,6 +510,45 @@ mod tests {
         assert!(client.try_call(&["SET", "a", "2"]).is_err());
         assert_eq!(server.raw(&["GET", "a"]).text(), "1");
         RawClient::connect(proxy.addr()).unwrap().call(&["PING"]);
+    }
+
+    #[test]
+    fn a_gate_stops_a_command_at_each_point() {
+        for (point, ran, answered) in
+            [(Point::BeforeCall, false, false), (Point::BeforeReply, true, false), (Point::AfterReply, true, true)]
+        {
+            let server = RedisServer::start();
+            let proxy = Proxy::start(server.addr());
+            proxy.gate(move |words| (words[0] == b"INCR" && words[1] == b"here").then_some(point));
+            let mut client = RawClient::connect(proxy.addr()).unwrap();
+            assert_eq!(client.call(&["SET", "a", "\r\n$3\r\n"]), Value::Simple("OK".into()));
+            // Sent at once: what comes before it passes, what comes behind it does not.
+            client.send(&["INCR", "before"]).unwrap();
+            client.send(&["INCR", "here"]).unwrap();
+            client.send(&["INCR", "behind"]).unwrap();
+            eventually_blocking("the stop", Duration::from_secs(5), || (proxy.stopped() == 1).then_some(()));
+            let there = |key: &str| server.raw(&["EXISTS", key]).int() == 1;
+            assert_eq!((there("before"), there("here"), there("behind")), (true, ran, false), "{point:?}");
+            assert_eq!(client.receive().unwrap(), Value::Int(1));
+            proxy.cut();
+            assert_eq!(client.receive().ok(), answered.then_some(Value::Int(1)), "{point:?}");
+            assert_eq!(proxy.stopped(), 0);
+            // Others pass.
+            RawClient::connect(proxy.addr()).unwrap().call(&["PING"]);
+        }
+    }
+
+    #[test]
+    fn subscriptions_pass_a_gate() {
+        let server = RedisServer::start();
+        let proxy = Proxy::start(server.addr());
+        proxy.gate(|_| None);
+        let mut client = RawClient::connect(proxy.addr()).unwrap();
+        client.call(&["SUBSCRIBE", "news"]);
+        server.raw(&["PUBLISH", "news", "one"]);
+        server.raw(&["PUBLISH", "news", "two"]);
+        assert_eq!(client.receive().unwrap().texts(), ["message", "news", "one"]);
+        assert_eq!(client.receive().unwrap().texts(), ["message", "news", "two"]);
     }
 
     #[test]

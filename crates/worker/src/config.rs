@@ -20,8 +20,9 @@ use crate::execute::sql::databases::{DatabaseSettings, Databases, SettingFault, 
 /// The commented file that stands for the defaults.
 pub const DEFAULT_FILE_TEXT: &str = include_str!("../../../deploy/worker.toml");
 
-/// Shorter session lifetimes would take a busy machine for a dead one.
-const SESSION_LIFETIME_MIN: Duration = Duration::from_secs(1);
+/// Shorter session lifetimes would take a busy machine for a dead one. A leader looks once a second, and takes a lifetime
+/// without a look for an outage: with lifetimes of a second it would hardly ever call anybody dead.
+const SESSION_LIFETIME_MIN: Duration = Duration::from_secs(2);
 
 /// The worker's configuration, a field for each section of the file.
 #[derive(Debug, Clone, Default, PartialEq, Serialize, Deserialize)]
@@ -293,7 +294,7 @@ mod tests {
             ("[worker]\npools = []", "worker.pools names no pool"),
             ("[worker]\npools = ['a b']", "worker.pools.0 cannot be used: pool pattern has the character"),
             ("[worker]\nname = ''", "worker.name is blank"),
-            ("[worker]\nsession_lifetime = '200ms'", "worker.session_lifetime must be at least 1s"),
+            ("[worker]\nsession_lifetime = '200ms'", "worker.session_lifetime must be at least 2s"),
             ("[worker]\nscan_interval = '0s'", "worker.scan_interval must be longer than nothing"),
             ("[worker]\nreconcile_interval = '0s'", "worker.reconcile_interval must be longer than nothing"),
             ("[sql]\nstatement_timeout = 3", "sql.statement_timeout has an invalid type"),

@@ -95,17 +95,22 @@ end
 
 local function publish(user, id, status) tell(K.events(user), id .. ' ' .. status) end
 
--- Files a job that reached its final status. Its password has served its purpose.
-local function file(id, user, status, retention_ms)
-  try('HDEL', K.job(id), 'pass')
-  redis.call('PEXPIRE', K.job(id), retention_ms)
-  redis.call('ZADD', K.finished(), now_ms, id)
+-- Enters the record of an ended job into the books: when it ended, when it expires, what it occupies.
+local function enter_books(id, ended_ms, retention_ms)
+  redis.call('ZADD', K.finished(), int(ended_ms), id)
   redis.call('ZADD', K.expiring(), int(now_ms + retention_ms), id)
   -- A server may forbid the question: then records count by their number alone.
   local bytes = try('MEMORY', 'USAGE', K.job(id), 'SAMPLES', '0') or 0
   local before = tonumber(redis.call('HGET', K.kept(), id) or 0)
   redis.call('HSET', K.kept(), id, bytes)
   redis.call('HINCRBY', K.kept(), '*', bytes - before)
+end
+
+-- Files a job that reached its final status. Its password has served its purpose.
+local function file(id, user, status, retention_ms)
+  try('HDEL', K.job(id), 'pass')
+  redis.call('PEXPIRE', K.job(id), retention_ms)
+  enter_books(id, now_ms, retention_ms)
   publish(user, id, status)
 end
 

@@ -6,7 +6,7 @@
 --   'keys':     key and the type that it must have, in turn ('' if no key of ours has such a name)
 --   'sessions', 'claims', 'due', 'missing', 'jobs', 'finished', 'wip', 'pools', 'parked', 'queues': sessions, ids, ids,
 --               entries, ids, ids, users, pools, services, users
---   'leader':   nothing
+--   'leader', 'sums': nothing
 -- Reply: 'not_leader', or for each finding {kind, what, sentence, 'reported', 'repairable' or 'repaired'}
 local repairing, session, term, retention_ms, aspect = ARGV[1] == 'repair', ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 if session ~= '' and not leads(session, term) then return 'not_leader' end
@@ -247,6 +247,52 @@ local function look_at_job(id, quiet)
   end
 end
 
+-- Sums over what single entries say. Larger books are not added up.
+function LOOK.sums()
+  if redis.call('HLEN', K.kept()) <= LONGEST_SEARCHED then
+    local sum, kept = 0, redis.call('HGETALL', K.kept())
+    for i = 1, #kept, 2 do
+      if kept[i] ~= '*' then sum = sum + (tonumber(kept[i + 1]) or 0) end
+    end
+    if sum ~= (tonumber(redis.call('HGET', K.kept(), '*') or 0)) or #kept == 2 then
+      found('sum-wrong', K.kept(), 'the bytes of ended jobs are not what their entries add up to', function()
+        redis.call('HSET', K.kept(), '*', int(sum))
+        if redis.call('HLEN', K.kept()) == 1 then redis.call('DEL', K.kept()) end
+      end)
+    end
+  end
+  if redis.call('HLEN', K.delayed()) <= LONGEST_SEARCHED then
+    local counts, delayed = {}, redis.call('HGETALL', K.delayed())
+    for i = 1, #delayed, 2 do
+      local id, user = delayed[i], delayed[i + 1]
+      -- One whose place in the schedule is lost gets another one.
+      local h = holds(K.job(id), 'hash') and short(id, 'status')
+      if redis.call('ZSCORE', K.due(), id) or (h and h[1] == 'scheduled') then
+        counts[user] = (counts[user] or 0) + 1
+      else
+        found('delayed-stray', id, 'the job counts as delayed, but is not scheduled',
+          function() redis.call('HDEL', K.delayed(), id) end)
+      end
+    end
+    local said = redis.call('HGETALL', K.delays())
+    local users = {}
+    for i = 1, #said, 2 do users[said[i]] = said[i + 1] end
+    for user, count in pairs(counts) do users[user] = users[user] or '0' end
+    for user, text in pairs(users) do
+      if text ~= int(counts[user] or 0) then
+        found('sum-wrong', user, 'the user is said to have ' .. text .. ' delayed jobs and has ' .. int(counts[user] or 0),
+          function()
+            if counts[user] then
+              redis.call('HSET', K.delays(), user, int(counts[user]))
+            else
+              redis.call('HDEL', K.delays(), user)
+            end
+          end)
+      end
+    end
+  end
+end
+
 function LOOK.due(items)
   for _, id in ipairs(items) do
     local held = redis.call('TYPE', K.job(id)).ok
@@ -281,7 +327,21 @@ function LOOK.finished(items)
     local at = tonumber(redis.call('ZSCORE', K.finished(), id) or nil)
     local function drop() forget({id}) end
     local held = redis.call('TYPE', K.job(id)).ok
-    if at and held ~= 'hash' then
+    local expires = tonumber(redis.call('ZSCORE', K.expiring(), id) or nil)
+    local left = held == 'hash' and redis.call('PTTL', K.job(id)) or -1
+    if id == '*' then
+      -- The sum of what records occupy, no job.
+    elseif (at or expires or redis.call('HEXISTS', K.kept(), id) == 1)
+      and not (at and expires and redis.call('HEXISTS', K.kept(), id) == 1) then
+      if left > 0 then
+        found('final-unbooked', id, 'the books of ended jobs do not agree about the job',
+          function() enter_books(id, at or now_ms, left) end)
+      elseif held ~= 'hash' then
+        found('finished-stray', id, 'the books of ended jobs do not agree about the job, and it has no record', drop)
+      else
+        look_at_job(id, is_quiet(K.job(id)))
+      end
+    elseif at and held ~= 'hash' then
       if at > kept_since then found('finished-stray', id, 'the job stands among the ended ones, but its record is gone', drop) end
     elseif at and redis.call('PTTL', K.job(id)) == -1 and redis.call('HEXISTS', K.claims(), id) == 0 then
       -- Records of ended jobs have an end, so only the others are read. One may wait again: it was submitted anew.

@@ -145,6 +145,11 @@ const REPAIRED: &[(&[Kind], &[&str])] = &[
     (&[Kind::MissingMalformed], &["ZADD drayman:missing 1 word"]),
     (&[Kind::FinishedStray, Kind::PendingLost], &["HSET batch:jobs:d1 status pending", "PERSIST batch:jobs:d1"]),
     (&[Kind::FinishedStray], &["DEL batch:jobs:d1"]),
+    (&[Kind::FinalUnbooked], &["ZREM drayman:expiring d1"]),
+    (&[Kind::FinalUnbooked, Kind::SumWrong], &["HDEL drayman:kept d1"]),
+    (&[Kind::SumWrong], &["HINCRBY drayman:kept * 1000"]),
+    (&[Kind::SumWrong], &["HSET drayman:delays alice 7"]),
+    (&[Kind::DelayedStray], &["HSET drayman:delayed nobody alice"]),
     (&[Kind::WipStray], &["LPUSH batch:wip:user:alice b2 nothing"]),
     (
         &[Kind::WipMissing, Kind::WipStray],

@@ -1,0 +1,417 @@
+//! Random work under random faults, and what must be true all the same.
+//!
+//! Several users hand in jobs of every form, by plain commands and by `drayman submit`; some fail, some wait, some are
+//! cancelled. Meanwhile workers, leaders, cancellers and producers are killed or stopped, Redis and PostgreSQL are killed and
+//! started again, and connections are cut, refused and delayed. Then the faults end, what is left is worked off, and the
+//! records, the database and every key are looked at from outside.
+//!
+//! What is handed in by whom, and which faults come in which order with which pauses, are functions of the seed. Which job a
+//! fault meets is a matter of time, so a seed makes a failure likely again and not certain.
+
+mod faults;
+mod random;
+mod report;
+mod stage;
+mod verdict;
+mod watch;
+mod workload;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::io;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+pub use faults::{Fault, Schedule};
+pub use random::Random;
+pub use report::Report;
+pub use verdict::{KeyRule, LAYOUT, Violation};
+pub use workload::{Job, Route};
+
+use crate::process::{Daemon, Signal, bin};
+use crate::redis::{RawClient, Value};
+use stage::{Stage, ask, connect_to};
+use watch::Watch;
+use workload::HOSTS;
+
+/// How long what is left may take once the faults have ended.
+const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+/// How long handing in what was begun may take then.
+const HAND_IN_LIMIT: Duration = Duration::from_secs(20);
+/// Most jobs of one user that have not ended.
+const OPEN_PER_USER: usize = 12;
+/// A program that is not killed ends within this time.
+const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
+
+/// How a run goes.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// What decides over work and faults.
+    pub seed: u64,
+    /// How long they go on.
+    pub duration: Duration,
+    /// How many workers there are.
+    pub workers: usize,
+    /// How many users hand in jobs.
+    pub users: usize,
+}
+
+/// What all threads of a run share.
+struct Run<'a> {
+    options: &'a Options,
+    stage: Stage,
+    watch: Watch,
+    /// Nothing new is handed in.
+    closed: AtomicBool,
+    /// Faults have ended.
+    calm: AtomicBool,
+    over: AtomicBool,
+    violations: Mutex<Vec<Violation>>,
+    crashes: Mutex<Vec<(Instant, Instant)>>,
+    faults: Mutex<BTreeMap<&'static str, usize>>,
+    drained: Mutex<Duration>,
+}
+
+/// Runs, and tells what it has shown.
+///
+/// # Panics
+///
+/// If the servers can't be set up.
+pub fn run(options: &Options) -> Report {
+    let run = Run {
+        options,
+        stage: Stage::build(options.workers),
+        watch: Watch::default(),
+        closed: AtomicBool::new(false),
+        calm: AtomicBool::new(false),
+        over: AtomicBool::new(false),
+        violations: Mutex::default(),
+        crashes: Mutex::default(),
+        faults: Mutex::default(),
+        drained: Mutex::default(),
+    };
+    run.stage.start_workers();
+    thread::scope(|scope| {
+        scope.spawn(|| run.watch.run(&run.stage, options.seed, || run.over.load(Ordering::SeqCst)));
+        let users: Vec<_> = (0..options.users)
+            .map(|user| {
+                scope.spawn({
+                    let run = &run;
+                    move || run.user(user, scope)
+                })
+            })
+            .collect();
+        run.rage();
+        for user in users {
+            user.join().expect("a user's thread does not panic");
+        }
+        run.drain();
+        run.over.store(true, Ordering::SeqCst);
+    });
+    run.judge()
+}
+
+impl Run<'_> {
+    fn complain(&self, violation: Violation) {
+        self.violations.lock().expect("no thread panics").push(violation);
+    }
+
+    fn is_calm(&self) -> bool {
+        self.calm.load(Ordering::SeqCst)
+    }
+
+    /// The faults, until their time is over.
+    fn rage(&self) {
+        let end = self.stage.begin() + self.options.duration;
+        let mut ends = Vec::new();
+        let mut schedule = Schedule::of(self.options.seed, self.options.workers);
+        let (pause, mut next) = schedule.next().expect("it never ends");
+        // The first workers get to work first.
+        let mut at = Instant::now() + pause + Duration::from_secs(1);
+        while Instant::now() < end {
+            self.supervise();
+            let due = |end: &mut (Instant, stage::End)| end.0 <= Instant::now();
+            for (_, end) in ends.extract_if(.., due).collect::<Vec<_>>() {
+                self.stage.end(end);
+            }
+            if at <= Instant::now() {
+                *self.faults.lock().expect("no thread panics").entry(next.kind()).or_default() += 1;
+                let begin = Instant::now();
+                if let Some((name, when)) = self.stage.strike(next, &mut ends) {
+                    self.watch.killed(&name, when);
+                }
+                if next == Fault::RestartDatabase {
+                    self.crashes.lock().expect("no thread panics").push((begin, Instant::now()));
+                }
+                let (pause, fault) = schedule.next().expect("it never ends");
+                (at, next) = (Instant::now() + pause, fault);
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        self.closed.store(true, Ordering::SeqCst);
+        self.stage.calm(ends);
+        self.supervise();
+        self.calm.store(true, Ordering::SeqCst);
+    }
+
+    fn supervise(&self) {
+        for complaint in self.stage.supervise() {
+            self.complain(Violation::new("a worker ends when it is told to", complaint));
+        }
+    }
+
+    /// Waits until all jobs have ended and nothing is left of workers that are gone.
+    fn drain(&self) {
+        let begin = Instant::now();
+        while begin.elapsed() < DRAIN_LIMIT {
+            self.supervise();
+            if self.watch.open().is_empty() && self.leftovers().is_ok_and(|found| found.is_empty()) {
+                break;
+            }
+            thread::sleep(Duration::from_millis(100));
+        }
+        *self.drained.lock().expect("no thread panics") = begin.elapsed();
+    }
+
+    fn leftovers(&self) -> io::Result<Vec<Violation>> {
+        let jobs: BTreeSet<String> = self.watch.lives().into_iter().map(|life| life.job.id).collect();
+        verdict::of_keys(&self.stage.redis, &jobs, &self.stage.names())
+    }
+
+    fn judge(self) -> Report {
+        let Self { options, stage, watch, violations, crashes, faults, drained, .. } = &self;
+        let mut violations = violations.lock().expect("no thread panics").clone();
+        let crashes = crashes.lock().expect("no thread panics").clone();
+        // All records once more.
+        let mut redis = stage::connect(&stage.redis).expect("nothing fails any more");
+        let ids: Vec<String> = watch.lives().into_iter().map(|life| life.job.id).collect();
+        for page in ids.chunks(100) {
+            watch.read(&mut redis, page).expect("nothing fails any more");
+        }
+        let (found, counts) = verdict::of_jobs(stage, watch, &crashes).expect("nothing fails any more");
+        violations.extend(found);
+        violations.extend(self.leftovers().expect("nothing fails any more"));
+        // Workers that stop in order take their registrations with them.
+        stage.stop_workers(PROGRAM_LIMIT);
+        violations.extend(self.leftovers().expect("nothing fails any more"));
+        let mut concerned: Vec<String> = violations.iter().filter_map(|violation| violation.job.clone()).collect();
+        concerned.dedup();
+        let accounts = concerned.iter().take(8).map(|job| verdict::account(stage, watch, job)).collect();
+        let mut routes = BTreeMap::new();
+        for life in watch.lives() {
+            let route = match life.job.route {
+                Route::Transaction => "in a transaction",
+                Route::Plain(_) => "by plain commands",
+                Route::HashLast => "hash last",
+                Route::Native => "native",
+            };
+            *routes.entry(route.to_owned()).or_default() += 1;
+        }
+        Report {
+            seed: options.seed,
+            duration: options.duration,
+            drained: *drained.lock().expect("no thread panics"),
+            routes,
+            counts,
+            faults: faults.lock().expect("no thread panics").clone(),
+            recoveries: watch.recoveries(),
+            violations,
+            accounts,
+        }
+    }
+
+    /// Hands in one user's jobs, one after the other.
+    fn user<'scope>(&'scope self, user: usize, scope: &'scope thread::Scope<'scope, '_>) {
+        let mut client = None;
+        for number in 0.. {
+            let job = Job::plan(self.options.seed, user, number);
+            self.wait(job.pause);
+            while self.watch.open_of(&job.user) >= OPEN_PER_USER && !self.closed.load(Ordering::SeqCst) {
+                thread::sleep(Duration::from_millis(50));
+            }
+            if self.closed.load(Ordering::SeqCst) {
+                return;
+            }
+            self.prepare(&job);
+            self.watch.enter(&job);
+            let begin = Instant::now();
+            // After the faults nothing stands in the way any more.
+            let mut calm_since = None;
+            while !self.hand_in(&job, &mut client) {
+                if calm_since.get_or_insert_with(Instant::now).elapsed() > HAND_IN_LIMIT && self.is_calm() {
+                    return;
+                }
+                if !self.is_calm() {
+                    calm_since = None;
+                }
+                thread::sleep(Duration::from_millis(50));
+            }
+            self.watch.with(&job.id, |life| life.acknowledged = Some(Instant::now()));
+            if let Some(after) = job.cancel_after {
+                scope.spawn(move || self.cancel(&job.id, after.saturating_sub(begin.elapsed())));
+            }
+        }
+    }
+
+    fn wait(&self, pause: Duration) {
+        let end = Instant::now() + pause;
+        while Instant::now() < end && !self.closed.load(Ordering::SeqCst) {
+            thread::sleep(pause.min(Duration::from_millis(20)));
+        }
+    }
+
+    /// Makes in the database what the job's statements need there.
+    fn prepare(&self, job: &Job) {
+        for sequence in job.sequences() {
+            while self.stage.sql(&format!("CREATE SEQUENCE IF NOT EXISTS {sequence}")).is_err() {
+                thread::sleep(Duration::from_millis(50));
+            }
+        }
+    }
+
+    /// Hands a job in, or makes sure that it was; false if nobody knows.
+    fn hand_in(&self, job: &Job, client: &mut Option<RawClient>) -> bool {
+        if job.route == Route::Native {
+            return self.submit(job);
+        }
+        let pushed = match client {
+            Some(client) => self.push(job, client),
+            None => connect_to(self.stage.proxies[self.options.workers].addr())
+                .and_then(|fresh| self.push(job, client.insert(fresh))),
+        };
+        if let Err(error) = &pushed {
+            self.watch.note(&job.id, format!("could not be pushed: {error}"));
+            *client = None;
+        }
+        pushed.is_ok()
+    }
+
+    /// What a foreign producer does, and what a careful one does again after an error: nothing that was done already.
+    fn push(&self, job: &Job, redis: &mut RawClient) -> io::Result<()> {
+        let (key, queue) = (format!("batch:jobs:{}", job.id), format!("batch:queue:{}", job.user));
+        let target = self.stage.database(job.proxied);
+        let (host, port, query) = (HOSTS[job.host].to_owned(), target.port().to_string(), job.query());
+        let mut hash: Vec<String> = ["HSET", &key, "user", &job.user, "status", "pending", "query", &query]
+            .into_iter()
+            .chain(["host", &host, "port", &port, "dbname", stage::DATABASE, "dbuser", "postgres", "pass", ""])
+            .chain(["created_at", "2026-01-01T00:00:00.000Z", "updated_at", "2026-01-01T00:00:00.000Z"])
+            .map(str::to_owned)
+            .collect();
+        for (name, text) in job.fields() {
+            hash.extend([name.to_owned(), text]);
+        }
+        if let Some(attempts) = job.max_attempts {
+            hash.extend(["max_attempts".to_owned(), attempts.to_string()]);
+        }
+        let push = ["LPUSH", &queue, &job.id];
+        let index = ["SADD", "batch:indexes:queue", &job.user];
+        let announce = ["PUBLISH", "batch:users", &job.user];
+        let there = ask(redis, &["EXISTS", &key])?.int() == 1;
+        match job.route {
+            Route::Transaction => {
+                if !there {
+                    ask(redis, &["MULTI"])?;
+                    ask(redis, &hash)?;
+                    ask(redis, &push)?;
+                    ask(redis, &index)?;
+                    if let Value::Nil = ask(redis, &["EXEC"])? {
+                        return Err(io::Error::other("the transaction was refused"));
+                    }
+                }
+                ask(redis, &announce)?;
+            }
+            Route::Plain(order) => {
+                if !there {
+                    ask(redis, &hash)?;
+                }
+                for command in order {
+                    match command {
+                        "LPUSH" => self.push_id(job, redis, &push)?,
+                        "SADD" => drop(ask(redis, &index)?),
+                        _ => drop(ask(redis, &announce)?),
+                    }
+                }
+            }
+            Route::HashLast => {
+                if !there {
+                    self.push_id(job, redis, &push)?;
+                    ask(redis, &index)?;
+                    ask(redis, &announce)?;
+                    ask(redis, &hash)?;
+                }
+            }
+            Route::Native => unreachable!("these go another way"),
+        }
+        Ok(())
+    }
+
+    /// Pushes the id unless it was pushed before.
+    fn push_id(&self, job: &Job, redis: &mut RawClient, push: &[&str; 3]) -> io::Result<()> {
+        let key = format!("batch:jobs:{}", job.id);
+        let taken = !ask(redis, &["HGET", &key, "fence"])?.is_nil();
+        let missing = format!("{} {}", job.id, job.user);
+        let waits = !ask(redis, &["LPOS", push[1], push[2]])?.is_nil()
+            || !ask(redis, &["ZSCORE", "drayman:missing", &missing])?.is_nil();
+        if !taken && !waits {
+            ask(redis, push)?;
+        }
+        Ok(())
+    }
+
+    fn submit(&self, job: &Job) -> bool {
+        let target = self.stage.database(job.proxied);
+        let (port, url) = (target.port().to_string(), self.stage.clients_url());
+        let mut args: Vec<String> = ["submit", "--redis-url", &url, "--user", &job.user, "--id", &job.id]
+            .into_iter()
+            .chain(["--host", HOSTS[job.host], "--port", &port, "--dbname", stage::DATABASE, "--dbuser", "postgres"])
+            .map(str::to_owned)
+            .collect();
+        for (name, text) in job.fields() {
+            args.extend([format!("--{name}"), text]);
+        }
+        if let Some(attempts) = job.max_attempts {
+            args.extend(["--max-attempts".into(), attempts.to_string()]);
+        }
+        if let Some(delay) = job.delay {
+            args.extend(["--delay".into(), format!("{}ms", delay.as_millis())]);
+        }
+        args.push(job.query());
+        let env = [("DRAYMAN_REDIS__COMMAND_TIMEOUT", "2s"), ("DRAYMAN_REDIS__CONNECT_TIMEOUT", "2s")];
+        let program = Daemon::spawn(bin("drayman"), &args, &env);
+        let status = self.until_it_ends(&program, self.stage.take_kill(1));
+        match status {
+            Some(0) => return true,
+            // 5: Redis does not answer, or nobody knows. 4: the queue is full.
+            None | Some(5 | 4) => {}
+            Some(code) => self.complain(Violation {
+                promise: "a producer tells what it may",
+                job: Some(job.id.clone()),
+                found: format!("drayman submit ended with {code}: {}", program.output()),
+            }),
+        }
+        self.watch.note(&job.id, format!("drayman submit ended with {status:?}: {}", program.output()));
+        false
+    }
+
+    fn cancel(&self, id: &str, after: Duration) {
+        self.wait(after);
+        let args = ["--redis-url", &self.stage.clients_url(), "--wait", "5s", id];
+        let env = [("DRAYMAN_REDIS__COMMAND_TIMEOUT", "2s"), ("DRAYMAN_REDIS__CONNECT_TIMEOUT", "2s")];
+        let program = Daemon::spawn(bin("drayman-canceller"), &args, &env);
+        let status = self.until_it_ends(&program, self.stage.take_kill(0));
+        self.watch.note(id, format!("drayman-canceller ended with {status:?}: {}", program.output()));
+        if status == Some(0) {
+            self.watch.with(id, |life| life.told_cancelled = true);
+        }
+    }
+
+    /// How a program ended; `None` if by a signal.
+    fn until_it_ends(&self, program: &Daemon, kill_after: Option<Duration>) -> Option<i32> {
+        if let Some(after) = kill_after {
+            thread::sleep(after);
+            program.signal(Signal::SIGKILL);
+        }
+        program.wait(PROGRAM_LIMIT).code()
+    }
+}

@@ -1,0 +1,101 @@
+//! What a run has shown.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::Duration;
+
+use super::verdict::{Counts, EFFECTS, LOST, TWICE, Violation};
+
+/// The outcome of one run.
+#[derive(Clone, Debug)]
+pub struct Report {
+    /// Its seed.
+    pub seed: u64,
+    /// How long faults and work went on.
+    pub duration: Duration,
+    /// How long what was left then took.
+    pub drained: Duration,
+    /// Jobs, by how they were handed in.
+    pub routes: BTreeMap<String, usize>,
+    /// What was counted.
+    pub counts: Counts,
+    /// Faults by kind.
+    pub faults: BTreeMap<&'static str, usize>,
+    /// From a worker's death to its job being taken again.
+    pub recoveries: Vec<Duration>,
+    /// What must not be.
+    pub violations: Vec<Violation>,
+    /// All that is known of the jobs that are concerned.
+    pub accounts: Vec<String>,
+}
+
+impl Report {
+    /// How often a promise was broken.
+    pub fn broken(&self, promise: &str) -> usize {
+        self.violations.iter().filter(|violation| violation.promise == promise).count()
+    }
+}
+
+impl fmt::Display for Report {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |pairs: &mut dyn Iterator<Item = (String, usize)>| {
+            pairs.map(|(what, count)| format!("{what} {count}")).collect::<Vec<_>>().join(", ")
+        };
+        let owned = |map: &BTreeMap<String, usize>| list(&mut map.iter().map(|(what, count)| (what.clone(), *count)));
+        let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
+        let Counts { jobs, by_status, effects, unknown, unknown_bare, failed_by_faults } = &self.counts;
+        writeln!(
+            f,
+            "seed {}, {} of work and faults, {} to drain",
+            self.seed,
+            seconds(self.duration),
+            seconds(self.drained)
+        )?;
+        writeln!(f, "jobs {jobs} ({})", owned(&self.routes))?;
+        writeln!(f, "  ended: {}; statements that took effect: {effects}", owned(by_status))?;
+        let faults: usize = self.faults.values().sum();
+        let kinds = list(&mut self.faults.iter().map(|(what, count)| (what.to_string(), *count)));
+        writeln!(f, "faults {faults} ({kinds})")?;
+        writeln!(
+            f,
+            "lost {}, double-recorded {}, wrong effects {}",
+            self.broken(LOST),
+            self.broken(TWICE),
+            self.broken(EFFECTS)
+        )?;
+        writeln!(
+            f,
+            "unknown after a crash of the database: {unknown} statements; outside of transactions: {unknown_bare}"
+        )?;
+        if !failed_by_faults.is_empty() {
+            writeln!(f, "statements that a fault failed:")?;
+            for (reason, count) in failed_by_faults {
+                writeln!(f, "  {count:4} {reason}")?;
+            }
+        }
+        let mut recoveries = self.recoveries.clone();
+        recoveries.sort();
+        match recoveries.last() {
+            Some(longest) => writeln!(
+                f,
+                "recovery of a killed worker's job, faults going on: median {}, longest {} of {}",
+                seconds(recoveries[recoveries.len() / 2]),
+                seconds(*longest),
+                recoveries.len()
+            )?,
+            None => writeln!(f, "no killed worker had a job")?,
+        }
+        if self.violations.is_empty() {
+            return write!(f, "every promise was kept");
+        }
+        writeln!(f, "{} VIOLATIONS", self.violations.len())?;
+        for violation in self.violations.iter().take(40) {
+            let job = violation.job.as_deref().map(|job| format!(" (job {job})")).unwrap_or_default();
+            writeln!(f, "- {}{job}: {}", violation.promise, violation.found)?;
+        }
+        for account in &self.accounts {
+            writeln!(f, "{account}")?;
+        }
+        write!(f, "the same work and faults again: --seed {}", self.seed)
+    }
+}

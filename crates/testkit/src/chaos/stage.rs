@@ -1,0 +1,373 @@
+//! The servers, the proxies between them, and the workers as processes.
+
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use super::faults::Fault;
+use super::workload::{self, CAPACITY};
+use crate::postgres::{Postgres, Rows};
+use crate::process::{Daemon, Signal, bin};
+use crate::proxy::Proxy;
+use crate::redis::{RawClient, RedisServer, Value};
+
+/// The database of Redis that the programs use when nothing else is said.
+pub const DB: u8 = 5;
+/// The database of PostgreSQL in which the jobs run.
+pub const DATABASE: &str = "chaos";
+/// How long a silent worker keeps its jobs: short, so that a run sees many that lose theirs.
+pub const SESSION_LIFETIME: Duration = Duration::from_secs(3);
+/// How soon a supervisor starts a program again that has ended by itself.
+const RESTART_AFTER: Duration = Duration::from_millis(500);
+
+/// All that a run takes place on.
+#[derive(Debug)]
+pub struct Stage {
+    /// Keeps all that it has answered.
+    pub redis: RedisServer,
+    postgres: Postgres,
+    runtime: tokio::runtime::Runtime,
+    /// A proxy to Redis for each worker, and the last one for producers and cancellers.
+    pub proxies: Vec<Proxy>,
+    /// The proxy to PostgreSQL.
+    pub to_postgres: Proxy,
+    slots: Vec<Mutex<Slot>>,
+    /// Milliseconds after which the next canceller, the next producer is killed.
+    pub kill_next: [Mutex<Option<Duration>>; 2],
+    /// What ended workers have said.
+    past: Mutex<Vec<String>>,
+    begin: Instant,
+}
+
+/// The place of one worker: of the process that has it now, or of the next one.
+#[derive(Debug, Default)]
+struct Slot {
+    worker: Option<Daemon>,
+    generation: u32,
+    /// Its end is wanted.
+    told: bool,
+    start_at: Option<Instant>,
+    resume_at: Option<Instant>,
+    pause: Duration,
+}
+
+/// A worker that was killed: its name, and when.
+pub type Killed = (String, Instant);
+
+impl Stage {
+    /// Starts the servers, and no worker yet.
+    pub fn build(workers: usize) -> Self {
+        let redis = RedisServer::with_config(&[("appendonly", "yes"), ("appendfsync", "always")]);
+        let postgres = Postgres::with_config(&[("log_statement", "none"), ("log_min_messages", "panic")]);
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.expect("a runtime");
+        runtime.block_on(async {
+            postgres.create_database(DATABASE).await;
+            postgres.query(DATABASE, &workload::schema()).await;
+        });
+        let proxies = (0..=workers).map(|_| Proxy::start(redis.addr())).collect();
+        let to_postgres = Proxy::start(postgres.addr());
+        let slots = (0..workers).map(|_| Mutex::default()).collect();
+        let (kill_next, past, begin) = (Default::default(), Mutex::default(), Instant::now());
+        Self { redis, postgres, runtime, proxies, to_postgres, slots, kill_next, past, begin }
+    }
+
+    /// When everything began: times in accounts count from here.
+    pub fn begin(&self) -> Instant {
+        self.begin
+    }
+
+    /// Where the jobs' connections lead.
+    pub fn database(&self, proxied: bool) -> SocketAddr {
+        if proxied { self.to_postgres.addr() } else { self.postgres.addr() }
+    }
+
+    /// The URL for producers and cancellers.
+    pub fn clients_url(&self) -> String {
+        self.proxies.last().expect("the last one is theirs").redis_url(DB)
+    }
+
+    /// Asks PostgreSQL, which may be down.
+    pub fn sql(&self, sql: &str) -> Result<Rows, tokio_postgres::Error> {
+        self.runtime.block_on(self.postgres.try_query(DATABASE, sql))
+    }
+
+    /// Starts all workers.
+    pub fn start_workers(&self) {
+        for at in 0..self.slots.len() {
+            self.start(at, &mut self.slot(at));
+        }
+    }
+
+    fn slot(&self, at: usize) -> MutexGuard<'_, Slot> {
+        self.slots[at].lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    fn start(&self, at: usize, slot: &mut Slot) {
+        slot.generation += 1;
+        (slot.told, slot.start_at, slot.resume_at) = (false, None, None);
+        let (name, capacity) = (format!("w{at}.{}", slot.generation), CAPACITY.to_string());
+        let lifetime = humantime::format_duration(SESSION_LIFETIME).to_string();
+        let env = [
+            ("DRAYMAN_WORKER__NAME", name.as_str()),
+            ("DRAYMAN_WORKER__SESSION_LIFETIME", &lifetime),
+            ("DRAYMAN_WORKER__SCAN_INTERVAL", "500ms"),
+            ("DRAYMAN_WORKER__DRAIN_GRACE", "500ms"),
+            ("DRAYMAN_WORKER__SLOTS", "3"),
+            ("DRAYMAN_CAPACITY__DEFAULT", &capacity),
+            ("DRAYMAN_REDIS__COMMAND_TIMEOUT", "1s"),
+            ("DRAYMAN_REDIS__CONNECT_TIMEOUT", "1s"),
+            ("DRAYMAN_RETRY__DELAY", "200ms"),
+            ("DRAYMAN_RETRY__DELAY_MAX", "1s"),
+            // None of the jobs ends its worker: we do.
+            ("DRAYMAN_WORKER__MAX_UNCLEAN", "10"),
+            ("DRAYMAN_SQL__CONNECT_TIMEOUT", "3s"),
+            // Longer than any run: the records are looked at in the end.
+            ("DRAYMAN_RETENTION__FINISHED", "7d"),
+        ];
+        let url = self.proxies[at].redis_url(DB);
+        slot.worker = Some(Daemon::spawn(bin("drayman-worker"), &["--redis-url", &url], &env));
+    }
+
+    /// Ends a process and keeps what it said.
+    fn bury(&self, slot: &mut Slot) {
+        let Some(worker) = slot.worker.take() else { return };
+        self.past.lock().unwrap_or_else(|poison| poison.into_inner()).extend(worker.lines());
+    }
+
+    /// What the workers have said of something so far.
+    pub fn said_of(&self, text: &str) -> Vec<String> {
+        let past = self.past.lock().unwrap_or_else(|poison| poison.into_inner()).clone();
+        let now = (0..self.slots.len()).flat_map(|at| self.slot(at).worker.as_ref().map(Daemon::lines));
+        past.into_iter().chain(now.flatten()).filter(|line| line.contains(text)).collect()
+    }
+
+    /// The names of the workers that run.
+    pub fn names(&self) -> Vec<String> {
+        let name = |at| {
+            let slot = self.slot(at);
+            slot.worker.as_ref().map(|_| format!("w{at}.{}", slot.generation))
+        };
+        (0..self.slots.len()).filter_map(name).collect()
+    }
+
+    /// The place of the worker that leads, if anybody does.
+    pub fn leader(&self) -> Option<usize> {
+        let leader = ask(&mut connect(&self.redis).ok()?, &["GET", "drayman:leader"]).ok()?;
+        if leader.is_nil() {
+            return None;
+        }
+        let name = leader.text().split(':').next()?.to_owned();
+        (0..self.slots.len()).find(|at| name == format!("w{at}.{}", self.slot(*at).generation))
+    }
+
+    /// Makes a fault happen, and says whom it killed. What asks Redis is left out while that does not answer.
+    pub fn strike(&self, fault: Fault, ends: &mut Vec<(Instant, End)>) -> Option<Killed> {
+        let at = |after: Duration| Instant::now() + after;
+        let asks = matches!(fault, Fault::KillLeader(_) | Fault::StopLeader(_) | Fault::ForgetScripts);
+        if asks && ends.iter().any(|(_, end)| matches!(end, End::StartRedis | End::ResumeRedis)) {
+            return None;
+        }
+        match fault {
+            Fault::KillWorker(worker, down) => return self.kill(worker, down),
+            Fault::KillLeader(down) => return self.kill(self.leader()?, down),
+            Fault::EndWorker(worker, down) => {
+                let mut slot = self.slot(worker);
+                (slot.told, slot.pause) = (true, down);
+                if let Some(worker) = &slot.worker {
+                    worker.signal(Signal::SIGTERM);
+                }
+            }
+            Fault::StopWorker(worker, pause) => self.pause(worker, pause),
+            Fault::StopLeader(pause) => self.pause(self.leader()?, pause),
+            Fault::KillCanceller(after) => *self.next(0) = Some(after),
+            Fault::KillProducer(after) => *self.next(1) = Some(after),
+            Fault::KillRedis(down) => {
+                self.redis.kill();
+                ends.retain(|(_, end)| *end != End::ResumeRedis);
+                ends.push((at(down), End::StartRedis));
+            }
+            Fault::StopRedis(pause) => {
+                if !ends.iter().any(|(_, end)| *end == End::StartRedis) {
+                    self.redis.pause();
+                    ends.push((at(pause), End::ResumeRedis));
+                }
+            }
+            Fault::ForgetScripts => {
+                if let Ok(mut redis) = connect(&self.redis) {
+                    let _ = ask(&mut redis, &["SCRIPT", "FLUSH"]);
+                }
+            }
+            Fault::Cut(proxy) => self.proxies[proxy].cut(),
+            Fault::CutAfter(proxy, direction, bytes) => self.proxies[proxy].cut_after_bytes(direction, bytes),
+            Fault::DropReplies(proxy, time) => {
+                self.proxies[proxy].drop_replies(true);
+                ends.push((at(time), End::Pass(proxy)));
+            }
+            Fault::Refuse(proxy, time) => {
+                self.proxies[proxy].refuse(true);
+                self.proxies[proxy].cut();
+                ends.push((at(time), End::Pass(proxy)));
+            }
+            Fault::Delay(proxy, time, delay) => {
+                self.proxies[proxy].delay(delay);
+                ends.push((at(time), End::Pass(proxy)));
+            }
+            Fault::Terminate(count) => {
+                let _ = self.sql(&format!(
+                    "SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                     WHERE application_name LIKE 'drayman:%' ORDER BY backend_start LIMIT {count}"
+                ));
+            }
+            Fault::CutDatabase(direction, bytes) => self.to_postgres.cut_after_bytes(direction, bytes),
+            Fault::RestartDatabase => self.postgres.restart(),
+        }
+        None
+    }
+
+    fn next(&self, which: usize) -> MutexGuard<'_, Option<Duration>> {
+        self.kill_next[which].lock().unwrap_or_else(|poison| poison.into_inner())
+    }
+
+    /// When the canceller (0) or producer (1) that starts now is to be killed.
+    pub fn take_kill(&self, which: usize) -> Option<Duration> {
+        self.next(which).take()
+    }
+
+    fn kill(&self, at: usize, down: Duration) -> Option<Killed> {
+        let mut slot = self.slot(at);
+        let worker = slot.worker.as_ref()?;
+        let when = Instant::now();
+        worker.kill9();
+        let name = format!("w{at}.{}", slot.generation);
+        self.bury(&mut slot);
+        slot.start_at = Some(when + down);
+        Some((name, when))
+    }
+
+    fn pause(&self, at: usize, pause: Duration) {
+        let mut slot = self.slot(at);
+        if let Some(worker) = &slot.worker {
+            worker.signal(Signal::SIGSTOP);
+            slot.resume_at = Some(Instant::now() + pause);
+        }
+    }
+
+    /// Ends a fault.
+    pub fn end(&self, end: End) {
+        match end {
+            End::StartRedis => self.redis.restart(),
+            End::ResumeRedis => self.redis.resume(),
+            End::Pass(at) => {
+                let proxy = &self.proxies[at];
+                proxy.refuse(false);
+                proxy.delay(Duration::ZERO);
+                proxy.drop_replies(false);
+                // What was lost on these connections never comes: a network would have lost the connection too.
+                proxy.cut();
+            }
+        }
+    }
+
+    /// What a supervisor does: starts what is not there, and tells of what ended unasked.
+    pub fn supervise(&self) -> Vec<String> {
+        let mut complaints = Vec::new();
+        for at in 0..self.slots.len() {
+            let mut slot = self.slot(at);
+            let now = Instant::now();
+            if slot.resume_at.is_some_and(|when| when <= now) {
+                slot.resume_at = None;
+                if let Some(worker) = &slot.worker {
+                    worker.signal(Signal::SIGCONT);
+                }
+            }
+            if let Some(status) = slot.worker.as_ref().and_then(Daemon::try_wait) {
+                let worker = slot.worker.as_ref().expect("it has just ended");
+                worker.wait(Duration::from_secs(1));
+                let began = worker.line("serving").is_some();
+                if worker.line("panicked").is_some() || (began && !(slot.told && status.success())) {
+                    complaints.push(format!(
+                        "worker w{at}.{} ended by itself with {status}; its last lines:\n    {}",
+                        slot.generation,
+                        worker.lines().iter().rev().take(12).rev().cloned().collect::<Vec<_>>().join("\n    ")
+                    ));
+                }
+                let pause = if slot.told { slot.pause } else { RESTART_AFTER };
+                self.bury(&mut slot);
+                slot.start_at = Some(now + pause);
+            }
+            if slot.worker.is_none() && slot.start_at.is_some_and(|when| when <= now) {
+                self.start(at, &mut slot);
+            }
+        }
+        complaints
+    }
+
+    /// Ends all faults that last: the servers run, the proxies pass, and every place has a worker that goes on.
+    pub fn calm(&self, ends: Vec<(Instant, End)>) {
+        for (_, end) in ends {
+            self.end(end);
+        }
+        for proxy in self.proxies.iter().chain([&self.to_postgres]) {
+            proxy.cut_after_bytes(crate::Direction::ToServer, u64::MAX);
+            proxy.cut_after_bytes(crate::Direction::ToClient, u64::MAX);
+        }
+        for at in 0..self.slots.len() {
+            let mut slot = self.slot(at);
+            let now = Instant::now();
+            if slot.worker.is_none() {
+                slot.start_at = Some(now);
+            }
+            slot.resume_at = Some(now);
+            slot.pause = Duration::ZERO;
+        }
+    }
+
+    /// Tells all workers to stop and waits until they have.
+    pub fn stop_workers(&self, limit: Duration) {
+        for at in 0..self.slots.len() {
+            if let Some(worker) = &self.slot(at).worker {
+                worker.signal(Signal::SIGTERM);
+            }
+        }
+        for at in 0..self.slots.len() {
+            let mut slot = self.slot(at);
+            if let Some(worker) = &slot.worker {
+                worker.wait(limit);
+            }
+            self.bury(&mut slot);
+        }
+    }
+}
+
+/// The end of a fault that lasts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// Redis starts again.
+    StartRedis,
+    /// Redis goes on.
+    ResumeRedis,
+    /// A proxy lets everything pass.
+    Pass(usize),
+}
+
+/// A connection to the server itself, on the database of the jobs.
+pub fn connect(redis: &RedisServer) -> io::Result<RawClient> {
+    connect_to(redis.addr())
+}
+
+/// A connection on the database of the jobs.
+pub fn connect_to(addr: SocketAddr) -> io::Result<RawClient> {
+    let mut client = RawClient::connect(addr)?;
+    ask(&mut client, &["SELECT", &DB.to_string()])?;
+    Ok(client)
+}
+
+/// A command whose refusal counts as a broken connection: a server that has just started refuses what it will serve soon.
+pub fn ask<A: AsRef<[u8]>>(client: &mut RawClient, args: &[A]) -> io::Result<Value> {
+    match client.try_call(args)? {
+        Value::Error(text) => Err(io::Error::other(text)),
+        value => Ok(value),
+    }
+}

@@ -1,0 +1,422 @@
+//! What must be true in the end, asked from outside: of the records, of the database, and of every key that is left.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::fmt::Write as _;
+use std::io;
+use std::time::Instant;
+
+use serde_json::Value as Json;
+
+use super::stage::{Stage, ask, connect};
+use super::watch::{Life, Watch};
+use super::workload::{Deed, HOSTS};
+use crate::redis::{RawClient, RedisServer, Value};
+
+/// Something that must not be.
+#[derive(Clone, Debug)]
+pub struct Violation {
+    /// What was promised.
+    pub promise: &'static str,
+    /// The job, where it is about one.
+    pub job: Option<String>,
+    /// What is there instead.
+    pub found: String,
+}
+
+impl Violation {
+    pub(super) fn new(promise: &'static str, found: impl Into<String>) -> Self {
+        Self { promise, job: None, found: found.into() }
+    }
+
+    fn of(job: &str, promise: &'static str, found: impl Into<String>) -> Self {
+        Self { promise, job: Some(job.into()), found: found.into() }
+    }
+}
+
+/// The promises, as they stand in the report.
+pub const LOST: &str = "an acknowledged job has an end";
+/// A final record.
+pub const TWICE: &str = "a final record never changes";
+/// Effects.
+pub const EFFECTS: &str = "a statement takes effect once if it is recorded as done, and else not at all";
+const UNKNOWN: &str = "no statement in a transaction ends unknown while the database stands";
+const PLANNED: &str = "a statement ends as its SQL says";
+const CANCELLED: &str = "what somebody was told is cancelled is recorded so";
+const CAPACITY: &str = "no pool exceeds its capacity";
+const TURNS: &str = "a user's jobs start first in the order in which they were handed in";
+const KEYS: &str = "every key that is left has an owner";
+
+/// The database's crashes, as seen by whom caused them.
+pub type Crashes = [(Instant, Instant)];
+
+/// What the database holds of the run.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// Names of the executions that committed, by job and step.
+    by_step: HashMap<(String, String), Vec<String>>,
+    crowds: Vec<(String, Vec<String>)>,
+}
+
+impl Effects {
+    /// Reads them.
+    pub fn read(stage: &Stage) -> Result<Self, tokio_postgres::Error> {
+        let mut effects = Self::default();
+        for row in stage.sql("SELECT job, step, name FROM effects")? {
+            let [job, step, name] = row.map_text();
+            effects.by_step.entry((job, step)).or_default().push(name);
+        }
+        for row in stage.sql("SELECT name, array_to_string(others, ' ') FROM crowds")? {
+            let [name, others] = row.map_text();
+            effects.crowds.push((name, others.split(' ').map(str::to_owned).collect()));
+        }
+        Ok(effects)
+    }
+
+    fn of(&self, job: &str, step: &str) -> &[String] {
+        self.by_step.get(&(job.to_owned(), step.to_owned())).map_or(&[], Vec::as_slice)
+    }
+
+    /// How many statements took effect.
+    pub fn count(&self) -> usize {
+        self.by_step.values().map(Vec::len).sum()
+    }
+}
+
+trait MapText {
+    fn map_text<const N: usize>(self) -> [String; N];
+}
+
+impl MapText for Vec<Option<String>> {
+    fn map_text<const N: usize>(self) -> [String; N] {
+        let mut values = self.into_iter();
+        std::array::from_fn(|_| values.next().flatten().unwrap_or_default())
+    }
+}
+
+/// A job's hash.
+pub type Hash = BTreeMap<String, String>;
+
+/// The hash of a job; empty if it has none.
+pub fn hash(redis: &mut RawClient, id: &str) -> io::Result<Hash> {
+    Ok(ask(redis, &["HGETALL", &format!("batch:jobs:{id}")])?.map())
+}
+
+/// Looks at all jobs.
+pub fn of_jobs(stage: &Stage, watch: &Watch, crashes: &Crashes) -> io::Result<(Vec<Violation>, Counts)> {
+    let effects = Effects::read(stage).map_err(io::Error::other)?;
+    let mut redis = connect(&stage.redis)?;
+    let mut violations: Vec<Violation> = Vec::new();
+    let mut counts = Counts { effects: effects.count(), ..Counts::default() };
+    for text in watch.changed() {
+        let job = text.split(':').next().unwrap_or_default().to_owned();
+        violations.push(Violation::of(&job, TWICE, text));
+    }
+    let lives = watch.lives();
+    let mut starts: BTreeMap<String, Vec<(Instant, String, String)>> = BTreeMap::new();
+    for life in &lives {
+        let id = &life.job.id;
+        let hash = hash(&mut redis, id)?;
+        let Some(acknowledged) = life.acknowledged else {
+            violations.push(Violation::of(id, LOST, "it could not be handed in, though nothing failed any more"));
+            continue;
+        };
+        if life.ended.is_none() {
+            let status = hash.get("status").map_or("no record", String::as_str);
+            violations.push(Violation::of(id, LOST, format!("it has {status}")));
+            continue;
+        }
+        *counts.by_status.entry(hash.get("status").cloned().unwrap_or_default()).or_default() += 1;
+        let crashed = crashes.iter().any(|(_, up)| *up >= acknowledged);
+        of_statements(life, &hash, &effects, crashed, &mut violations, &mut counts);
+        // Of a job that had ended but for its own fallback, that fallback is what was cancelled.
+        let cancelled =
+            ["status", "fallback_status"].iter().any(|field| hash.get(*field).is_some_and(|s| s == "cancelled"));
+        if life.told_cancelled && !cancelled {
+            violations.push(Violation::of(id, CANCELLED, format!("it is {:?}", hash.get("status"))));
+        }
+        if let Some(started) = hash.get("started_at")
+            && !life.job.out_of_line()
+        {
+            starts.entry(life.job.user.clone()).or_default().push((acknowledged, started.clone(), id.clone()));
+        }
+    }
+    for (_, mut starts) in starts {
+        starts.sort();
+        for pair in starts.windows(2) {
+            // Times in ISO 8601 are in the order of their texts.
+            if pair[0].1 > pair[1].1 {
+                let (earlier, later) = (&pair[0], &pair[1]);
+                let found = format!("it started at {}, and {} after it at {}", earlier.1, later.2, later.1);
+                violations.push(Violation::of(&earlier.2, TURNS, found));
+            }
+        }
+    }
+    for (name, others) in &effects.crowds {
+        let committed = |name: &String| effects.by_step.values().any(|names| names.contains(name));
+        if committed(name) && others.iter().all(committed) {
+            let found = format!("{name} worked beside {others:?}");
+            violations.push(Violation::of(name.split(':').nth(1).unwrap_or_default(), CAPACITY, found));
+        }
+    }
+    counts.jobs = lives.len();
+    Ok((violations, counts))
+}
+
+/// What was counted on the way.
+#[derive(Clone, Debug, Default)]
+pub struct Counts {
+    /// Jobs handed in.
+    pub jobs: usize,
+    /// Their final statuses.
+    pub by_status: BTreeMap<String, usize>,
+    /// Statements that took effect.
+    pub effects: usize,
+    /// Statements in a transaction that ended `unknown` after a crash of the database.
+    pub unknown: usize,
+    /// Statements outside of transactions that ended so.
+    pub unknown_bare: usize,
+    /// Statements that were to succeed and were failed by a fault.
+    pub failed_by_faults: BTreeMap<String, usize>,
+}
+
+/// The statuses of a job's statements by step, as the record has them.
+fn statuses(hash: &Hash) -> HashMap<String, (String, String)> {
+    let text = |value: Option<&Json>| value.and_then(Json::as_str).unwrap_or_default().to_owned();
+    let field = |name: &str| hash.get(name).cloned().unwrap_or_default();
+    let (status, reason) = (field("status"), field("failed_reason"));
+    let mut all = HashMap::new();
+    let query = hash.get("query").map(String::as_str).unwrap_or_default();
+    let parsed: Json = serde_json::from_str(query).unwrap_or_default();
+    let list = parsed.get("query").unwrap_or(&parsed);
+    let own = field("fallback_status");
+    if let Some(entries) = list.as_array() {
+        for (at, entry) in entries.iter().enumerate() {
+            let (main, reason) = (text(entry.get("status")), text(entry.get("failed_reason")));
+            all.insert(format!("{at}.{}", follows(&main)), (text(entry.get("fallback_status")), reason.clone()));
+            all.insert(at.to_string(), (main, reason));
+        }
+    } else {
+        all.insert("0".into(), (status.clone(), reason.clone()));
+    }
+    all.insert(follows(&status).into(), (own, reason));
+    all
+}
+
+/// Which of its fallbacks a status calls for.
+fn follows(status: &str) -> &'static str {
+    match status {
+        "done" => "onsuccess",
+        "failed" => "onerror",
+        _ => "none",
+    }
+}
+
+fn of_statements(
+    life: &Life,
+    hash: &Hash,
+    effects: &Effects,
+    crashed: bool,
+    violations: &mut Vec<Violation>,
+    counts: &mut Counts,
+) {
+    let id = &life.job.id;
+    let statuses = statuses(hash);
+    for step in life.job.steps() {
+        let (status, reason) = statuses.get(&step.name).cloned().unwrap_or_default();
+        let count = effects.of(id, &step.name).len();
+        let bare = step.deed == Deed::Vacuum;
+        let allowed = match status.as_str() {
+            "done" if !bare => 1..=1,
+            "unknown" => 0..=1,
+            _ => 0..=0,
+        };
+        if !allowed.contains(&count) {
+            let found = format!("step {} is {status:?} and took effect {count} times", step.name);
+            violations.push(Violation::of(id, EFFECTS, found));
+        }
+        match status.as_str() {
+            "unknown" if bare => counts.unknown_bare += 1,
+            "unknown" if crashed => counts.unknown += 1,
+            "unknown" => violations.push(Violation::of(id, UNKNOWN, format!("step {}: {reason}", step.name))),
+            "done" if step.deed == Deed::Fail => {
+                violations.push(Violation::of(id, PLANNED, format!("step {} was to fail and is done", step.name)));
+            }
+            "failed" if step.deed != Deed::Fail => {
+                // Names and numbers differ from one to the next.
+                let kind: String = reason.chars().filter(|c| !c.is_ascii_digit()).take(90).collect();
+                *counts.failed_by_faults.entry(kind).or_default() += 1;
+            }
+            "running" => {
+                violations.push(Violation::of(
+                    id,
+                    LOST,
+                    format!("step {} is said to run in a final record", step.name),
+                ));
+            }
+            _ => {}
+        }
+    }
+}
+
+/// A key's place in the layout: its text with `{}` for its one parameter, and what it holds.
+pub type KeyRule = (&'static str, &'static str);
+
+/// Every key that may be there, and nothing else: what a look from outside expects of the layout.
+pub const LAYOUT: &[KeyRule] = &[
+    ("batch:jobs:{}", "hash"),
+    ("batch:queue:{}", "list"),
+    ("batch:indexes:queue", "set"),
+    ("batch:wip:user:{}", "list"),
+    ("batch:wip:users", "set"),
+    ("batch:locks:{}", "string"),
+    ("limits:batch:{}", "hash"),
+    ("batch:queues:{}", "list"),
+    ("batch:rejected", "stream"),
+    ("drayman:version", "string"),
+    ("drayman:pool:{}", "hash"),
+    ("drayman:ready:{}", "zset"),
+    ("drayman:debt:{}", "zset"),
+    ("drayman:busy:{}", "hash"),
+    ("drayman:pace:{}", "hash"),
+    ("drayman:pools", "zset"),
+    ("drayman:claims", "hash"),
+    ("drayman:work:{}", "hash"),
+    ("drayman:cancels:{}", "set"),
+    ("drayman:session:{}", "hash"),
+    ("drayman:sessions", "set"),
+    ("drayman:parked:{}", "zset"),
+    ("drayman:services", "set"),
+    ("drayman:leader", "string"),
+    ("drayman:term", "string"),
+    ("drayman:due", "zset"),
+    ("drayman:missing", "zset"),
+    ("drayman:finished", "zset"),
+    ("drayman:expiring", "zset"),
+    ("drayman:kept", "hash"),
+    ("drayman:delayed", "hash"),
+    ("drayman:delays", "hash"),
+    ("drayman:full", "string"),
+    ("drayman:confirming", "string"),
+];
+
+/// The row of a key and its parameter.
+fn rule(key: &str) -> Option<(&'static KeyRule, &str)> {
+    LAYOUT.iter().find_map(|rule| match rule.0.strip_suffix("{}") {
+        Some(prefix) => key.strip_prefix(prefix).map(|parameter| (rule, parameter)),
+        None => (rule.0 == key).then_some((rule, "")),
+    })
+}
+
+/// Looks at all keys once every job has ended. `workers` are the names of those that run.
+pub fn of_keys(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String]) -> io::Result<Vec<Violation>> {
+    let mut redis = connect(redis)?;
+    let mut found = Vec::new();
+    let sessions: BTreeSet<String> = ask(&mut redis, &["SMEMBERS", "drayman:sessions"])?.texts().into_iter().collect();
+    let mut members =
+        |key: &str| -> io::Result<Vec<String>> { Ok(ask(&mut redis, &["ZRANGE", key, "0", "-1"])?.texts()) };
+    let finished: BTreeSet<String> = members("drayman:finished")?.into_iter().collect();
+    let pools: BTreeSet<String> = HOSTS.iter().map(|host| format!("sql:{host}")).collect();
+    if finished != *jobs {
+        let odd: Vec<_> = finished.symmetric_difference(jobs).take(5).collect();
+        found.push(format!("drayman:finished and the ended jobs differ: {odd:?}"));
+    }
+    for pool in members("drayman:pools")? {
+        if !pools.contains(&pool) {
+            found.push(format!("drayman:pools names {pool}"));
+        }
+    }
+    for session in &sessions {
+        if !workers.iter().any(|name| session.split(':').next() == Some(name)) {
+            found.push(format!("drayman:sessions names {session}, of which no worker runs"));
+        }
+    }
+    for key in ask(&mut redis, &["KEYS", "*"])?.texts() {
+        let Some((rule, parameter)) = rule(&key) else {
+            found.push(format!("{key} is in no table"));
+            continue;
+        };
+        let kind = ask(&mut redis, &["TYPE", &key])?.text();
+        if kind != rule.1 {
+            // It may have expired since.
+            if kind != "none" {
+                found.push(format!("{key} holds a {kind}"));
+            }
+            continue;
+        }
+        let lives_ms = ask(&mut redis, &["PTTL", &key])?.int();
+        let mut field = |name: &str| ask(&mut redis, &["HGET", &key, name]);
+        let owned = match rule.0 {
+            "batch:jobs:{}" => jobs.contains(parameter) && lives_ms > 0,
+            "batch:locks:{}" | "drayman:leader" | "drayman:pace:{}" | "drayman:confirming" => lives_ms > 0,
+            "drayman:session:{}" => sessions.contains(parameter) && field("dead")?.is_nil(),
+            "drayman:pool:{}" => {
+                let idle = field("running")?.text() == "0" && field("blocked")?.is_nil();
+                pools.contains(parameter) && idle
+            }
+            "drayman:debt:{}" => pools.contains(parameter),
+            "drayman:parked:{}" => {
+                let parked = ask(&mut redis, &["ZRANGE", &key, "0", "-1"])?.texts();
+                parked.iter().all(|session| sessions.contains(session))
+            }
+            "drayman:services" => !sessions.is_empty(),
+            "drayman:sessions" | "drayman:version" | "drayman:term" | "drayman:pools" | "drayman:finished"
+            | "drayman:expiring" | "drayman:kept" => true,
+            // Queues, claims, work lists, the due, the busy, the lost and the rejected: nothing is left to do.
+            _ => false,
+        };
+        if !owned {
+            let contents = contents(&mut redis, &key, rule.1)?;
+            found.push(format!("{key} (lives {lives_ms} ms): {contents}"));
+        }
+    }
+    Ok(found.into_iter().map(|found| Violation::new(KEYS, found)).collect())
+}
+
+fn contents(redis: &mut RawClient, key: &str, kind: &str) -> io::Result<String> {
+    let command: &[&str] = match kind {
+        "hash" => &["HGETALL", key],
+        "list" => &["LRANGE", key, "0", "9"],
+        "set" => &["SMEMBERS", key],
+        "zset" => &["ZRANGE", key, "0", "9", "WITHSCORES"],
+        "stream" => &["XRANGE", key, "-", "+", "COUNT", "10"],
+        _ => &["GET", key],
+    };
+    Ok(ask(redis, command).unwrap_or(Value::Nil).to_string())
+}
+
+/// All that is known of a job, for whoever has to find out.
+pub fn account(stage: &Stage, watch: &Watch, id: &str) -> String {
+    let mut text = format!("  job {id}\n");
+    let at = |when: &Instant| when.saturating_duration_since(stage.begin()).as_secs_f64();
+    if let Some(life) = watch.lives().into_iter().find(|life| life.job.id == id) {
+        let _ = writeln!(text, "    plan: {:?}", life.job);
+        let acknowledged = life.acknowledged.map(|when| format!("{} acknowledged", at(&when)));
+        let mut moves: Vec<(Instant, String)> = life.notes.clone();
+        moves.extend(
+            life.claims.iter().map(|(fence, session, when)| (*when, format!("claimed by {session}, fence {fence}"))),
+        );
+        moves.extend(life.ended.map(|(record, when)| (when, format!("ended: {record:?}"))));
+        moves.sort();
+        let _ = writeln!(text, "    {}", acknowledged.unwrap_or("never acknowledged".into()));
+        for (when, what) in moves {
+            let _ = writeln!(text, "    {:9.3} s {what}", at(&when));
+        }
+    }
+    match connect(&stage.redis).and_then(|mut redis| hash(&mut redis, id)) {
+        Ok(hash) => {
+            for (field, value) in hash {
+                let _ = writeln!(text, "    {field}: {value}");
+            }
+        }
+        Err(error) => drop(writeln!(text, "    its hash can't be read: {error}")),
+    }
+    match stage.sql(&format!("SELECT step, name FROM effects WHERE job = '{id}'")) {
+        Ok(rows) => drop(writeln!(text, "    effects: {rows:?}")),
+        Err(error) => drop(writeln!(text, "    its effects can't be read: {error}")),
+    }
+    let said = stage.said_of(&format!("job={id} "));
+    for line in &said {
+        let _ = writeln!(text, "    {line}");
+    }
+    text
+}

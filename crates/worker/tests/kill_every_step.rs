@@ -1,0 +1,441 @@
+//! Every call that a worker makes in a job's life is found out, and then the worker is killed at each of them: before the
+//! call, between the call and its reply, and after the reply. Another one brings the job to the same end, and every
+//! statement that is recorded as done has taken effect once. Likewise for those who submit.
+
+mod support;
+
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use queue_core::Store;
+use queue_core::cancel::Canceller;
+use queue_core::config::{Limits, RedisConfig, Url};
+use queue_core::ids::{SessionId, User};
+use queue_core::inspect::Inspect;
+use queue_core::leader::{self, SessionWatch};
+use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
+use queue_core::scripts::TABLE;
+use support::{LONG, daemon, ended, job_id};
+use testkit::{Daemon, Point, Postgres, Proxy, RedisServer, Signal, bin, eventually};
+
+const DATABASE: &str = "steps";
+const POINTS: [Point; 3] = [Point::BeforeCall, Point::BeforeReply, Point::AfterReply];
+/// Runs at the same time, each on a database of its own of the one Redis. They mostly wait for sessions to expire.
+const LANES: u8 = 14;
+/// What a worker calls in a job's life, beside its housekeeping.
+const OF_A_JOB: [&str; 5] = ["session_open", "take", "mark", "finish", "session_end"];
+const SETTINGS: [(&str, &str); 4] = [
+    ("DRAYMAN_WORKER__SESSION_LIFETIME", "2s"),
+    ("DRAYMAN_WORKER__SCAN_INTERVAL", "300ms"),
+    ("DRAYMAN_WORKER__DRAIN_GRACE", "100ms"),
+    ("DRAYMAN_REDIS__COMMAND_TIMEOUT", "30s"),
+];
+/// The leader of a lane looks more often than a worker's maintenance would.
+const LIFETIME: Duration = Duration::from_millis(1_000);
+const LOOK: Duration = Duration::from_millis(100);
+
+/// A job that is brought to its end again and again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Case {
+    Simple,
+    List,
+    Fallback,
+    Cancel,
+    /// A simple one whose worker leads.
+    Leading,
+}
+
+impl Case {
+    const ALL: [Case; 5] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Leading];
+
+    fn query(self, id: &str) -> String {
+        let effect = |step: &str| format!("INSERT INTO effects VALUES ('{id}', '{step}')");
+        match self {
+            Case::Simple | Case::Leading => effect("0"),
+            Case::List => format!(r#"["{}", "{}"]"#, effect("0"), effect("1")),
+            Case::Fallback => {
+                let (main, entry, own) = (effect("0"), effect("0.onerror"), effect("onerror"));
+                format!(r#"{{"query": [{{"query": "{main}; SELECT 1/0", "onerror": "{entry}"}}], "onerror": "{own}"}}"#)
+            }
+            Case::Cancel => format!("{}; SELECT pg_sleep(600)", effect("0")),
+        }
+    }
+
+    /// How it ends, and what takes effect.
+    fn end(self) -> (&'static str, &'static [&'static str]) {
+        match self {
+            Case::Simple | Case::Leading => ("done", &["0"]),
+            Case::List => ("done", &["0", "1"]),
+            Case::Fallback => ("failed", &["0.onerror", "onerror"]),
+            Case::Cancel => ("cancelled", &[]),
+        }
+    }
+}
+
+/// One call: the script's name and which of its calls it is.
+type Call = (&'static str, usize);
+
+/// Which call of a worker is stopped and where, and what it has called so far.
+#[derive(Debug, Default)]
+struct Tap {
+    calls: BTreeMap<&'static str, usize>,
+    stop: Option<(Call, Point)>,
+}
+
+/// Reads script calls off the wire.
+#[derive(Debug)]
+struct Reader {
+    by_digest: HashMap<String, &'static str>,
+}
+
+impl Reader {
+    fn new(store: &Store) -> Self {
+        Self { by_digest: TABLE.iter().map(|script| (store.digest(script).to_owned(), script.name)).collect() }
+    }
+
+    /// The script that a command calls. The call that hands the leadership over counts apart: how many come before it is a
+    /// matter of time.
+    fn script(&self, words: &[Vec<u8>]) -> Option<&'static str> {
+        if !words[0].eq_ignore_ascii_case(b"EVALSHA") {
+            assert!(!words[0].eq_ignore_ascii_case(b"EVAL"), "all scripts are loaded");
+            return None;
+        }
+        let name = self.by_digest[std::str::from_utf8(&words[1]).expect("a digest")];
+        Some(if name == "lead" && words.last().is_some_and(|wish| wish == b"resign") { "lead: resign" } else { name })
+    }
+
+    fn tap(self: &Arc<Self>, proxy: &Proxy, stop: Option<(Call, Point)>) -> Arc<Mutex<Tap>> {
+        let tap = Arc::new(Mutex::new(Tap { stop, ..Tap::default() }));
+        let (reader, shared) = (self.clone(), tap.clone());
+        proxy.gate(move |words| {
+            let name = reader.script(words)?;
+            let mut tap = shared.lock().unwrap();
+            let count = tap.calls.entry(name).or_default();
+            *count += 1;
+            let call = (name, *count);
+            tap.stop.filter(|(stopped, _)| *stopped == call).map(|(_, point)| point)
+        });
+        tap
+    }
+}
+
+struct House {
+    redis: RedisServer,
+    postgres: Postgres,
+    reader: Arc<Reader>,
+}
+
+impl House {
+    async fn build() -> Arc<Self> {
+        let redis = RedisServer::with_config(&[("databases", "64")]);
+        let postgres = Postgres::with_config(&[("log_statement", "none")]);
+        postgres.create_database(DATABASE).await;
+        postgres.query(DATABASE, "CREATE TABLE effects (job text, step text)").await;
+        let store = connect(&redis.url_db(0)).await;
+        let reader = Arc::new(Reader::new(&store));
+        let prelude = queue_core::scripts::prelude(store.keys());
+        let mut client = redis.client(0);
+        for script in TABLE {
+            let digest = client.call(&["SCRIPT", "LOAD", &script.text(&prelude)]).text();
+            assert_eq!(digest, store.digest(script));
+        }
+        Arc::new(Self { redis, postgres, reader })
+    }
+
+    fn job(&self, id: &str, query: String) -> NewJob {
+        let (host, port) = self.postgres.host_port();
+        let connection = Database::Connection {
+            host,
+            port,
+            dbname: DATABASE.into(),
+            dbuser: "postgres".into(),
+            pass: String::new(),
+        };
+        NewJob { id: job_id(id), ..NewJob::new(User::new("ann").unwrap(), connection, query) }
+    }
+
+    async fn effects(&self, id: &str) -> Vec<String> {
+        let sql = format!("SELECT step FROM effects WHERE job = '{id}' ORDER BY step");
+        self.postgres.query(DATABASE, &sql).await.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
+    }
+}
+
+async fn connect(url: &str) -> Store {
+    Store::connect(&RedisConfig { url: Url::new(url), ..RedisConfig::default() }).await.expect("redis answers")
+}
+
+/// One database of the Redis, with a leader that takes no jobs.
+struct Lane {
+    house: Arc<House>,
+    db: u8,
+    store: Store,
+    inspect: Inspect,
+    /// The lane's leader does not lead: the worker is to.
+    aside: Arc<AtomicBool>,
+    leader: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.leader.abort();
+    }
+}
+
+impl Lane {
+    async fn open(house: &Arc<House>, db: u8) -> Self {
+        let store = connect(&house.redis.url_db(db)).await;
+        let aside = Arc::new(AtomicBool::new(false));
+        let leader = tokio::spawn(lead(store.clone(), aside.clone()));
+        Self { house: house.clone(), db, inspect: Inspect::new(store.clone()), store, aside, leader }
+    }
+
+    fn worker(&self, url: &str) -> Daemon {
+        daemon(url, &SETTINGS)
+    }
+
+    fn count(&self, command: &str, key: &str) -> i64 {
+        self.house.redis.raw_db(self.db, &[command, key]).int()
+    }
+
+    /// Brings one job to its end through a worker of which one call is stopped; what the worker has called by the time
+    /// that it stopped or ended.
+    async fn run(&self, case: Case, stop: Option<(Call, Point)>) -> (bool, BTreeMap<&'static str, usize>) {
+        let id = match stop {
+            Some(((name, number), point)) => format!("{case:?}-{name}-{number}-{point:?}").replace(": ", "-"),
+            None => format!("{case:?}"),
+        };
+        let house = &self.house;
+        self.aside.store(case == Case::Leading, Ordering::SeqCst);
+        if case == Case::Leading {
+            let none = async || (self.count("EXISTS", "drayman:leader") == 0).then_some(());
+            eventually("the lane's leader to stand aside", LONG, none).await;
+        }
+        let producer = Producer::new(self.store.clone(), Limits::default());
+        producer.enqueue(house.job(&id, case.query(&id))).await.expect("redis answers");
+        let proxy = Proxy::start(house.redis.addr());
+        let tap = house.reader.tap(&proxy, stop);
+        let worker = self.worker(&proxy.redis_url(self.db));
+        let stopped = || proxy.stopped() > 0;
+
+        if case == Case::Cancel {
+            let sleeps =
+                format!("SELECT 1 FROM pg_stat_activity WHERE query LIKE '%{id}%pg_sleep(600)' AND state = 'active'");
+            eventually("the statement to run", LONG, async || {
+                (stopped() || house.postgres.query("postgres", &sleeps).await.len() == 1).then_some(())
+            })
+            .await;
+            Canceller::new(self.store.clone(), LONG).cancel(&job_id(&id)).await.expect("redis answers");
+        }
+        let over = async || self.inspect.job(&id).await.unwrap().is_some_and(|view| view.is_over());
+        // What housekeeping does comes in its own time; a leader's whole round is a second away at most.
+        let patient = stop.is_some_and(|((name, _), _)| !OF_A_JOB.contains(&name) && name != "lead: resign");
+        let begun = std::time::Instant::now();
+        eventually(&format!("{id} to stop or to end"), LONG, async || {
+            if stopped() {
+                return Some(());
+            }
+            let waited = !patient || begun.elapsed() > Duration::from_secs(4);
+            // The take behind the job is part of its life.
+            let takes = tap.lock().unwrap().calls.get("take").copied().unwrap_or(0);
+            let takes_on = !matches!(stop, Some((("take", number), _)) if number > takes);
+            (waited && takes_on && over().await).then_some(())
+        })
+        .await;
+        if !stopped() {
+            worker.signal(Signal::SIGTERM);
+            eventually(&format!("{id} to stop or its worker to end"), LONG, async || {
+                (stopped() || worker.try_wait().is_some()).then_some(())
+            })
+            .await;
+        }
+        let was_stopped = stopped();
+        if was_stopped {
+            // The program first: its server hears of that later, or never.
+            worker.kill9();
+            proxy.cut();
+        }
+        let calls = tap.lock().unwrap().calls.clone();
+        self.aside.store(false, Ordering::SeqCst);
+        self.settle(case, &id).await;
+        (was_stopped, calls)
+    }
+
+    /// Another worker ends what is left, and then nothing is.
+    async fn settle(&self, case: Case, id: &str) {
+        let view = self.inspect.job(id).await.expect("redis answers").expect("it was submitted");
+        // A list job that is over at the first look needs nobody any more.
+        let rescuer = (!view.is_over()).then(|| self.worker(&self.house.redis.url_db(self.db)));
+        let view = ended(&self.inspect, id).await;
+        let (status, effects) = case.end();
+        assert_eq!(view.status(), status, "{id}: {:?}", view.text("failed_reason"));
+        assert_eq!(self.house.effects(id).await, effects, "{id}");
+        let record = |name: &str| view.text(name);
+        let first = [record("status"), record("fallback_status"), record("ended_at"), record("results")];
+        eventually(&format!("nothing to be left of {id}"), LONG, async || {
+            let nothing = self.count("HLEN", "drayman:claims") + self.count("LLEN", "batch:queue:ann") == 0;
+            nothing.then_some(())
+        })
+        .await;
+        if let Some(rescuer) = rescuer {
+            rescuer.signal(Signal::SIGTERM);
+            assert!(rescuer.wait(LONG).success());
+        }
+        let view = self.inspect.job(id).await.expect("redis answers").expect("it is kept");
+        let record = |name: &str| view.text(name);
+        assert_eq!([record("status"), record("fallback_status"), record("ended_at"), record("results")], first, "{id}");
+    }
+}
+
+/// A leader that gives back what dead workers held, and does nothing else.
+async fn lead(store: Store, aside: Arc<AtomicBool>) {
+    let id = SessionId::generate("leader", 1);
+    let mut watch = SessionWatch::default();
+    loop {
+        if aside.load(Ordering::SeqCst) {
+            leader::resign(&store, &id).await.expect("redis answers");
+        } else if let Some(leadership) = leader::hold(&store, &id, LIFETIME).await.expect("redis answers") {
+            // Whoever took the leadership in between has it: then there is nothing to do.
+            let _ = watch.pass(&leadership, LIFETIME).await.expect("redis answers");
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_call_a_worker_leaves_a_job_that_ends_rightly_and_takes_effect_once() {
+    let house = House::build().await;
+    let lane = Lane::open(&house, 0).await;
+    let mut runs: VecDeque<(Case, Call, Point)> = VecDeque::new();
+    let mut found: BTreeSet<&str> = BTreeSet::new();
+    for case in Case::ALL {
+        let (_, calls) = lane.run(case, None).await;
+        for (name, count) in calls {
+            found.insert(name);
+            let of_a_job = OF_A_JOB.contains(&name);
+            // Housekeeping is the same whatever the job is.
+            let looked_at = match case {
+                Case::Leading => !of_a_job,
+                Case::Simple => of_a_job || name == "session_beat",
+                _ => ["take", "mark", "finish"].contains(&name),
+            };
+            let count = if of_a_job { count } else { 1 };
+            if looked_at {
+                runs.extend((1..=count).flat_map(|number| POINTS.map(|point| (case, (name, number), point))));
+            }
+        }
+    }
+    for name in OF_A_JOB.iter().chain(&["session_beat", "lead", "lead: resign", "upkeep"]) {
+        assert!(found.contains(name), "{name} is not among {found:?}");
+    }
+    drop(lane);
+    // The slow ones first, so that none is left alone at the end.
+    runs.make_contiguous().sort_by_key(|(case, _, _)| *case != Case::Leading);
+    let (all, runs, missed) = (runs.len(), Mutex::new(runs), Mutex::new(Vec::new()));
+    let work = async |db: u8| {
+        let lane = Lane::open(&house, db).await;
+        loop {
+            let Some((case, call, point)) = runs.lock().unwrap().pop_front() else { return };
+            if !lane.run(case, Some((call, point))).await.0 {
+                missed.lock().unwrap().push((case, call, point));
+            }
+        }
+    };
+    // A thread each: waiting for the end of a process blocks it.
+    std::thread::scope(|scope| {
+        for db in 1..=LANES {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+            let work = &work;
+            scope.spawn(move || runtime.block_on(work(db)));
+        }
+    });
+    let missed = missed.lock().unwrap();
+    println!("{all} kills, {} of them not: {missed:?}", missed.len());
+    // How often an idle worker looks is a matter of time; what a job's life needs is not.
+    assert!(missed.iter().all(|(_, (name, _), _)| !["session_open", "mark", "finish"].contains(name)), "{missed:?}");
+    assert!(missed.len() * 10 < all, "{missed:?}");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
+    let house = House::build().await;
+    for (db, point) in (1..).zip(POINTS) {
+        let lane = Lane::open(&house, db).await;
+        let url = house.redis.url_db(db);
+        let (host, port) = house.postgres.host_port();
+        let port = port.to_string();
+        let submit = |url: &str, id: &str| {
+            let args = ["submit", "--redis-url", url, "--user", "ann", "--id", id, "--host", &host, "--port", &port];
+            let query = Case::Simple.query(id);
+            let args = [&args[..], &["--dbname", DATABASE, "--dbuser", "postgres", &query]].concat();
+            Daemon::spawn(bin("drayman"), &args, &[])
+        };
+        let queued = |id: &str| {
+            let queue = house.redis.raw_db(db, &["LRANGE", "batch:queue:ann", "0", "-1"]).texts();
+            queue.iter().filter(|queued| *queued == id).count()
+        };
+        for end in ["killed", "cut"] {
+            let id = format!("{end}-{point:?}");
+            let proxy = Proxy::start(house.redis.addr());
+            house.reader.tap(&proxy, Some((("enqueue", 1), point)));
+            let program = submit(&proxy.redis_url(db), &id);
+            let stopped = async || (proxy.stopped() > 0).then_some(());
+            eventually("the submission to stop", LONG, stopped).await;
+            assert_eq!(queued(&id), usize::from(point != Point::BeforeCall), "{id}");
+            if end == "killed" {
+                program.kill9();
+            }
+            proxy.cut();
+            let code = program.wait(LONG).code();
+            let known: &[Option<i32>] = match (end, point) {
+                // With its answer it may have come to its end by itself.
+                ("killed", Point::AfterReply) => &[None, Some(0)],
+                ("killed", _) => &[None],
+                (_, Point::AfterReply) => &[Some(0)],
+                _ => &[Some(5)],
+            };
+            assert!(known.contains(&code), "{id}: {code:?} {}", program.output());
+            let before = house.redis.raw_db(db, &["HGETALL", &format!("batch:jobs:{id}")]);
+            for _ in 0..2 {
+                assert_eq!(submit(&url, &id).wait(LONG).code(), Some(0), "{id}");
+                assert_eq!(queued(&id), 1, "{id}");
+            }
+            if point != Point::BeforeCall {
+                assert_eq!(house.redis.raw_db(db, &["HGETALL", &format!("batch:jobs:{id}")]), before, "{id}");
+            }
+        }
+
+        // The same from Rust.
+        let id = format!("library-{point:?}");
+        let proxy = Proxy::start(house.redis.addr());
+        house.reader.tap(&proxy, Some((("enqueue", 1), point)));
+        let producer = Producer::new(connect(&proxy.redis_url(db)).await, Limits::default());
+        let job = || house.job(&id, Case::Simple.query(&id));
+        let first = tokio::spawn({
+            let (producer, job) = (producer.clone(), job());
+            async move { producer.enqueue(job).await }
+        });
+        let stopped = async || (proxy.stopped() > 0).then_some(());
+        eventually("the submission to stop", LONG, stopped).await;
+        proxy.cut();
+        match first.await.expect("no panic") {
+            Ok(Submitted::Queued(_)) => assert_eq!(point, Point::AfterReply),
+            Err(EnqueueError::Unknown { id: told, .. }) => {
+                assert!(told.as_str() == id && point != Point::AfterReply, "{point:?}");
+            }
+            other => panic!("{point:?}: {other:?}"),
+        }
+        let again = eventually("redis to be reached again", LONG, async || producer.enqueue(job()).await.ok()).await;
+        let there = matches!(again, Submitted::AlreadyThere(_));
+        assert_eq!((there, queued(&id)), (point != Point::BeforeCall, 1), "{point:?}");
+
+        let worker = lane.worker(&url);
+        for id in [format!("killed-{point:?}"), format!("cut-{point:?}"), id] {
+            assert_eq!(ended(&lane.inspect, &id).await.status(), "done");
+            assert_eq!(house.effects(&id).await, ["0"], "{id}");
+        }
+        worker.signal(Signal::SIGTERM);
+        assert!(worker.wait(LONG).success());
+    }
+}
