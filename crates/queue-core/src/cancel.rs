@@ -1,6 +1,7 @@
 //! Cancelling jobs: state first, message second.
 //!
-//! A waiting job is cancelled at once. A running one carries the request in its hash; its worker hears of it by a message
+//! A waiting job is cancelled at once, unless a lost worker has left a trace with it: then whoever takes it next settles what
+//! that has come to, and cancels what is left. A running one carries the request in its hash; its worker hears of it by a message
 //! or with its next heartbeat, stops the work and records what really happened. Asking again does no harm: it repeats the
 //! message, cancels what has gone back to its queue meanwhile, and tells how the job has ended once it has.
 
@@ -23,7 +24,7 @@ const PAGE: usize = 20;
 pub enum Cancelled {
     /// It waited, and is cancelled.
     AtOnce,
-    /// It runs; its worker has been told.
+    /// It runs, and its worker has been told; or a lost worker may have carried it out, and whoever takes it next finds out.
     Requested,
     /// It had ended before, with this status.
     TooLate(String),

@@ -354,7 +354,7 @@ pub struct CancelOrder {
 pub enum CancelReply {
     /// It waited and is cancelled now.
     Cancelled,
-    /// It runs; its worker is told.
+    /// It runs, and its worker is told; or a lost worker has left a trace, and who takes it next is told.
     Requested,
     /// It had ended before, with this status.
     Over(String),

@@ -2,8 +2,8 @@
 -- ARGV: how long a final record is kept in ms, then for each job:
 --   id, the `query` field as the caller saw it, number of fields and values, fields and values in turn: what to write if
 --   the job still waits. What was seen counts only where there is something to write
--- Reply: for each job 'cancelled' (it waited), 'requested' (it runs: its worker is told), {'over', status}, 'changed'
---   (its `query` is another by now: look again), or 'missing'
+-- Reply: for each job 'cancelled' (it waited), 'requested' (it runs: its worker is told; or a lost worker has left a trace:
+--   who takes it next is), {'over', status}, 'changed' (its `query` is another by now: look again), or 'missing'
 local retention_ms = tonumber(ARGV[1])
 local replies = {}
 local i = 2
@@ -27,6 +27,11 @@ while i <= #ARGV do
     -- A job that has ended but for its own fallback is cancelled by what the caller writes, or not at all.
     if is_over(h[1], h[2]) or (FINAL[h[1]] and m == 0) then
       reply = {'over', h[1]}
+    elseif redis.call('HSTRLEN', job, 'trace') > 0 then
+      -- A lost worker's execution may have taken effect: only who takes the job next can find out, and need not wait for it.
+      redis.call('HSETNX', job, 'cancel_requested_at', now)
+      redis.call('ZADD', K.due(), 'XX', int(now_ms), id)
+      reply = 'requested'
     elseif m > 0 and (h[3] or '') ~= seen then
       reply = 'changed'
     else

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
-use queue_core::ids::{JobId, User};
+use queue_core::ids::{JobId, SessionId, User};
 use queue_core::producer::{Database, NewJob, Producer};
 use queue_core::scripts::{Beat, CancelOrder, CancelReply, Fields, Finished, Mark, Verdict};
 use serde_json::{Value, json};
@@ -207,6 +207,39 @@ async fn a_cancel_asked_for_while_a_job_is_put_off_does_not_wait_for_the_retry()
     let again = take_one(&session).await;
     assert!(again.job().bytes("cancel_requested_at").is_some());
     end(again, "cancelled").await;
+}
+
+/// Seen to go wrong in the model: the record said `cancelled`, and the statement of the lost worker had been committed.
+#[tokio::test]
+async fn a_waiting_job_that_a_lost_worker_may_have_carried_out_is_settled_before_it_is_cancelled() {
+    let rig = Rig::start().await;
+    let (doomed, heir) = (rig.session("sql:*", 4).await, rig.session("sql:*", 4).await);
+    let leadership = rig.lead().await;
+    for (user, delay_ms) in [("alice", 0), ("bob", 3_600_000)] {
+        rig.submit(user, user, "h");
+        rig.notice(&[user]).await;
+        let claim = take_one(&doomed).await;
+        assert_eq!(claim.pen().mark(&Fields::new().with("trace", "0 transaction 7")).await.unwrap(), Mark::Held);
+        if delay_ms > 0 {
+            put(claim, Verdict::Later { after_ms: delay_ms }).await;
+        }
+    }
+    let leader = SessionId::new("leader:1:a").unwrap();
+    rig.store.session_reclaim(doomed.id().as_str(), 0, &leader, leadership.term()).await.unwrap().unwrap();
+
+    for (user, status) in [("alice", "pending"), ("bob", "scheduled")] {
+        for _ in 0..2 {
+            assert_eq!(canceller(&rig).cancel(&job_id(user)).await.unwrap(), Cancelled::Requested);
+        }
+        assert_eq!(rig.status(user), status);
+        let claim = take_one(&heir).await;
+        assert_eq!((id(&claim), claim.job().text("trace")), (user, Ok(Some("0 transaction 7"))));
+        assert!(claim.job().bytes("cancel_requested_at").is_some());
+        let found = Fields::new().with("status", "done").with("trace", "");
+        claim.finish(final_verdict(), Duration::ZERO, found, false).await.unwrap();
+        assert_eq!(canceller(&rig).cancel(&job_id(user)).await.unwrap(), Cancelled::TooLate("done".into()));
+        rig.balanced();
+    }
 }
 
 async fn submit_chain(rig: &Rig, query: Value) -> JobId {
