@@ -129,7 +129,7 @@ fn a_failover_and_a_worker_that_dies() {
 
 #[test]
 fn a_failover_and_a_worker_that_only_seems_dead() {
-    all_hold(Rules::new(1, Budget { failovers: 1, missed_beats: 2, ..NONE }));
+    all_hold(Rules { lag: 1, ..Rules::new(1, Budget { failovers: 1, missed_beats: 2, ..NONE }) });
 }
 
 // What a failover can break.

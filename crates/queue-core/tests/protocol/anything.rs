@@ -1,232 +1,417 @@
-//! Any sequence of anything: the books balance after each step, and in the end every job has ended, once.
+//! Any sequence of anything, told to the scripts and to a plain model of them: every reply and, after each step, every key
+//! that decides is as the model says. In the end every job has ended, once.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use proptest::prelude::*;
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::ids::{JobId, SessionId};
 use queue_core::leader::Leadership;
-use queue_core::scripts::{Finished, TakeReply, Verdict};
+use queue_core::scripts::{Beat, Enqueued, Fields, Finished, Mark, SessionEnd, TakeReply, Upkeep, Verdict};
 use queue_core::session::{Claim, Session};
+use testkit::RawClient;
 
+use crate::reference::{CAPACITY, Cancel, End, Job, Pool, Reference};
 use crate::support::*;
+
+const FAR: Duration = Duration::from_secs(3_600);
 
 #[derive(Clone, Debug)]
 enum Step {
     Submit { user: u8, host: u8, delayed: bool },
+    SubmitAgain { job: u8 },
     SubmitForeign { user: u8, host: u8, order: u8 },
     PushAgain { job: u8, user: u8, first: bool },
     Take { session: u8, n: usize },
     AskAgain { session: u8 },
-    End { session: u8, claim: u8, how: u8 },
+    Mark { session: u8, claim: u8, trace: bool },
+    End { session: u8, claim: u8, how: End },
     Cancel { job: u8 },
     Close { session: u8 },
     Bury { session: u8 },
     Beat { session: u8 },
+    ComesDue { job: u8 },
     Lead,
 }
 
 fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let ends = [End::Next, End::Back, End::Later, End::Final("failed"), End::Final("done"), End::Final("done")];
+    let how = prop::sample::select(ends.to_vec());
     let step = prop_oneof![
         4 => (0..4_u8, 0..3_u8, prop::bool::weighted(0.2))
             .prop_map(|(user, host, delayed)| Step::Submit { user, host, delayed }),
+        1 => any::<u8>().prop_map(|job| Step::SubmitAgain { job }),
         3 => (0..4_u8, 0..3_u8, 0..4_u8).prop_map(|(user, host, order)| Step::SubmitForeign { user, host, order }),
         2 => (any::<u8>(), 0..4_u8, any::<bool>()).prop_map(|(job, user, first)| Step::PushAgain { job, user, first }),
         6 => (0..3_u8, 1..4_usize).prop_map(|(session, n)| Step::Take { session, n }),
         1 => (0..3_u8).prop_map(|session| Step::AskAgain { session }),
-        6 => (0..3_u8, any::<u8>(), 0..6_u8).prop_map(|(session, claim, how)| Step::End { session, claim, how }),
-        1 => any::<u8>().prop_map(|job| Step::Cancel { job }),
+        2 => (0..3_u8, any::<u8>(), any::<bool>())
+            .prop_map(|(session, claim, trace)| Step::Mark { session, claim, trace }),
+        6 => (0..3_u8, any::<u8>(), how).prop_map(|(session, claim, how)| Step::End { session, claim, how }),
+        2 => any::<u8>().prop_map(|job| Step::Cancel { job }),
         1 => (0..3_u8).prop_map(|session| Step::Close { session }),
-        1 => (0..3_u8).prop_map(|session| Step::Bury { session }),
+        2 => (0..3_u8).prop_map(|session| Step::Bury { session }),
         1 => (0..3_u8).prop_map(|session| Step::Beat { session }),
+        1 => any::<u8>().prop_map(|job| Step::ComesDue { job }),
         2 => Just(Step::Lead),
     ];
     prop::collection::vec(step, 1..60)
 }
 
-/// What should be true, kept beside Redis.
+/// A session with the number of its last take and the claims that it got.
+struct Worker {
+    session: Session,
+    take: u64,
+    claims: Vec<Claim>,
+}
+
+impl Worker {
+    fn name(&self) -> &str {
+        self.session.id().as_str()
+    }
+}
+
+/// Redis, and beside it what it should hold.
 struct World<'a> {
     rig: &'a Rig,
+    client: RawClient,
     leadership: Leadership,
-    sessions: Vec<(Session, u64, Vec<Claim>)>,
-    /// Claims of sessions that were buried: what they say must not count.
-    stale: Vec<Claim>,
-    /// Each job's owner, and how it ended.
-    jobs: BTreeMap<String, (String, Option<&'static str>)>,
+    workers: Vec<Worker>,
+    reference: Reference,
 }
 
 impl World<'_> {
     fn pick(&self, number: u8) -> Option<String> {
-        let at = usize::from(number).checked_rem(self.jobs.len())?;
-        self.jobs.keys().nth(at).cloned()
+        let at = usize::from(number).checked_rem(self.reference.jobs.len())?;
+        self.reference.jobs.keys().nth(at).cloned()
     }
 
-    fn ended(&mut self, id: &str, how: &'static str) {
-        let job = self.jobs.get_mut(id).expect("a job that was submitted");
-        assert_eq!(job.1, None, "{id} ended before");
-        job.1 = Some(how);
+    /// The claim of one of the worker's jobs.
+    fn pick_claim(&self, session: u8, number: u8) -> Option<usize> {
+        usize::from(number).checked_rem(self.workers[usize::from(session)].claims.len())
     }
 
-    async fn look(&self) {
-        self.leadership.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();
-        self.leadership.scan_index().await.unwrap().unwrap();
-        self.leadership.scan_queues().await.unwrap().unwrap();
+    async fn open(&mut self) -> Worker {
+        let session = self.rig.session("sql:*", CAPACITY as u32).await;
+        self.reference.session_open(session.id().as_str());
+        Worker { session, take: 0, claims: Vec::new() }
     }
 
-    fn take_in(&mut self, at: usize, claims: Vec<Claim>) {
-        for claim in claims {
-            let job = &self.jobs[id(&claim)];
-            assert_eq!((claim.job().user.as_str(), job.1), (job.0.as_str(), None), "{}", id(&claim));
-            let held = self.sessions.iter().flat_map(|session| &session.2);
-            assert!(held.into_iter().all(|other| id(other) != id(&claim)), "{} is held twice", id(&claim));
-            self.sessions[at].2.push(claim);
+    /// The ids that the next call finds due, in their order. Only time knows.
+    fn due(&mut self) -> Vec<String> {
+        let time = self.client.call(&["TIME"]).texts();
+        let now_ms = time[0].parse::<u64>().unwrap() * 1_000 + time[1].parse::<u64>().unwrap() / 1_000;
+        self.client.call(&["ZRANGEBYSCORE", "drayman:due", "-inf", &now_ms.to_string()]).texts()
+    }
+
+    fn scores(&mut self, key: &str) -> BTreeMap<String, i64> {
+        let flat = self.client.call(&["ZRANGE", key, "0", "-1", "WITHSCORES"]).texts();
+        flat.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].parse().unwrap())).collect()
+    }
+
+    /// The start tags of all ready users, by pool and user.
+    fn tags(&mut self) -> BTreeMap<(String, String), i64> {
+        let pools: Vec<String> = (0..3).map(|host| format!("sql:h{host}")).collect();
+        let mut tags = BTreeMap::new();
+        for pool in pools {
+            let ready = self.scores(&format!("drayman:ready:{pool}"));
+            tags.extend(ready.into_iter().map(|(user, start)| ((pool.clone(), user), start)));
         }
+        tags
     }
 
-    async fn end(&mut self, claim: Claim, how: u8) {
+    async fn notice(&mut self, user: &str) {
+        let ready = self.rig.notice(&[user]).await;
+        assert_eq!(ready, self.reference.notice(&BTreeSet::from([user.to_owned()]), &BTreeMap::new()));
+    }
+
+    /// What the leader does again and again.
+    async fn lead(&mut self) {
+        let due = self.due();
+        let mut missed: Vec<(String, String)> = (self.client.call(&["ZRANGE", "drayman:missing", "0", "-1"]).texts())
+            .iter()
+            .map(|entry| entry.split_once(' ').map(|(id, user)| (id.to_owned(), user.to_owned())).unwrap())
+            .collect();
+        missed.reverse();
+        let done = self.leadership.upkeep(FAR).await.unwrap().unwrap();
+        let tags = self.tags();
+        let found = self.reference.upkeep(&due, &missed, &tags);
+        assert_eq!(done, Upkeep { promoted: due.len() as u64, found, ..Upkeep::default() });
+
+        let indexed: BTreeSet<String> =
+            self.client.call(&["SMEMBERS", "batch:indexes:queue"]).texts().into_iter().collect();
+        let ready = self.leadership.scan_index().await.unwrap().unwrap();
+        let tags = self.tags();
+        assert_eq!(ready, self.reference.notice(&indexed, &tags), "by the index");
+
+        let queued = self.reference.queues.keys().cloned().collect();
+        let ready = self.leadership.scan_queues().await.unwrap().unwrap();
+        let tags = self.tags();
+        assert_eq!(ready, self.reference.notice(&queued, &tags), "by their keys");
+    }
+
+    async fn take(&mut self, at: usize, n: usize) {
+        let due = self.due();
+        let worker = &mut self.workers[at];
+        worker.take += 1;
+        let expected = self.reference.take(worker.session.id().as_str(), worker.take, n, &due);
+        let batch = worker.session.take(n).await.unwrap().expect("the session lives");
+        let taken: Vec<_> = (batch.claims.iter().map(Claim::job))
+            .map(|job| (job.id.to_string(), job.user.to_string(), job.pool.to_string()))
+            .collect();
+        assert_eq!(taken, expected);
+        assert_eq!(batch.due_in.is_some(), !self.reference.due.is_empty());
+        let mut latest = 0;
+        for claim in &batch.claims {
+            let fence = claim.job().fence.0;
+            let job = self.reference.jobs.get_mut(id(claim)).unwrap();
+            assert!(fence > job.fence && fence > latest, "the fence {fence} of {} after {}", id(claim), job.fence);
+            (job.fence, latest) = (fence, fence);
+        }
+        worker.claims.extend(batch.claims);
+    }
+
+    async fn end(&mut self, claim: Claim, how: End) {
         let name = id(&claim).to_owned();
         let reply = match how {
-            0 => put(claim, Verdict::Next).await,
-            1 => put(claim, Verdict::Back).await,
-            2 => put(claim, Verdict::Later { after_ms: 0 }).await,
-            3 => end(claim, "failed").await,
-            _ => end(claim, "done").await,
+            End::Next => put(claim, Verdict::Next).await,
+            End::Back => put(claim, Verdict::Back).await,
+            End::Later => put(claim, Verdict::Later { after_ms: 0 }).await,
+            End::Final(status) => end(claim, status).await,
         };
         assert_eq!(reply, Finished::Ended, "{name}");
-        match how {
-            0..=2 => {}
-            3 => self.ended(&name, "failed"),
-            _ => self.ended(&name, "done"),
+        self.reference.finish(&name, how);
+    }
+
+    /// Ends a session, and lets a new one take its place. What the old one says from then on must not count.
+    async fn replace(&mut self, at: usize, lost: bool) {
+        let fresh = self.open().await;
+        let Worker { session, claims, .. } = std::mem::replace(&mut self.workers[at], fresh);
+        let expected = self.reference.session_end(session.id().as_str(), lost);
+        if lost {
+            let key = format!("drayman:session:{}", session.id());
+            let beat = self.client.call(&["HGET", &key, "beat"]).text().parse().unwrap();
+            let (leader, term) = (SessionId::new("leader:1:a").unwrap(), self.leadership.term());
+            let reply = self.rig.store.session_reclaim(session.id().as_str(), beat, &leader, term).await.unwrap();
+            assert_eq!(reply, Ok(SessionEnd::Ended(expected)));
+        } else {
+            assert_eq!(session.close().await.unwrap(), expected);
+        }
+        for claim in claims {
+            assert_eq!(claim.pen().mark(&Fields::new().with("status", "stale")).await.unwrap(), Mark::Stale);
+            assert_eq!(end(claim, "done").await, Finished::Stale);
         }
     }
 
     async fn step(&mut self, step: &Step) {
         let rig = self.rig;
-        let next = format!("j{:03}", self.jobs.len());
+        let next = format!("j{:03}", self.reference.jobs.len());
         match step {
             Step::Submit { user, host, delayed } => {
-                let mut job = submission(&format!("u{user}"), &next, &format!("h{host}"));
-                job.delay_ms = u64::from(*delayed);
-                rig.store.enqueue(1_000, 16_384, &[job]).await.unwrap();
-                self.jobs.insert(next, (format!("u{user}"), None));
+                let (user, host) = (format!("u{user}"), format!("h{host}"));
+                self.submit(&next, &user, &host, *delayed).await;
+            }
+            Step::SubmitAgain { job } => {
+                let Some(id) = self.pick(*job) else { return };
+                self.submit(&id, "u0", "h0", false).await;
             }
             Step::SubmitForeign { user, host, order } => {
                 let (user, host) = (format!("u{user}"), format!("h{host}"));
+                self.reference.push(&user, &next, false);
                 if *order == 0 {
                     // The id before its hash, with a look between them.
                     rig.redis(&["LPUSH", &queue_key(&user), &next]);
-                    self.look().await;
+                    self.lead().await;
                     rig.redis(&["HSET", &job_key(&next), "user", &user, "host", &host]);
+                    self.reference.jobs.insert(next, Job::new(&user, &host, None));
                 } else {
                     rig.submit(&user, &next, &host);
+                    self.reference.jobs.insert(next, Job::new(&user, &host, Some("pending")));
                     if *order == 1 {
-                        rig.notice(&[&user]).await;
+                        self.notice(&user).await;
                     }
                 }
-                self.jobs.insert(next, (user, None));
             }
             Step::PushAgain { job, user, first } => {
                 let Some(id) = self.pick(*job) else { return };
                 let user = format!("u{user}");
                 rig.redis(&[if *first { "RPUSH" } else { "LPUSH" }, &queue_key(&user), &id]);
-                rig.notice(&[&user]).await;
+                self.reference.push(&user, &id, *first);
+                self.notice(&user).await;
             }
-            Step::Take { session, n } => {
-                let at = usize::from(*session);
-                self.sessions[at].1 += 1;
-                let claims = take(&self.sessions[at].0, *n).await;
-                assert!(claims.len() <= *n);
-                self.take_in(at, claims);
-            }
+            Step::Take { session, n } => self.take(usize::from(*session), *n).await,
             Step::AskAgain { session } => {
-                let (session, number, held) = &self.sessions[usize::from(*session)];
-                if *number > 0 {
-                    let reply = rig.store.take(session.id(), "sql:*", *number, 4, 2, "jobs").await.unwrap();
+                let Worker { session, take, .. } = &self.workers[usize::from(*session)];
+                if *take > 0 {
+                    let reply = rig.store.take(session.id(), "sql:*", *take, 4, CAPACITY as u32, "jobs").await.unwrap();
                     let TakeReply::Taken { jobs, .. } = reply else { panic!("the session lives") };
-                    for job in jobs {
-                        assert!(held.iter().any(|claim| claim.job().id == job.id && claim.job().fence == job.fence));
-                    }
+                    let same: BTreeSet<String> = jobs.iter().map(|job| job.id.to_string()).collect();
+                    assert_eq!(same, self.reference.taken_by(session.id().as_str(), *take));
+                    assert!(jobs.iter().all(|job| job.fence.0 == self.reference.jobs[job.id.as_str()].fence));
                 }
             }
+            Step::Mark { session, claim, trace } => {
+                let Some(at) = self.pick_claim(*session, *claim) else { return };
+                let claim = &self.workers[usize::from(*session)].claims[at];
+                let fields = if *trace { Fields::new().with("trace", "0 untransacted") } else { Fields::new() };
+                let expected = if self.reference.mark(id(claim), *trace) { Mark::CancelAsked } else { Mark::Held };
+                assert_eq!(claim.pen().mark(&fields).await.unwrap(), expected);
+            }
             Step::End { session, claim, how } => {
-                let claims = &mut self.sessions[usize::from(*session)].2;
-                let Some(at) = usize::from(*claim).checked_rem(claims.len()) else { return };
-                let claim = claims.remove(at);
+                let Some(at) = self.pick_claim(*session, *claim) else { return };
+                let claim = self.workers[usize::from(*session)].claims.remove(at);
                 self.end(claim, *how).await;
             }
             Step::Cancel { job } => {
                 let Some(name) = self.pick(*job) else { return };
-                let canceller = Canceller::new(rig.store.clone(), Duration::from_secs(3_600));
-                let running = self.sessions.iter().flat_map(|session| &session.2).any(|claim| id(claim) == name);
-                let ended = self.jobs[&name].1;
-                match canceller.cancel(&JobId::new(name.as_str()).unwrap()).await.unwrap() {
-                    Cancelled::AtOnce => {
-                        assert!(!running, "{name} runs");
-                        self.ended(&name, "cancelled");
-                    }
-                    Cancelled::Requested => assert!(running, "{name} does not run"),
-                    Cancelled::TooLate(status) => assert_eq!(Some(status.as_str()), ended, "{name}"),
-                    Cancelled::NotFound => panic!("{name} was submitted"),
+                let canceller = Canceller::new(rig.store.clone(), FAR);
+                let expected = match self.reference.cancel(&name) {
+                    Cancel::Cancelled => Cancelled::AtOnce,
+                    Cancel::Requested => Cancelled::Requested,
+                    Cancel::Over(status) => Cancelled::TooLate(status),
+                };
+                assert_eq!(canceller.cancel(&JobId::new(name.as_str()).unwrap()).await.unwrap(), expected, "{name}");
+            }
+            Step::Close { session } => self.replace(usize::from(*session), false).await,
+            Step::Bury { session } => self.replace(usize::from(*session), true).await,
+            Step::Beat { session } => {
+                let worker = &self.workers[usize::from(*session)];
+                let cancels = self.reference.sessions[worker.name()].cancels.clone();
+                let Beat::Alive { cancels: told, claims } = worker.session.beat().await.unwrap() else {
+                    panic!("the session lives")
+                };
+                assert_eq!((told.into_iter().collect::<BTreeSet<_>>(), claims), (cancels, vec![]));
+            }
+            Step::ComesDue { job } => {
+                let Some(id) = self.pick(*job) else { return };
+                rig.redis(&["ZADD", "drayman:due", "XX", "1", &id]);
+            }
+            Step::Lead => self.lead().await,
+        }
+        self.compare();
+        rig.balanced();
+    }
+
+    async fn submit(&mut self, id: &str, user: &str, host: &str, delayed: bool) {
+        let mut job = submission(user, id, host);
+        job.delay_ms = if delayed { FAR.as_millis() as u64 } else { 0 };
+        let replies = self.rig.store.enqueue(1_000, 16_384, &[job]).await.unwrap();
+        let queued = self.reference.enqueue(id, user, host, delayed);
+        assert_eq!(replies, [if queued { Enqueued::Queued } else { Enqueued::Exists }]);
+    }
+
+    /// Redis holds what the model says.
+    fn compare(&mut self) {
+        let reference = self.reference.clone();
+        let set = |ids: Vec<String>| ids.into_iter().collect::<BTreeSet<_>>();
+
+        for (id, expected) in &reference.jobs {
+            let mut hash = self.client.call(&["HGETALL", &job_key(id)]).map();
+            let number = |field| hash.get(field).map_or(0, |text: &String| text.parse().unwrap());
+            let job = Job {
+                fence: number("fence"),
+                unclean: number("unclean"),
+                trace: hash.contains_key("trace"),
+                cancel_requested: hash.contains_key("cancel_requested_at"),
+                pool: format!("sql:{}", hash["host"]),
+                status: hash.remove("status"),
+                owner: hash.remove("user").unwrap(),
+            };
+            assert_eq!(&job, expected, "{id}");
+        }
+        let keys = self.client.call(&["KEYS", "batch:queue:*"]).texts();
+        let queues: BTreeMap<String, VecDeque<String>> = (keys.iter())
+            .map(|key| {
+                let ids = self.client.call(&["LRANGE", key, "0", "-1"]).texts();
+                (key["batch:queue:".len()..].to_owned(), ids.into_iter().rev().collect())
+            })
+            .collect();
+        assert_eq!(queues, reference.queues);
+
+        let claims: BTreeMap<String, String> = self.client.call(&["HGETALL", "drayman:claims"]).map();
+        let expected: BTreeMap<String, String> = (reference.claims.iter())
+            .map(|(id, claim)| {
+                let fence = reference.jobs[id].fence;
+                let text =
+                    format!("{}\t{fence}\t{}\t{}\t1000000\t{}\tjobs", claim.session, claim.pool, claim.user, claim.tag);
+                (id.clone(), text)
+            })
+            .collect();
+        assert_eq!(claims, expected);
+
+        for (pool, expected) in &reference.pools {
+            let hash = self.client.call(&["HGETALL", &format!("drayman:pool:{pool}")]).map();
+            let number = |field| hash.get(field).map(|text| text.parse::<i64>().unwrap());
+            let busy = self.client.call(&["HGETALL", &format!("drayman:busy:{pool}")]).map();
+            let found = Pool {
+                running: number("running").unwrap_or(0) as usize,
+                v: number("v").unwrap_or(0),
+                newest: number("newest"),
+                ready: self.scores(&format!("drayman:ready:{pool}")),
+                debt: self.scores(&format!("drayman:debt:{pool}")),
+                busy: busy.into_iter().map(|(user, count)| (user, count.parse().unwrap())).collect(),
+            };
+            assert_eq!(&found, expected, "{pool}");
+        }
+        assert_eq!(self.client.call(&["ZRANGE", "drayman:pools", "0", "-1"]).texts(), reference.listed(), "turns");
+
+        for (session, expected) in &reference.sessions {
+            let cancels = self.client.call(&["SMEMBERS", &format!("drayman:cancels:{session}")]).texts();
+            assert_eq!(set(cancels), expected.cancels, "{session}");
+        }
+        let sorted = |client: &mut RawClient, key: &str| set(client.call(&["ZRANGE", key, "0", "-1"]).texts());
+        assert_eq!(sorted(&mut self.client, "drayman:due"), reference.due);
+        assert_eq!(sorted(&mut self.client, "drayman:finished"), reference.finished);
+        let missing = reference.missing.iter().map(|(id, user)| format!("{id} {user}")).collect();
+        assert_eq!(sorted(&mut self.client, "drayman:missing"), missing);
+        let (mut rejected, mut expected) = (self.rig.rejected(), reference.rejected);
+        rejected.sort();
+        expected.sort();
+        assert_eq!(rejected, expected);
+    }
+
+    /// Whatever waits for a time has waited long enough.
+    async fn look_at_all(&mut self) {
+        for id in self.reference.due.clone() {
+            self.rig.redis(&["ZADD", "drayman:due", "XX", "1", &id]);
+        }
+        self.step(&Step::Lead).await;
+        self.step(&Step::Take { session: 0, n: 8 }).await;
+    }
+
+    /// All that is held ends, and then all that waits.
+    async fn drain(&mut self) {
+        for _ in 0..=self.reference.jobs.len() {
+            for at in 0..self.workers.len() {
+                while !self.workers[at].claims.is_empty() {
+                    self.step(&Step::End { session: at as u8, claim: 0, how: End::Final("done") }).await;
                 }
             }
-            Step::Close { session } => {
-                let fresh = (rig.session("sql:*", 2).await, 0, Vec::new());
-                let (session, _, claims) = std::mem::replace(&mut self.sessions[usize::from(*session)], fresh);
-                assert_eq!(session.close().await.unwrap(), claims.len() as u64);
-                self.stale.extend(claims);
+            if self.reference.jobs.values().all(|job| job.final_status().is_some()) {
+                return;
             }
-            Step::Bury { session } => {
-                let fresh = (rig.session("sql:*", 2).await, 0, Vec::new());
-                let (session, _, claims) = std::mem::replace(&mut self.sessions[usize::from(*session)], fresh);
-                let key = format!("drayman:session:{}", session.id());
-                let beat = rig.redis(&["HGET", &key, "beat"]).text().parse().unwrap();
-                let leader = SessionId::new("leader:1:a").unwrap();
-                let term = self.leadership.term();
-                rig.store.session_reclaim(session.id().as_str(), beat, &leader, term).await.unwrap().unwrap();
-                self.stale.extend(claims);
-            }
-            Step::Beat { session } => drop(self.sessions[usize::from(*session)].0.beat().await.unwrap()),
-            Step::Lead => self.look().await,
+            self.look_at_all().await;
         }
-        while let Some(claim) = self.stale.pop() {
-            assert_eq!(end(claim, "done").await, Finished::Stale);
-        }
-        rig.balanced();
+        panic!("each round ends a job: {:#?}", self.reference);
     }
 }
 
 async fn check(rig: &Rig, steps: &[Step]) {
     rig.redis(&["FLUSHDB"]);
-    let mut sessions = Vec::new();
+    let (client, leadership) = (rig.server.client(DB), rig.lead().await);
+    let mut world = World { rig, client, leadership, workers: Vec::new(), reference: Reference::default() };
     for _ in 0..3 {
-        sessions.push((rig.session("sql:*", 2).await, 0, Vec::new()));
+        let worker = world.open().await;
+        world.workers.push(worker);
     }
-    let leadership = rig.lead().await;
-    let mut world = World { rig, leadership, sessions, stale: Vec::new(), jobs: BTreeMap::new() };
     for step in steps {
         world.step(step).await;
     }
-    // All that is held ends, and then all that waits.
-    for at in 0..3 {
-        for claim in std::mem::take(&mut world.sessions[at].2) {
-            world.end(claim, 5).await;
-        }
-    }
-    testkit::eventually("every job to end", LIMIT, async || {
-        world.look().await;
-        for claim in take(&world.sessions[0].0, 8).await {
-            world.end(claim, 5).await;
-        }
-        world.jobs.values().all(|job| job.1.is_some()).then_some(())
-    })
-    .await;
-    for (id, (_, how)) in &world.jobs {
-        assert_eq!(rig.status(id), how.unwrap(), "{id}");
-    }
-    assert!(take(&world.sessions[0].0, 8).await.is_empty());
+    world.drain().await;
+    // What has ended may still have stood somewhere.
+    world.look_at_all().await;
     assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:missing", "drayman:claims"]).int(), 0);
-    rig.balanced();
 }
 
 #[test]

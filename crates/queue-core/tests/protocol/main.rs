@@ -10,6 +10,7 @@ mod inspect;
 mod leftovers;
 mod producer;
 mod reconcile;
+mod reference;
 mod replicas;
 mod retry;
 mod scripts;
