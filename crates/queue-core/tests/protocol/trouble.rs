@@ -457,3 +457,13 @@ async fn after_an_answer_that_nobody_can_read_the_outcome_is_unknown() {
         eventually("an answer", LIMIT, async || Asked::by(&producer, "alice").await.result.ok()).await;
     }
 }
+
+#[tokio::test]
+async fn a_submission_that_breaks_off_half_way_is_no_definite_failure() {
+    let rig = Rig::start().await;
+    let producer = producer(rig.server.url_db(DB)).await;
+    rig.redis(&["SET", "drayman:ready:db:main", "somebody else's"]);
+    let asked = Asked::by(&producer, "alice").await;
+    assert_eq!(rig.redis(&["EXISTS", &job_key(asked.id.as_str())]).int(), 1);
+    asked.is_unknown();
+}
