@@ -42,9 +42,14 @@ impl Error {
         matches!(self, Error::Refused(text) if text.starts_with("WRONGTYPE"))
     }
 
-    /// Whether the command may have run all the same: there was no answer, or one that nobody can read.
+    /// Whether the command may have run all the same: there was no answer, or one that nobody can read, or a script broke
+    /// off, which keeps what it wrote before. What the state of the server forbids is forbidden at a script's first write.
     pub fn is_outcome_unknown(&self) -> bool {
-        matches!(self, Error::Unavailable(_) | Error::Reply { .. })
+        match self {
+            Error::Unavailable(_) | Error::Reply { .. } => true,
+            Error::Refused(text) => text.contains(" script: ") && !self.is_transient(),
+            _ => false,
+        }
     }
 
     /// Whether waiting and sending the same again may help.

@@ -546,6 +546,9 @@ fn translate(error: FredError) -> Error {
         | ErrorKind::Sentinel
         | ErrorKind::Cluster
         | ErrorKind::Tls => Error::Unavailable(details),
+        // An answer that nobody can read, or that the client threw away: the command may have run.
+        ErrorKind::Protocol | ErrorKind::Parse => Error::Unavailable(details),
+        ErrorKind::Unknown if details == "channel closed" => Error::Unavailable(details),
         _ if details.is_empty() => Error::Unavailable(format!("{:?}", error.kind())),
         _ => Error::Refused(details),
     }

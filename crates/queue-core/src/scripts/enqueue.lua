@@ -34,6 +34,9 @@ while i <= #ARGV do
   else
     redis.call('HSET', K.job(id), 'user', user, 'status', delay > 0 and 'scheduled' or 'pending', 'created_at', now,
       'updated_at', now, 'enqueued_at', now, unpack(fields))
+    -- Others may have removed the hash of a job of this id that was on the schedule. Not before the hash is written: memory
+    -- is checked at the first write only.
+    unschedule(id)
     if delay > 0 then
       redis.call('ZADD', K.due(), int(now_ms + delay), id)
       redis.call('HSET', K.delayed(), id, user)

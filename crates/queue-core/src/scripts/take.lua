@@ -69,6 +69,8 @@ local function claim_head(id, user, pool, start, suspected)
   redis.call('HSETNX', job, 'started_at', now)
   -- A record of an earlier run may have had its time to live.
   redis.call('PERSIST', job)
+  -- Others may have queued it before it was due.
+  unschedule(id)
   publish(user, id, 'running')
   hand_out(id, user, pool, fence)
   return tag

@@ -31,6 +31,19 @@ end
 
 for user in pairs(users) do place_on(user) end
 
+-- What others have begun anew is no record: it must not expire while it waits. Looked at well before its time.
+local begun = {}
+for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.expiring(), int(now_ms), int(now_ms + 30000), 'LIMIT', 0, 1000)) do
+  if redis.call('TYPE', K.job(id)).ok == 'hash' then
+    local h = redis.call('HMGET', K.job(id), 'status', 'fallback_status')
+    if not is_over(h[1], h[2]) then
+      redis.call('PERSIST', K.job(id))
+      begun[#begun + 1] = id
+    end
+  end
+end
+forget(begun)
+
 -- Records whose time is over, by what their keeper said and by what is kept now.
 local old = redis.call('ZRANGEBYSCORE', K.finished(), '-inf', int(now_ms - retention_ms), 'LIMIT', 0, 5000)
 forget(old)

@@ -7,7 +7,8 @@ use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
 use queue_core::ids::{JobId, User};
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
-use queue_core::scripts::{Budget, Enqueued, Fields, Verdict};
+use queue_core::retry::Retrier;
+use queue_core::scripts::{Budget, Enqueued, Fields, Submission, Verdict};
 use queue_core::session::Session;
 use testkit::{RedisServer, eventually};
 
@@ -242,5 +243,67 @@ async fn who_may_not_measure_still_ends_jobs() {
     let leader = queue_core::ids::SessionId::new("leader:1:a").unwrap();
     let leadership = queue_core::leader::hold(&store, &leader, LIMIT).await.unwrap().unwrap();
     assert_eq!(leadership.memory().await.unwrap(), None);
+    rig.balanced();
+}
+
+fn delayed(id: &str, user: &str, delay_ms: u64) -> Submission {
+    Submission { delay_ms, ..submission(user, id, "h") }
+}
+
+#[tokio::test]
+async fn a_delayed_job_whose_hash_others_removed_counts_once_when_it_is_submitted_again() {
+    let rig = Rig::start().await;
+    let submit = async |job| rig.store.enqueue(1, 16_384, &[job]).await.unwrap();
+    submit(delayed("d", "alice", HOUR_MS)).await;
+    rig.redis(&["DEL", &job_key("d")]);
+    assert_eq!(submit(delayed("d", "bob", HOUR_MS)).await, [Enqueued::Queued]);
+    rig.balanced();
+    rig.redis(&["DEL", &job_key("d")]);
+    assert_eq!(submit(delayed("d", "alice", 0)).await, [Enqueued::Queued]);
+    assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:delayed", "drayman:delays"]).int(), 0);
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_delayed_job_that_others_queue_before_its_time_is_delayed_no_more() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 8).await;
+    rig.store.enqueue(1, 16_384, &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
+    rig.redis(&["LPUSH", &queue_key("alice"), "d"]);
+    rig.redis(&["SADD", "batch:indexes:queue", "alice"]);
+    rig.notice(&["alice"]).await;
+    end(take_one(&session).await, "done").await;
+    assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:delayed", "drayman:delays"]).int(), 0);
+    assert_eq!(rig.store.enqueue(1, 16_384, &[submission("alice", "e", "h")]).await.unwrap(), [Enqueued::Queued]);
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_delayed_job_that_others_ended_and_somebody_runs_again_is_delayed_no_more() {
+    let rig = Rig::start().await;
+    rig.store.enqueue(1, 16_384, &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
+    rig.redis(&["HSET", &job_key("d"), "status", "cancelled", "database", "main"]);
+    let retried = Retrier::new(rig.store.clone()).retry(&[JobId::new("d").unwrap()]).await.unwrap();
+    assert_eq!(rig.queue("alice"), ["d"], "{retried:?}");
+    assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:delayed", "drayman:delays"]).int(), 0);
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_record_that_others_begin_anew_does_not_expire_while_it_waits() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 8).await;
+    let leadership = rig.lead().await;
+    rig.store.enqueue(9, 16_384, &[submission("alice", "d", "h")]).await.unwrap();
+    let fields = Fields::new().with("status", "done");
+    take_one(&session).await.finish(Verdict::Final { keep_ms: 20_000 }, Duration::ZERO, fields, false).await.unwrap();
+    leadership.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();
+    assert!(rig.redis(&["PTTL", &job_key("d")]).int() > 0, "a record it is");
+    rig.submit("alice", "d", "h");
+    leadership.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();
+    assert_eq!(rig.redis(&["PTTL", &job_key("d")]).int(), -1);
+    rig.balanced();
+    rig.notice(&["alice"]).await;
+    end(take_one(&session).await, "done").await;
     rig.balanced();
 }

@@ -2,6 +2,10 @@
 //! the outcome is unknown. And what holds among sessions and the leader when clocks jump or memory is full.
 
 use std::collections::BTreeSet;
+use std::io::{Read, Write};
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use queue_core::Store;
@@ -412,4 +416,54 @@ async fn behind_sentinel_a_producer_finds_the_new_primary_by_itself() {
     // The old one wakes, and thinks for a while that it is the primary: nobody asks it any more.
     first.resume();
     goes_on(&producer, second, "carol").await;
+}
+
+/// Passes everything on to `target`, but for the next reply once `garbles` is set: that becomes `garbage`.
+fn garbler(target: SocketAddr, garbles: Arc<AtomicBool>, garbage: &'static [u8]) -> u16 {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = listener.local_addr().unwrap().port();
+    std::thread::spawn(move || {
+        for client in listener.incoming() {
+            let (mut client, mut server) = (client.unwrap(), TcpStream::connect(target).unwrap());
+            let (mut asks, mut asked) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+            std::thread::spawn(move || std::io::copy(&mut asks, &mut asked));
+            let garbles = garbles.clone();
+            std::thread::spawn(move || {
+                let mut buffer = [0; 65_536];
+                while let Ok(n @ 1..) = server.read(&mut buffer) {
+                    let reply = if garbles.swap(false, Ordering::SeqCst) { garbage } else { &buffer[..n] };
+                    if client.write_all(reply).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+    });
+    port
+}
+
+#[tokio::test]
+async fn after_an_answer_that_nobody_can_read_the_outcome_is_unknown() {
+    for garbage in [&b"x\r\nfoo\r\n"[..], b"*z\r\n", b"*1\r\n:abc\r\n"] {
+        let rig = Rig::start().await;
+        let garbles = Arc::new(AtomicBool::new(false));
+        let port = garbler(rig.server.addr(), garbles.clone(), garbage);
+        let producer = producer(format!("redis://127.0.0.1:{port}/{DB}")).await;
+        Asked::by(&producer, "alice").await.result.unwrap();
+        garbles.store(true, Ordering::SeqCst);
+        let asked = Asked::by(&producer, "alice").await;
+        asked.is_unknown();
+        assert_eq!(rig.redis(&["EXISTS", &job_key(asked.id.as_str())]).int(), 1);
+        eventually("an answer", LIMIT, async || Asked::by(&producer, "alice").await.result.ok()).await;
+    }
+}
+
+#[tokio::test]
+async fn a_submission_that_breaks_off_half_way_is_no_definite_failure() {
+    let rig = Rig::start().await;
+    let producer = producer(rig.server.url_db(DB)).await;
+    rig.redis(&["SET", "drayman:ready:db:main", "somebody else's"]);
+    let asked = Asked::by(&producer, "alice").await;
+    assert_eq!(rig.redis(&["EXISTS", &job_key(asked.id.as_str())]).int(), 1);
+    asked.is_unknown();
 }
