@@ -270,7 +270,13 @@ async fn settle(claim: &Claim, executor: &dyn Executor, rules: &Rules, stop: &St
             Some(Cause::Cancelled | Cause::SetAside) | None => StatementVerdict::Cancelled,
         },
         End::CancelledElsewhere => StatementVerdict::Cancelled,
-        End::Unknown(reason) => StatementVerdict::Unknown(reason),
+        End::Unknown(reason) => {
+            if retries.more_than_one() {
+                extra = extra.with("history", retries.history(&step, &started, &at, &reason));
+                extra = extra.with("attempts", (retries.attempts + 1).to_string());
+            }
+            StatementVerdict::Unknown(reason)
+        }
     };
     if let Err(refused) = job.finish(verdict, &at) {
         return Some(failed_as_a_whole(taken, &refused.to_string(), rules));

@@ -131,10 +131,39 @@ async fn an_unknown_outcome_is_tried_again_only_of_an_idempotent_job() {
         let end = format!("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE query LIKE '/* {id} */%'");
         house.postgres.query("postgres", &end).await;
         let view = house.ended(id).await;
-        let expected = if idempotent == "1" { ("done", 1) } else { ("unknown", 0) };
+        let expected = if idempotent == "1" { ("done", 1) } else { ("unknown", 1) };
         assert_eq!((view.status().as_str(), view.history().len()), expected, "{:?}", view.text("failed_reason"));
         house.postgres.query(DATABASE, "TRUNCATE effects").await;
     }
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn odd_values_of_what_a_job_says_of_its_retries_harm_nobody() {
+    let house = house_with_tries().await;
+    let worker = Running::start(quick(&house));
+    let junk = "x\n".repeat(32_700);
+    for (id, fields, status) in [
+        ("negative", &[("max_attempts", "-1"), ("retry_delay", "-1"), ("attempts", "-9")][..], "failed"),
+        ("spent", &[("max_attempts", "3"), ("attempts", "9999999999999999")], "ignored"),
+        ("junk", &[("max_attempts", "2"), ("history", junk.as_str()), ("lost_worker", "\u{0}\t")], "ignored"),
+        ("late", &[("max_attempts", "3"), ("retry_delay", "1000000000000000")], "scheduled"),
+        (
+            "never",
+            &[("max_attempts", "3"), ("retry_delay", "9999999999999999"), ("retry_delay_max", "9999999999999999")],
+            "scheduled",
+        ),
+    ] {
+        let mut job = house.job(id, &raise("40001", 99));
+        for (name, value) in fields {
+            job = job.with(name, value);
+        }
+        job.push();
+        let reached = async || (house.field(id, "status").text() == status).then_some(());
+        eventually(id, LONG, reached).await;
+    }
+    house.job("after", "SELECT 1").push();
+    assert_eq!(house.ended("after").await.status(), "done");
     worker.stop().await;
 }
 

@@ -368,9 +368,10 @@ local function give_back(id, claim, extra)
   put_back(id, claim, extra)
 end
 
--- How often the job's worker was lost while it ran.
+-- How often the job's worker was lost while it ran. What is not written as a count is none.
 local function unclean_of(id)
-  return redis.call('HSTRLEN', K.job(id), 'unclean') <= 16 and tonumber(redis.call('HGET', K.job(id), 'unclean') or 0) or 0
+  local text = redis.call('HSTRLEN', K.job(id), 'unclean') <= 16 and redis.call('HGET', K.job(id), 'unclean')
+  return text and string.find(text, '^%d+$') and tonumber(text) or 0
 end
 
 -- A job's history with one more entry, the oldest dropped.

@@ -35,6 +35,7 @@ while i <= #ARGV do
       redis.call('HSET', job, 'run', int(run), 'updated_at', now, unpack(fields))
       redis.call('PERSIST', job)
       forget({id})
+      -- Whoever ended it by its hash alone while it waited for its time left it on the schedule.
       unschedule(id)
       -- A copy that was queued before is the same job: it has one place.
       if redis.call('LLEN', K.queue(user)) <= 1000 then redis.call('LREM', K.queue(user), 0, id) end

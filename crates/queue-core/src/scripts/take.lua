@@ -79,9 +79,23 @@ end
 -- Pools that got their first ready user since they were listed.
 local opened = {}
 
+-- Whether the session runs a suspect. A claim that got lost leaves none behind.
+local function runs_suspect()
+  local id = redis.call('HGET', K.session(session), 'suspect')
+  if not id then return false end
+  local claim = claim_of(id)
+  if claim and claim.session == session then return true end
+  redis.call('HDEL', K.session(session), 'suspect')
+  return false
+end
+
+-- By pool, the users that this take has passed over.
+local passed_users = {}
+
 -- One job of a pool, or false if the pool has none to give; 'blocked' if it has and may not, 'more' if a hundred users had
 -- nothing (any more) and others stand behind them.
--- A session that runs a suspect leaves others of that kind alone: their users keep their places for other sessions.
+-- A session that runs a suspect leaves others of that kind alone: their users keep their places for other sessions. So many
+-- are passed over as no pool should ever have, lest users behind them wait for the end of that suspect.
 local function take_one(pool)
   local p = redis.call('HMGET', K.pool(pool), 'capacity', 'running', 'v', 'blocked')
   if p[4] then return 'blocked' end
@@ -94,29 +108,37 @@ local function take_one(pool)
     redis.call('HSET', K.pool(pool), 'blocked', BLOCKED)
     return 'blocked'
   end
-  local passed_over = 0
-  for _ = 1, 100 do
+  local known = passed_users[pool] or {}
+  passed_users[pool] = known
+  local passed_over, empty = 0, 0
+  while empty < 100 do
+    if passed_over >= 1000 then return 'blocked' end
     local first = redis.call('ZRANGE', K.ready(pool), passed_over, passed_over, 'WITHSCORES')
     local user, start = first[1], tonumber(first[2])
     if not user then return passed_over > 0 and 'blocked' end
-    local id, actual = head(user)
-    local suspected = id and actual == pool and unclean_of(id) >= SUSPECT_AFTER
-    local passed = suspected and redis.call('HEXISTS', K.session(session), 'suspect') == 1
-    if not passed then redis.call('ZREM', K.ready(pool), user) end
-    if passed then
-      passed_over = passed_over + 1
-    elseif id and actual == pool then
-      local tag = claim_head(id, user, pool, start, suspected)
-      local v = math.max(tonumber(p[3] or 0), start)
-      redis.call('HSET', K.pool(pool), 'v', int(v))
-      redis.call('ZADD', K.debt(pool), tag, user)
-      redis.call('ZREMRANGEBYSCORE', K.debt(pool), '-inf', int(v))
-      local at, new = place(user)
-      if new and at ~= pool then opened[#opened + 1] = at end
-      return true
-    elseif id then
-      if ready(actual, user) then opened[#opened + 1] = actual end
+    local id, actual
+    if not known[user] then
+      id, actual = head(user)
+      local suspected = id and actual == pool and unclean_of(id) >= SUSPECT_AFTER
+      if suspected and runs_suspect() then
+        known[user] = true
+      else
+        redis.call('ZREM', K.ready(pool), user)
+        if id and actual == pool then
+          local tag = claim_head(id, user, pool, start, suspected)
+          local v = math.max(tonumber(p[3] or 0), start)
+          redis.call('HSET', K.pool(pool), 'v', int(v))
+          redis.call('ZADD', K.debt(pool), tag, user)
+          redis.call('ZREMRANGEBYSCORE', K.debt(pool), '-inf', int(v))
+          local at, new = place(user)
+          if new and at ~= pool then opened[#opened + 1] = at end
+          return true
+        end
+        if id and ready(actual, user) then opened[#opened + 1] = actual end
+        empty = empty + 1
+      end
     end
+    if known[user] then passed_over = passed_over + 1 end
   end
   return redis.call('EXISTS', K.ready(pool)) == 1 and 'more'
 end

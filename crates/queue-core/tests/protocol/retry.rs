@@ -118,3 +118,18 @@ async fn a_job_runs_not_before_its_time_by_the_clock_of_redis() {
         }
     }
 }
+
+#[tokio::test]
+async fn a_new_run_of_a_job_that_was_ended_while_it_was_scheduled_takes_it_off_the_schedule() {
+    let rig = Rig::start().await;
+    let producer = Producer::new(rig.store.clone(), Limits::default());
+    let mut delayed = job("j");
+    delayed.delay = Duration::from_secs(86_400);
+    producer.enqueue(delayed).await.unwrap();
+    rig.redis(&["HSET", "batch:jobs:j", "status", "cancelled"]);
+    let retried = Retrier::new(rig.store.clone()).retry(&[JobId::new("j").unwrap()]).await.unwrap();
+    assert_eq!(retried, [Retried::Queued]);
+    assert!(rig.redis(&["ZSCORE", "drayman:due", "j"]).is_nil());
+    assert_eq!(rig.redis(&["EXISTS", "drayman:delayed", "drayman:delays"]).int(), 0);
+    rig.balanced();
+}

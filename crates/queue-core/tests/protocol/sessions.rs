@@ -364,3 +364,63 @@ async fn a_job_that_ends_its_workers_before_they_can_look_at_it_does_not_do_so_f
         heir.close().await.unwrap();
     }
 }
+
+#[tokio::test]
+async fn many_suspects_keep_nobody_behind_them_from_a_turn() {
+    let rig = Rig::start().await;
+    for n in 0..200 {
+        let user = format!("suspect{n}");
+        rig.submit(&user, &user, "h");
+        rig.redis(&["HSET", &job_key(&user), "unclean", "2"]);
+        rig.notice(&[user.as_str()]).await;
+    }
+    rig.submit("zoe", "zoe", "h");
+    rig.notice(&["zoe"]).await;
+    let session = rig.session("sql:*", 8).await;
+    let first = take_one(&session).await;
+    assert_eq!(id(&first), "suspect0");
+    let claims = take(&session, 4).await;
+    assert_eq!(ids(&claims), ["zoe"]);
+    let taken = session.take(4).await.unwrap().unwrap();
+    assert!(taken.claims.is_empty());
+    assert_eq!(taken.due_in, None, "nothing is found by asking again at once");
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_count_of_lost_workers_that_no_worker_wrote_hides_no_killer() {
+    let rig = Rig::start().await;
+    let term = rig.lead().await.term();
+    for (id, unclean, after) in
+        [("a", "-99999999999999", "1"), ("b", "nan", "1"), ("c", "0.5", "1"), ("d", "1e300", "1"), ("e", "0x3", "1")]
+    {
+        let session = rig.session("sql:*", 8).await;
+        rig.submit(id, id, "h");
+        rig.redis(&["HSET", &job_key(id), "unclean", unclean]);
+        rig.notice(&[id]).await;
+        let _claim = take_one(&session).await;
+        let reply = rig.store.session_reclaim(session.id().as_str(), 0, &leader_id(), term).await.unwrap();
+        assert_eq!(reply, Ok(SessionEnd::Ended(1)));
+        assert_eq!(rig.hash(id)["unclean"], after, "{id}");
+        assert_eq!(rig.status(id), "pending", "{id}");
+        rig.redis(&["DEL", &job_key(id), &queue_key(id)]);
+    }
+}
+
+#[tokio::test]
+async fn a_suspect_whose_claim_got_lost_does_not_keep_its_session_from_others() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 8).await;
+    for user in ["alice", "bob"] {
+        rig.submit(user, user, "h");
+        rig.redis(&["HSET", &job_key(user), "unclean", "2"]);
+        rig.notice(&[user]).await;
+    }
+    let lost = take_one(&session).await;
+    assert_eq!(id(&lost), "alice");
+    rig.redis(&["HDEL", "drayman:claims", "alice"]);
+    let found = queue_core::reconcile::repair(&rig.store, Duration::from_millis(KEEP_MS)).await.unwrap();
+    assert!(!found.is_empty());
+    rig.balanced();
+    assert_eq!(ids(&take(&session, 1).await), ["bob"]);
+}
