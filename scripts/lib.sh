@@ -101,3 +101,15 @@ redis_cli() {
         python3 "$ROOT/scripts/redis_cli.py" "$REDIS_SOCKET" 5 "$@"
     fi
 }
+
+# Installs the packages of the benches' peer, and prints their folder.
+peer_packages() {
+    local peer=$TARGET/clients/peer
+    if [ ! -e "$peer/.ready" ]; then
+        rm -rf "$peer"
+        mkdir -p "$peer"
+        npm install --prefix "$peer" --silent --no-audit --no-fund --no-save bullmq@6 ioredis@5 pg@8 >&2
+        touch "$peer/.ready"
+    fi
+    printf '%s\n' "$peer/node_modules"
+}

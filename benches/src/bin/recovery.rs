@@ -109,7 +109,7 @@ impl Rig {
         }
         // Whoever has waited longest is woken, so the jobs go to both in turn.
         let (id, holder) = loop {
-            let job = NewJob::new(User::new("ann")?, self.database.clone(), "SELECT pg_sleep(3600)");
+            let job = NewJob::sql(User::new("ann")?, self.database.clone(), "SELECT pg_sleep(3600)");
             let id = job.id.clone();
             self.producer.enqueue(job).await?;
             self.taken(&id).await?;

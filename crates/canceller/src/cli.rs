@@ -63,6 +63,8 @@ pub struct Cli {
 /// How a job can stand that can be cancelled.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Stand {
+    /// Is a batch that waits to be released
+    Held,
     /// Waits for its turn
     Pending,
     /// Waits for a time
@@ -74,6 +76,7 @@ pub enum Stand {
 impl From<Stand> for Status {
     fn from(stand: Stand) -> Status {
         match stand {
+            Stand::Held => Status::Held,
             Stand::Pending => Status::Pending,
             Stand::Scheduled => Status::Scheduled,
             Stand::Running => Status::Running,

@@ -3,7 +3,7 @@
 use console::Failure;
 use queue_core::Error;
 use queue_core::ids::JobId;
-use queue_core::inspect::{Filter, Inspect, JobView, Place, Walk};
+use queue_core::inspect::{Filter, Inspect, JobView, Kind, Place, Walk};
 use queue_core::model::Status;
 
 use crate::cli::Cli;
@@ -32,6 +32,7 @@ impl Selection {
             pool: cli.pool.clone(),
             status: cli.status.map(Status::from),
             before_ms: cli.older_than.map(|age| now_ms.saturating_sub(age.as_millis() as u64)),
+            ..Filter::default()
         };
         Ok(Self { ids, filter })
     }
@@ -43,12 +44,12 @@ impl Selection {
 
     /// Goes once through all that can be cancelled.
     pub fn pass(&self, inspect: &Inspect) -> Pass<'_> {
-        let all = [Place::Claims, Place::AllQueues, Place::Schedule];
         let places = match self.filter.status {
-            Some(Status::Running) => &all[..1],
-            Some(Status::Scheduled) => &all[2..],
-            Some(_) => &all[1..2],
-            None => &all[..],
+            Some(Status::Running) => &[Place::Claims, Place::OpenBatches][..],
+            Some(Status::Scheduled) => &[Place::Schedule],
+            Some(Status::Held) => &[Place::OpenBatches],
+            Some(_) => &[Place::AllQueues],
+            None => &[Place::Claims, Place::AllQueues, Place::Schedule, Place::OpenBatches],
         };
         let walk = inspect.walk(self.filter.user.as_deref(), places);
         Pass { filter: &self.filter, inspect: inspect.clone(), walk, page: Vec::new() }
@@ -75,6 +76,8 @@ impl Pass<'_> {
         let ids = std::mem::replace(&mut self.page, rest);
         let names: Vec<&str> = ids.iter().map(JobId::as_str).collect();
         let views = self.inspect.brief(&names).await?.into_iter().flatten();
-        Ok(Some(views.filter(|view| !view.is_over() && self.filter.covers(view)).collect()))
+        // A part of a batch is never meant: its batch is.
+        let is_meant = |view: &JobView| !view.is_over() && view.kind() != Kind::Part && self.filter.covers(view);
+        Ok(Some(views.filter(is_meant).collect()))
     }
 }

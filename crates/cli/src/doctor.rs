@@ -9,6 +9,7 @@ use queue_core::{Error, Store};
 use serde_json::json;
 
 use crate::cli::{DoctorArgs, WRONG};
+use crate::limits;
 
 /// Looks at everything, and repairs if told to.
 pub async fn run(common: &Common, args: DoctorArgs) -> Result<u8, Failure> {
@@ -112,6 +113,13 @@ fn show(overview: &Overview, out: &mut Out) {
     for pool in &overview.pools {
         let capacity = pool.capacity.map_or(String::new(), |most| format!(" of {most}"));
         line("pool", format!("{}, {}{capacity} running, {} users ready", pool.pool, pool.running, pool.ready));
+    }
+    for pool in &overview.unserved {
+        let oldest = pool.oldest_waited_ms.map_or(String::new(), |waited| format!(", the oldest for {}", ms(waited)));
+        line("unserved", format!("{}, {} jobs of {} users wait{oldest}", pool.pool, pool.jobs, pool.users));
+    }
+    for view in overview.limits.users.iter().chain(&overview.limits.pools) {
+        line("limited", format!("{} {}: {}", view.kind, view.name, limits::now(view)));
     }
     for unseen in &overview.unseen {
         line("not seen", unseen.clone());

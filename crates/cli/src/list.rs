@@ -1,9 +1,13 @@
-//! `drayman list`: jobs as a table, and the ids that were set aside.
+//! `drayman list`: jobs as a table, the ids that were set aside, and what waits for pools that nobody serves.
+
+use std::time::Duration;
 
 use comfy_table::Table;
 use comfy_table::presets::NOTHING;
 use console::{Common, Failure, Out, complain, iso, one_line, span};
+use queue_core::Store;
 use queue_core::inspect::{Filter, Inspect, JobView, Rejected};
+use queue_core::overview::{self, UnservedLine};
 use serde_json::json;
 
 use crate::cli::List;
@@ -14,14 +18,26 @@ const REJECTED_MAX: usize = 20_000;
 /// Lists jobs.
 pub async fn run(common: &Common, args: List) -> Result<u8, Failure> {
     let (_, store) = common.connect().await?;
-    let inspect = Inspect::new(store);
     let mut out = Out::default();
+    if args.unserved {
+        unserved(&store, &args, common.json, &mut out).await?;
+        return Ok(console::OK);
+    }
+    let inspect = Inspect::new(store);
     if args.rejected {
         rejected(&inspect, &args, common.json, &mut out).await?;
         return Ok(console::OK);
     }
     let now_ms = inspect.now_ms().await?;
-    let filter = Filter { user: args.user, pool: args.pool, status: args.status, before_ms: None };
+    let filter = Filter {
+        user: args.user,
+        pool: args.pool.map(String::from),
+        status: args.status,
+        app: args.app,
+        op: args.op,
+        tag: args.tag,
+        ..Filter::default()
+    };
     let mut views = inspect.list(&filter, args.limit.saturating_add(1)).await?;
     let more = views.len() > args.limit;
     views.truncate(args.limit);
@@ -29,9 +45,11 @@ pub async fn run(common: &Common, args: List) -> Result<u8, Failure> {
         for view in &views {
             out.json(&json!({
                 "id": view.id,
+                "kind": view.kind(),
                 "user": view.user(),
                 "pool": view.pool(),
                 "status": view.status(),
+                "tags": view.tags(),
                 "fallback_status": view.text("fallback_status"),
                 "created_at": view.text("created_at"),
                 "started_at": view.text("started_at"),
@@ -41,12 +59,13 @@ pub async fn run(common: &Common, args: List) -> Result<u8, Failure> {
             }));
         }
     } else {
-        let mut table = table(&["ID", "USER", "POOL", "STATUS", "WAITED", "RAN"]);
+        let mut table = table(&["ID", "KIND", "USER", "POOL", "STATUS", "WAITED", "RAN"]);
         for view in &views {
             let times = [view.waited(now_ms), view.ran(now_ms)].map(|time| time.map_or("-".into(), span));
             let [waited, ran] = times;
             table.add_row(
-                [view.id.clone(), view.user(), view.pool(), status(view), waited, ran].map(|cell| one_line(&cell)),
+                [view.id.clone(), view.kind().as_str().to_owned(), view.user(), view.pool(), status(view), waited, ran]
+                    .map(|cell| one_line(&cell)),
             );
         }
         show(&table, &mut out);
@@ -86,14 +105,39 @@ async fn rejected(inspect: &Inspect, args: &List, json: bool, out: &mut Out) -> 
     Ok(())
 }
 
+async fn unserved(store: &Store, args: &List, json: bool, out: &mut Out) -> Result<(), Failure> {
+    let lines = overview::unserved(store).await?;
+    let wanted = |line: &&UnservedLine| {
+        args.user.as_ref().is_none_or(|user| *user == line.user)
+            && args.pool.as_ref().is_none_or(|pool| pool.as_str() == line.pool)
+    };
+    let mut lines = lines.iter().filter(wanted);
+    let mut table = table(&["POOL", "USER", "JOBS", "OLDEST"]);
+    for line in lines.by_ref().take(args.limit) {
+        if json {
+            out.json(&json!(line));
+        }
+        let oldest = line.oldest_waited_ms.map_or("-".into(), |ms| span(Duration::from_millis(ms)));
+        table.add_row([one_line(&line.pool), one_line(&line.user), line.jobs.to_string(), oldest]);
+    }
+    if !json {
+        show(&table, out);
+    }
+    if lines.next().is_some() {
+        complain(format_args!("there are more than {}: see --limit", args.limit));
+    }
+    Ok(())
+}
+
 /// A table without frames. Programs are better served by `--json`.
-fn table(header: &[&str]) -> Table {
+pub fn table(header: &[&str]) -> Table {
     let mut table = Table::new();
     table.load_style(NOTHING).set_header(header.iter().copied());
     table
 }
 
-fn show(table: &Table, out: &mut Out) {
+/// Writes a table.
+pub fn show(table: &Table, out: &mut Out) {
     for line in table.lines() {
         out.line(line.trim_end());
     }

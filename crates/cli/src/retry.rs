@@ -3,9 +3,9 @@
 use console::{Common, Failure, Out, complain, one_line};
 use queue_core::config::{self, Secret};
 use queue_core::ids::JobId;
-use queue_core::inspect::{Filter, Inspect};
+use queue_core::inspect::{Filter, Inspect, Kind};
 use queue_core::model::Status;
-use queue_core::retry::{Retried, Retrier};
+use queue_core::retry::{PAGE, Retried, Retrier};
 use serde_json::json;
 
 use crate::cli::{REFUSED, RetryArgs};
@@ -26,7 +26,7 @@ pub async fn run(common: &Common, args: RetryArgs) -> Result<u8, Failure> {
     let mut out = Out::default();
     let (mut refused, mut missing) = (false, false);
     // A page at a time: whoever interrupts it sees what was done.
-    for page in ids.chunks(20) {
+    for page in ids.chunks(PAGE) {
         for (id, result) in page.iter().zip(retrier.retry(page).await?) {
             let (word, why) = match &result {
                 Retried::Queued => ("queued", None),
@@ -64,12 +64,19 @@ async fn selected(inspect: &Inspect, args: &RetryArgs) -> Result<Vec<JobId>, Fai
     };
     let mut ids = Vec::new();
     for status in statuses {
-        let filter = Filter { user: args.user.clone(), pool: args.pool.clone(), status: Some(status), before_ms: None };
+        let filter = Filter {
+            user: args.user.clone(),
+            pool: args.pool.clone().map(String::from),
+            status: Some(status),
+            ..Filter::default()
+        };
         let views = inspect.list(&filter, MOST + 1).await?;
         if views.len() > MOST {
             complain(format_args!("there are more than {MOST} jobs that are {status}: call again for the rest"));
         }
-        ids.extend(views.iter().take(MOST).filter_map(|view| JobId::new(view.id.as_str()).ok()));
+        // Rows of batches are not tried again as jobs are: who selects jobs does not mean them.
+        let jobs = views.iter().take(MOST).filter(|view| !matches!(view.kind(), Kind::Batch | Kind::Part));
+        ids.extend(jobs.filter_map(|view| JobId::new(view.id.as_str()).ok()));
     }
     Ok(ids)
 }

@@ -1,9 +1,11 @@
 //! `drayman status`: everything about a job, but for its connection, and its SQL unless asked for.
 
 use console::{Common, Failure, Out, complain, one_line, plain, span};
-use queue_core::inspect::{Inspect, JobView, StatementView};
+use queue_core::batch::Batches;
+use queue_core::inspect::{Inspect, JobView, Kind, StatementView};
 use serde_json::{Map, Value, json};
 
+use crate::batch;
 use crate::cli::StatusArgs;
 use crate::watch::not_found;
 
@@ -21,12 +23,21 @@ const SHOWN: &[(&str, &str)] = &[
     ("unclean", "unclean ends"),
     ("max_attempts", "max attempts"),
     ("run", "run"),
+    ("part", "part"),
     ("timeout", "timeout, ms"),
+    ("deadline", "deadline, ms"),
+    ("priority", "priority"),
+    ("unique", "unique key"),
+    ("unique_scope", "its scope"),
 ];
+
+/// So much of a result is shown. `drayman result` writes all of it.
+const RESULT_SHOWN_BYTES: usize = 4_096;
 
 /// Shows jobs.
 pub async fn run(common: &Common, args: StatusArgs) -> Result<u8, Failure> {
-    let (_, store) = common.connect().await?;
+    let (config, store) = common.connect().await?;
+    let batches = Batches::new(store.clone(), config.limits);
     let inspect = Inspect::new(store);
     let mut out = Out::default();
     let mut code = console::OK;
@@ -36,12 +47,14 @@ pub async fn run(common: &Common, args: StatusArgs) -> Result<u8, Failure> {
             code = console::NOT_FOUND;
             continue;
         };
-        if common.json {
+        if position > 0 && !common.json {
+            out.line("");
+        }
+        if view.kind() == Kind::Batch {
+            batch::show_by_id(&batches, id, common.json, &mut out).await?;
+        } else if common.json {
             out.json(&as_json(&view, args.show_query));
         } else {
-            if position > 0 {
-                out.line("");
-            }
             as_text(&view, args.show_query, inspect.now_ms().await?, &mut out);
         }
     }
@@ -56,6 +69,7 @@ fn statements(view: &JobView, show_query: bool) -> Vec<StatementView> {
 fn as_json(view: &JobView, show_query: bool) -> Value {
     let mut object = Map::new();
     object.insert("id".into(), view.id.clone().into());
+    object.insert("kind".into(), view.kind().as_str().into());
     object.insert("user".into(), view.user().into());
     object.insert("pool".into(), view.pool().into());
     object.insert("status".into(), view.status().into());
@@ -64,7 +78,21 @@ fn as_json(view: &JobView, show_query: bool) -> Value {
             object.insert((*field).into(), text.into());
         }
     }
-    object.insert("statements".into(), json!(statements(view, show_query)));
+    let tags = view.tags();
+    if !tags.is_empty() {
+        object.insert("tags".into(), json!(tags));
+    }
+    if let Some((app, op)) = view.handler().filter(|_| view.is_task()) {
+        object.insert("app".into(), app.into());
+        object.insert("op".into(), op.into());
+        object.insert("progress".into(), json!(view.progress()));
+        object.insert("messages".into(), json!(view.messages()));
+        object.insert("files".into(), json!(view.files()));
+        object.insert("log".into(), json!(view.log()));
+        object.insert("result".into(), result_json(view));
+    } else if view.kind() == Kind::Sql {
+        object.insert("statements".into(), json!(statements(view, show_query)));
+    }
     if let Some(results) = view.results() {
         object.insert("results".into(), results);
     }
@@ -119,6 +147,9 @@ fn as_text(view: &JobView, show_query: bool, now_ms: u64, out: &mut Out) {
             }
         }
     }
+    if view.is_task() {
+        task_lines(view, out);
+    }
     let results = view.results().unwrap_or_default();
     for (position, statement) in statements(view, show_query).iter().enumerate() {
         as_line(position, statement, &results, out);
@@ -128,6 +159,60 @@ fn as_text(view: &JobView, show_query: bool, now_ms: u64, out: &mut Out) {
             out.line(format_args!("{step:<14}{}", one_line(&result_text(result))));
         }
     }
+}
+
+/// What a task has told and handed back.
+fn task_lines(view: &JobView, out: &mut Out) {
+    let mut line = |name: &str, text: &str| out.line(format_args!("{name:<14}{}", one_line(text)));
+    let tags = view.tags();
+    if !tags.is_empty() {
+        line("tags", &tags.join(", "));
+    }
+    if let Some(progress) = view.progress() {
+        let total = progress.total.map(|total| format!(" of {total}")).unwrap_or_default();
+        let note = progress.note.map(|note| format!(", {note}")).unwrap_or_default();
+        line("progress", &format!("{}{total}{note}", progress.done));
+    }
+    for message in view.messages() {
+        let field = message.field.map(|field| format!(" {field}")).unwrap_or_default();
+        line("message", &format!("{} {}{field} {}", message.msgid, message.errcode, message.vals.join(", ")));
+    }
+    for (name, file) in view.files() {
+        line("file", &format!("{name}, {} bytes", file.bytes));
+    }
+    if let Some(object) = view.result_object() {
+        let bytes = view.text("result_bytes").unwrap_or_else(|| "?".into());
+        line("result", &format!("{bytes} bytes, {object} in the object store"));
+    } else if let Some(payload) = view.result() {
+        match payload.read::<Value>() {
+            Ok(value) => line("result", &cut(value.to_string())),
+            Err(_) => line("result", &format!("{} bytes of {}", payload.bytes.len(), payload.encoding)),
+        }
+    }
+    for told in view.log() {
+        line("log", &told);
+    }
+}
+
+/// A result as JSON, if it is small; else what there is to say of it.
+fn result_json(view: &JobView) -> Value {
+    if let Some(object) = view.result_object() {
+        return json!({ "object": object, "bytes": view.text("result_bytes"), "encoding": view.text("result_encoding") });
+    }
+    let Some(payload) = view.result() else { return Value::Null };
+    let (bytes, encoding) = (payload.bytes.len(), payload.encoding);
+    match payload.read::<Value>() {
+        Ok(value) if bytes <= RESULT_SHOWN_BYTES => json!({ "value": value, "bytes": bytes, "encoding": encoding }),
+        _ => json!({ "bytes": bytes, "encoding": encoding }),
+    }
+}
+
+fn cut(mut text: String) -> String {
+    if text.len() > RESULT_SHOWN_BYTES {
+        text.truncate(text.floor_char_boundary(RESULT_SHOWN_BYTES));
+        text.push('…');
+    }
+    text
 }
 
 fn as_line(position: usize, statement: &StatementView, results: &Value, out: &mut Out) {

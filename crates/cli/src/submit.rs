@@ -2,15 +2,22 @@
 
 use std::io::{BufRead, Read};
 use std::num::NonZeroU32;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use console::{Common, Failure, Out, complain};
 use queue_core::Store;
 use queue_core::config::{self, Limits, TelemetryConfig};
-use queue_core::ids::{JobId, User};
+use queue_core::follow::Move;
+use queue_core::handle::JobHandle;
+use queue_core::ids::{App, JobId, Op, User};
 use queue_core::job::CALL_MAX;
 use queue_core::model::retry::{NoBackoff, NoSqlState, RetryChoice};
-use queue_core::producer::{Confirmed, ConfirmedProducer, Database, EnqueueError, NewJob, Producer, Submitted};
+use queue_core::model::task::{Encoding, Payload};
+use queue_core::objects::Objects;
+use queue_core::producer::{
+    Confirmed, ConfirmedProducer, Database, EnqueueError, NewJob, NoPriority, NoUniqueScope, Priority, Producer,
+    SqlWork, Submitted, TaskWork, Unique, UniqueScope, Work,
+};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use telemetry::{LogConfig, LogLevel, Telemetry};
@@ -18,7 +25,8 @@ use tokio::sync::mpsc;
 use tracing::Instrument;
 
 use crate::cli::{FAILED, NOT_OVER, REFUSED, Submit, UNCONFIRMED};
-use crate::follow::{Move, follow};
+use crate::follow::follow;
+use crate::result;
 use crate::watch;
 
 /// Longest line of `--jsonl`. More than any limit on payloads lets through.
@@ -55,6 +63,25 @@ struct Order {
     idempotent: Option<bool>,
     delay: Option<String>,
     run_at: Option<String>,
+    priority: Option<String>,
+    unique: Option<String>,
+    tags: Option<Vec<String>>,
+    app: Option<String>,
+    op: Option<String>,
+    #[serde(deserialize_with = "said")]
+    input: Option<Value>,
+    /// The input as it is written, from the command line.
+    #[serde(skip)]
+    written_input: Option<Vec<u8>>,
+    #[serde(deserialize_with = "said")]
+    context: Option<Value>,
+    encoding: Option<Encoding>,
+    deadline: Option<String>,
+}
+
+/// A value that is said, be it `null`.
+fn said<'de, D: serde::Deserializer<'de>>(from: D) -> Result<Option<Value>, D::Error> {
+    Value::deserialize(from).map(Some)
 }
 
 impl Order {
@@ -62,7 +89,12 @@ impl Order {
     fn or(self, other: &Order) -> Order {
         let other = other.clone();
         let names_host = [&self.host, &self.dbname, &self.dbuser, &self.pass].iter().any(|field| field.is_some());
-        // Where it runs is said in one way or in the other.
+        // What it is and where it runs is said in one way or in the other.
+        let other = match (self.app.is_some(), self.database.is_some() || names_host || self.query.is_some()) {
+            (true, _) => Order { database: None, query: None, ..other.without_connection() },
+            (_, true) => Order { app: None, op: None, input: None, written_input: None, context: None, ..other },
+            _ => other,
+        };
         let connection = if self.database.is_some() { Order::default() } else { other.clone() };
         Order {
             id: self.id,
@@ -85,33 +117,30 @@ impl Order {
             idempotent: self.idempotent.or(other.idempotent),
             delay: self.delay.or(other.delay),
             run_at: self.run_at.or(other.run_at),
+            priority: self.priority.or(other.priority),
+            unique: self.unique.or(other.unique),
+            tags: self.tags.or(other.tags),
+            app: self.app.or(other.app),
+            op: self.op.or(other.op),
+            written_input: if self.input.is_some() { None } else { self.written_input.or(other.written_input) },
+            input: self.input.or(other.input),
+            context: self.context.or(other.context),
+            encoding: self.encoding.or(other.encoding),
+            deadline: self.deadline.or(other.deadline),
         }
     }
 
-    fn into_job(self) -> Result<NewJob, String> {
-        let user = User::new(self.user.ok_or("user is missing")?).map_err(|fault| fault.to_string())?;
-        let database = match (self.database, self.host) {
-            (Some(_), Some(_)) => return Err("database and host exclude each other".into()),
-            (Some(name), None) => Database::Named(name),
-            (None, Some(host)) => Database::Connection {
-                host,
-                port: self.port.unwrap_or(5432),
-                dbname: self.dbname.ok_or("dbname is missing")?,
-                dbuser: self.dbuser.ok_or("dbuser is missing")?,
-                pass: self.pass.unwrap_or_default(),
-            },
-            (None, None) => return Err("database or host is missing".into()),
-        };
-        let query = match self.query.ok_or("query is missing")? {
-            Value::String(text) => text,
-            form => form.to_string(),
-        };
-        let mut job = NewJob::new(user, database, query);
+    fn without_connection(self) -> Order {
+        Order { host: None, port: None, dbname: None, dbuser: None, pass: None, ..self }
+    }
+
+    fn into_job(mut self) -> Result<NewJob, String> {
+        let user = User::new(self.user.take().ok_or("user is missing")?).map_err(|fault| fault.to_string())?;
+        let work = if self.app.is_some() { Work::Task(self.take_task()?) } else { Work::Sql(self.take_sql()?) };
+        let mut job = NewJob::of(user, work);
         if let Some(id) = self.id {
             job.id = JobId::new(id).map_err(|fault| fault.to_string())?;
         }
-        job.onsuccess = self.onsuccess;
-        job.onerror = self.onerror;
         job.timeout = duration("timeout", self.timeout)?;
         job.retry = RetryChoice {
             max_attempts: self.max_attempts,
@@ -124,14 +153,82 @@ impl Order {
                 .transpose()
                 .map_err(|fault: NoSqlState| format!("retry_on: {fault}"))?,
         };
-        job.idempotent = self.idempotent.unwrap_or(false);
-        job.run_at = self
-            .run_at
-            .map(|text| humantime::parse_rfc3339_weak(&text))
-            .transpose()
-            .map_err(|fault| format!("run_at is no time: {fault}"))?;
+        job.run_at = time("run_at", self.run_at)?;
+        job.deadline = time("deadline", self.deadline)?;
         job.delay = duration("delay", self.delay)?.unwrap_or_default();
+        job.priority = self
+            .priority
+            .map_or(Ok(Priority::Normal), |word| word.parse())
+            .map_err(|fault: NoPriority| fault.to_string())?;
+        job.unique = self.unique.map(unique).transpose()?;
+        job.tags = self.tags.unwrap_or_default();
         Ok(job)
+    }
+
+    /// The call of a handler that it describes.
+    fn take_task(&mut self) -> Result<TaskWork, String> {
+        let of_sql = [
+            ("database", self.database.is_some()),
+            ("host", self.host.is_some()),
+            ("query", self.query.is_some()),
+            ("onsuccess", self.onsuccess.is_some()),
+            ("onerror", self.onerror.is_some()),
+            ("retry_on", self.retry_on.is_some()),
+            ("idempotent", self.idempotent.is_some()),
+        ];
+        if let Some((name, _)) = of_sql.iter().find(|(_, said)| *said) {
+            return Err(format!("{name} is for SQL jobs, app for tasks"));
+        }
+        let app = App::new(self.app.take().unwrap_or_default()).map_err(|fault| fault.to_string())?;
+        let op = Op::new(self.op.take().ok_or("op is missing")?).map_err(|fault| fault.to_string())?;
+        let encoding = self.encoding.unwrap_or_default();
+        let write = |value: Value| Payload::write(encoding, &value).map_err(|fault| fault.to_string());
+        let input = match self.written_input.take() {
+            Some(bytes) => Payload { encoding, bytes },
+            // A handler that needs no input is given none.
+            None => write(self.input.take().unwrap_or(Value::Null))?,
+        };
+        let readable = input.read::<serde::de::IgnoredAny>();
+        readable.map_err(|fault| format!("the input is no {encoding}: {}", without_values(&fault.to_string())))?;
+        let context = self.context.take().map(write).transpose()?;
+        Ok(TaskWork { app, op, input, context })
+    }
+
+    /// The SQL job that it describes.
+    fn take_sql(&mut self) -> Result<SqlWork, String> {
+        let of_tasks = [
+            ("op", self.op.is_some()),
+            ("input", self.input.is_some()),
+            ("context", self.context.is_some()),
+            ("encoding", self.encoding.is_some()),
+            ("deadline", self.deadline.is_some()),
+        ];
+        if let Some((name, _)) = of_tasks.iter().find(|(_, said)| *said) {
+            return Err(format!("{name} is for tasks, and app is missing"));
+        }
+        let database = match (self.database.take(), self.host.take()) {
+            (Some(_), Some(_)) => return Err("database and host exclude each other".into()),
+            (Some(name), None) => Database::Named(name),
+            (None, Some(host)) => Database::Connection {
+                host,
+                port: self.port.unwrap_or(5432),
+                dbname: self.dbname.take().ok_or("dbname is missing")?,
+                dbuser: self.dbuser.take().ok_or("dbuser is missing")?,
+                pass: self.pass.take().unwrap_or_default(),
+            },
+            (None, None) => return Err("database or host is missing".into()),
+        };
+        let query = match self.query.take().ok_or("query is missing")? {
+            Value::String(text) => text,
+            form => form.to_string(),
+        };
+        Ok(SqlWork {
+            query,
+            onsuccess: self.onsuccess.take(),
+            onerror: self.onerror.take(),
+            database,
+            idempotent: self.idempotent.unwrap_or(false),
+        })
     }
 }
 
@@ -140,10 +237,25 @@ fn duration(name: &str, text: Option<String>) -> Result<Option<Duration>, String
     parsed.map_err(|fault| format!("{name} is no duration: {fault}"))
 }
 
+fn time(name: &str, text: Option<String>) -> Result<Option<SystemTime>, String> {
+    let parsed = text.map(|text| humantime::parse_rfc3339_weak(&text)).transpose();
+    parsed.map_err(|fault| format!("{name} is no time: {fault}"))
+}
+
+/// A unique key, and behind a last `=` its scope.
+fn unique(text: String) -> Result<Unique, String> {
+    let Some((key, scope)) = text.rsplit_once('=') else {
+        return Ok(Unique { key: text, scope: UniqueScope::UntilDone });
+    };
+    let scope = scope.parse().map_err(|fault: NoUniqueScope| format!("unique: {fault}"))?;
+    Ok(Unique { key: key.to_owned(), scope })
+}
+
 /// What happened to what was submitted.
 struct Report {
     json: bool,
     many: bool,
+    result_only: bool,
     out: Out,
     codes: Vec<u8>,
     ids: Vec<String>,
@@ -161,7 +273,9 @@ impl Report {
                     }
                     self.out.json(&line);
                 } else {
-                    self.out.line(id);
+                    if !self.result_only {
+                        self.out.line(id);
+                    }
                     if there {
                         complain(format_args!("job {id} was there already, nothing was changed"));
                     }
@@ -176,7 +290,8 @@ impl Report {
             }
             Err(error) => {
                 let (code, word) = match &error {
-                    EnqueueError::Invalid(_) => (console::USAGE, "invalid"),
+                    EnqueueError::Invalid(_) | EnqueueError::InvalidSql(_) => (console::USAGE, "invalid"),
+                    EnqueueError::Held { .. } => (REFUSED, "held"),
                     EnqueueError::Full { .. }
                     | EnqueueError::TooLarge { .. }
                     | EnqueueError::NoRoom { .. }
@@ -252,36 +367,54 @@ impl Way {
 
 /// Submits, and waits if asked to.
 pub async fn run(common: &Common, args: Submit) -> Result<u8, Failure> {
-    let order = order(&args)?;
     let wait = args.wait;
     let replicas = (args.replicas, args.replicas_timeout);
-    let mut report = Report { json: common.json, many: args.jsonl, out: Out::default(), codes: vec![], ids: vec![] };
-    let store = if args.jsonl {
+    let many = args.jsonl;
+    // Of one task that is waited for, standard output has the result alone.
+    let result_only = !many && !common.json && wait.is_some() && args.app.is_some();
+    let (out, codes, ids) = (Out::default(), vec![], vec![]);
+    let mut report = Report { json: common.json, many, result_only, out, codes, ids };
+    let (config, store) = if many {
+        let order = order(&args)?;
         let (config, store) = common.connect().await?;
-        submit_lines(&Way::of(store.clone(), config.limits, replicas).await?, &order, &mut report).await;
-        store
+        submit_lines(&Way::of(store.clone(), config.limits.clone(), replicas).await?, &order, &mut report).await;
+        (config, store)
     } else {
         // What can't be a job is refused before anything is connected to.
-        let job = order.into_job().map_err(Failure::usage)?;
+        let job = job(&args)?;
         let id = job.id.clone();
         let (config, store) = common.connect().await?;
         let traces = traces(&config.telemetry)?;
-        let result = enqueue(&Way::of(store.clone(), config.limits, replicas).await?, job).await;
+        let result = enqueue(&Way::of(store.clone(), config.limits.clone(), replicas).await?, job).await;
         if let Some(traces) = traces {
             traces.stop().await;
         }
         report.done(1, id.as_str(), result);
-        store
+        (config, store)
     };
     if let Some(limit) = wait {
         let (ids, json) = (std::mem::take(&mut report.ids), report.json);
+        let mut done = Vec::new();
         let out = &mut report.out;
-        let ended = follow(&store, ids, limit, |movement| match &movement {
-            // Standard output has the ids alone, for scripts.
-            Move::To { id, status, .. } if !json => complain(format_args!("{id} {status}")),
-            _ => watch::show(out, json, &movement),
+        let ended = follow(&store, ids, limit, |movement| {
+            match movement {
+                // Standard output has the ids, or a result, alone, for scripts.
+                Move::To { id, status, .. } if !json => complain(format_args!("{id} {status}")),
+                Move::Over { view, told: false } if !json => complain(format_args!("{} {}", view.id, view.status())),
+                _ => watch::show(out, json, movement),
+            }
+            if let Move::Over { view, .. } = movement
+                && view.is_task()
+            {
+                done.extend(JobId::new(view.id.as_str()).ok());
+            }
         });
         report.codes.push(ended.await?.code());
+        for id in done {
+            let handle = JobHandle::new(store.clone(), id).with_objects(Objects::open(&config.objects)?);
+            let code = result::show(&handle, many, json, &mut report.out).await?;
+            report.codes.push(code);
+        }
     }
     store.close().await;
     Ok(report.code())
@@ -308,34 +441,23 @@ async fn enqueue(way: &Way, mut job: NewJob) -> Result<Accepted, EnqueueError> {
     way.enqueue_many(vec![job]).instrument(span).await.remove(0)
 }
 
+/// The job that the command line describes.
+pub fn job(args: &Submit) -> Result<NewJob, Failure> {
+    order(args)?.into_job().map_err(Failure::usage)
+}
+
 /// What the command line says.
 fn order(args: &Submit) -> Result<Order, Failure> {
-    let pass = match (&args.pass_file, &args.database) {
-        (Some(path), _) => {
+    let pass = match (&args.pass_file, &args.database, &args.app) {
+        (Some(path), ..) => {
             let read = std::fs::read_to_string(path);
             let text = read.map_err(|fault| Failure::usage(format!("cannot read {}: {fault}", path.display())))?;
             Some(text.trim_end_matches(['\r', '\n']).to_owned())
         }
-        (None, None) => std::env::var(config::PASS_VARIABLE).ok(),
-        (None, Some(_)) => None,
+        (None, None, None) => std::env::var(config::PASS_VARIABLE).ok(),
+        (None, ..) => None,
     };
-    let query = match (&args.file, args.sql.as_slice()) {
-        _ if args.jsonl => None,
-        (Some(path), _) => {
-            let read = std::fs::read_to_string(path);
-            Some(read.map_err(|fault| Failure::usage(format!("cannot read {}: {fault}", path.display())))?.into())
-        }
-        (None, []) => return Err(Failure::usage("there is no query: give SQL, --file or -")),
-        (None, [dash]) if dash == "-" => {
-            let mut text = String::new();
-            let read = std::io::stdin().lock().take(LINE_MAX_BYTES).read_to_string(&mut text);
-            read.map_err(|fault| Failure::usage(format!("cannot read standard input: {fault}")))?;
-            Some(text.into())
-        }
-        (None, [text]) => Some(text.clone().into()),
-        (None, texts) => Some(texts.into()),
-    };
-    Ok(Order {
+    let mut order = Order {
         id: args.id.clone(),
         user: args.user.clone(),
         database: args.database.clone(),
@@ -344,7 +466,6 @@ fn order(args: &Submit) -> Result<Order, Failure> {
         dbname: args.dbname.clone(),
         dbuser: args.dbuser.clone(),
         pass,
-        query,
         onsuccess: args.onsuccess.clone(),
         onerror: args.onerror.clone(),
         timeout: args.timeout.clone(),
@@ -356,6 +477,71 @@ fn order(args: &Submit) -> Result<Order, Failure> {
         idempotent: args.idempotent.then_some(true),
         run_at: args.run_at.clone(),
         delay: args.delay.clone(),
+        priority: args.priority.clone(),
+        unique: args.unique.clone(),
+        tags: Some(args.tags.clone()).filter(|tags| !tags.is_empty()),
+        app: args.app.clone(),
+        op: args.op.clone(),
+        encoding: args.encoding,
+        deadline: args.deadline.clone(),
+        ..Order::default()
+    };
+    if let Some(context) = &args.context {
+        let fault = |fault| Failure::usage(format!("the context is no JSON: {fault}"));
+        order.context = Some(serde_json::from_str(context).map_err(fault)?);
+    }
+    if args.jsonl {
+        return Ok(order);
+    }
+    let told = told(args)?;
+    if args.app.is_none() {
+        order.query = Some(match told {
+            Told::Nothing => return Err(Failure::usage("there is no query: give SQL, --file or -")),
+            Told::Bytes(bytes) => {
+                String::from_utf8(bytes).map_err(|_| Failure::usage("the query is not UTF-8"))?.into()
+            }
+            Told::Texts(texts) if texts.len() == 1 => texts[0].clone().into(),
+            Told::Texts(texts) => texts.into(),
+        });
+        return Ok(order);
+    }
+    match told {
+        Told::Nothing => {}
+        Told::Bytes(bytes) => order.written_input = Some(bytes),
+        Told::Texts([text]) if args.encoding != Some(Encoding::MsgPack) => {
+            order.written_input = Some(text.clone().into_bytes());
+        }
+        Told::Texts([text]) => {
+            let fault = |fault| Failure::usage(format!("the input is no JSON: {fault}"));
+            order.input = Some(serde_json::from_str(text).map_err(fault)?);
+        }
+        Told::Texts(_) => return Err(Failure::usage("a task has one input")),
+    }
+    Ok(order)
+}
+
+/// What a job is to work on, as the command line gives it.
+enum Told<'a> {
+    Nothing,
+    /// Of a file, or of standard input.
+    Bytes(Vec<u8>),
+    Texts(&'a [String]),
+}
+
+fn told(args: &Submit) -> Result<Told<'_>, Failure> {
+    Ok(match (&args.file, args.sql.as_slice()) {
+        (Some(path), _) => {
+            let fault = |fault| Failure::usage(format!("cannot read {}: {fault}", path.display()));
+            Told::Bytes(std::fs::read(path).map_err(fault)?)
+        }
+        (None, []) => Told::Nothing,
+        (None, [dash]) if dash == "-" => {
+            let mut bytes = Vec::new();
+            let read = std::io::stdin().lock().take(LINE_MAX_BYTES).read_to_end(&mut bytes);
+            read.map_err(|fault| Failure::usage(format!("cannot read standard input: {fault}")))?;
+            Told::Bytes(bytes)
+        }
+        (None, texts) => Told::Texts(texts),
     })
 }
 
@@ -434,6 +620,11 @@ fn read_lines() -> mpsc::Receiver<(usize, Result<String, String>)> {
 mod tests {
     use super::*;
 
+    fn sql(job: &NewJob) -> &SqlWork {
+        let Work::Sql(work) = &job.work else { panic!("no SQL job") };
+        work
+    }
+
     fn order(line: &str) -> Order {
         read_order(line).unwrap()
     }
@@ -443,15 +634,15 @@ mod tests {
         let named = Order { user: Some("u".into()), database: Some("d".into()), ..Order::default() };
         let hosted = order(r#"{"user":"v","host":"h","port":1,"dbname":"n","dbuser":"r","pass":"p","timeout":"5s"}"#);
         let job = order(r#"{"query":"q"}"#).or(&named).into_job().unwrap();
-        assert_eq!((job.user.as_str(), job.database), ("u", Database::Named("d".into())));
+        assert_eq!((job.user.as_str(), sql(&job).database.clone()), ("u", Database::Named("d".into())));
         let job = order(r#"{"query":"q","database":"d"}"#).or(&hosted).into_job().unwrap();
-        assert_eq!((job.user.as_str(), job.database), ("v", Database::Named("d".into())));
+        assert_eq!((job.user.as_str(), sql(&job).database.clone()), ("v", Database::Named("d".into())));
         assert_eq!(job.timeout, Some(Duration::from_secs(5)));
         let whole = hosted.clone().or(&Order { query: Some("q".into()), ..named.clone() }).into_job().unwrap();
-        assert!(matches!(whole.database, Database::Connection { port: 1, .. }));
+        assert!(matches!(sql(&whole).database, Database::Connection { port: 1, .. }));
         let part = order(r#"{"query":["a","b"],"host":"i"}"#).or(&hosted).into_job().unwrap();
-        assert!(matches!(part.database, Database::Connection { host, pass, .. } if host == "i" && pass == "p"));
-        assert_eq!(part.query, r#"["a","b"]"#);
+        assert!(matches!(&sql(&part).database, Database::Connection { host, pass, .. } if host == "i" && pass == "p"));
+        assert_eq!(sql(&part).query, r#"["a","b"]"#);
     }
 
     #[test]

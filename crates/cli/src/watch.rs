@@ -4,12 +4,13 @@ use std::time::{Duration, SystemTime};
 
 use console::{Common, Failure, Out, complain, one_line};
 use queue_core::Store;
-use queue_core::events::Events;
+use queue_core::events::{Event, Events};
+use queue_core::follow::Move;
 use queue_core::inspect::Inspect;
 use serde_json::json;
 
 use crate::cli::Watch;
-use crate::follow::{self, Move, follow};
+use crate::follow::{self, follow};
 
 /// How often the connection is tried that brings nothing but events.
 const PROBE: Duration = Duration::from_secs(5);
@@ -21,21 +22,26 @@ pub async fn run(common: &Common, args: Watch) -> Result<u8, Failure> {
     if args.ids.is_empty() {
         return endless(&store, args.user.as_deref(), &mut out, common.json).await;
     }
-    let ended = follow(&store, args.ids, None, |movement| show(&mut out, common.json, &movement)).await?;
+    let ended = follow(&store, args.ids, None, |movement| show(&mut out, common.json, movement)).await?;
     Ok(ended.code())
 }
 
 /// Shows one move; also what `submit --wait` shows.
 pub fn show(out: &mut Out, json: bool, movement: &Move) {
-    let at = humantime::format_rfc3339_millis(SystemTime::now());
     match movement {
-        Move::To { id, user, status } if json => {
-            out.json(&json!({ "at": at.to_string(), "id": id, "user": user, "status": status }));
-        }
-        Move::To { id, user, status } => {
-            out.line(format_args!("{at}  {}  {}  {}", one_line(id), one_line(user), one_line(status)));
-        }
+        Move::To { id, user, status } => show_status(out, json, id, user, status),
+        Move::Over { told: true, .. } => {}
+        Move::Over { view, told: false } => show_status(out, json, &view.id, &view.user(), &view.status()),
         Move::Gone(id) => complain(not_found(id)),
+    }
+}
+
+fn show_status(out: &mut Out, json: bool, id: &str, user: &str, status: &str) {
+    let at = humantime::format_rfc3339_millis(SystemTime::now());
+    if json {
+        out.json(&json!({ "at": at.to_string(), "id": id, "user": user, "status": status }));
+    } else {
+        out.line(format_args!("{at}  {}  {}  {}", one_line(id), one_line(user), one_line(status)));
     }
 }
 
@@ -53,7 +59,8 @@ async fn endless(store: &Store, user: Option<&str>, out: &mut Out, json: bool) -
         tokio::select! {
             event = events.next() => {
                 let Some(event) = event else { return Err(Failure::new(console::UNREACHABLE, "the connection was closed")) };
-                show(out, json, &Move::To { id: event.id, user: event.user, status: event.status });
+                let Event { user, id, status } = event;
+                show_status(out, json, &id, &user, &status);
             }
             _ = probe.tick() => match inspect.now_ms().await {
                 Ok(_) => away_since = None,

@@ -139,8 +139,8 @@ async fn list_filters() {
     assert_eq!(ran.err, "there are more than 2: see --limit\n");
     let words: Vec<Vec<&str>> = ran.out.lines().map(|line| line.split_whitespace().collect()).collect();
     assert_eq!(words.len(), 3, "{}", ran.out);
-    assert_eq!(words[0], ["ID", "USER", "POOL", "STATUS", "WAITED", "RAN"]);
-    assert_eq!(words[1][..4], ["runs", "ana", "db:app", "running"]);
+    assert_eq!(words[0], ["ID", "KIND", "USER", "POOL", "STATUS", "WAITED", "RAN"]);
+    assert_eq!(words[1][..5], ["runs", "sql", "ana", "db:app", "running"]);
     assert!(!ran.out.contains("marker"));
     finish(claim, "done").await;
 }

@@ -7,6 +7,7 @@ use std::process::ExitCode;
 use std::time::{Duration, SystemTime};
 
 use queue_core::config::{ClientConfig, ConfigError};
+use queue_core::objects::ObjectsError;
 use queue_core::{Error, Store};
 
 /// The flags that every program has.
@@ -68,6 +69,13 @@ impl From<Error> for Failure {
             Error::Config(_) | Error::Version { .. } => USAGE,
             _ => UNREACHABLE,
         };
+        Self::new(code, error)
+    }
+}
+
+impl From<ObjectsError> for Failure {
+    fn from(error: ObjectsError) -> Self {
+        let code = if matches!(error, ObjectsError::Config(_)) { USAGE } else { UNREACHABLE };
         Self::new(code, error)
     }
 }

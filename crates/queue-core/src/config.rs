@@ -21,7 +21,8 @@ use figment::{Figment, Profile, Provider};
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
-use crate::job::PAYLOAD_MAX;
+use crate::job::{PAYLOAD_MAX, RESULT_MAX_BYTES};
+use crate::model::batch::ROW_MAX_BYTES;
 
 /// The file that is read when no other is named; it may be missing.
 pub const DEFAULT_FILE: &str = "/etc/drayman/worker.toml";
@@ -29,14 +30,29 @@ pub const DEFAULT_FILE: &str = "/etc/drayman/worker.toml";
 pub const FILE_VARIABLE: &str = "DRAYMAN_CONFIG";
 /// The variable that holds a database's password for a job that is submitted. No part of the configuration.
 pub const PASS_VARIABLE: &str = "DRAYMAN_PASS";
+/// What the names of variables begin with that `drayman track run` gives to the program that it runs. No part of the configuration.
+pub const TRACK_PREFIX: &str = "DRAYMAN_TRACK_";
 /// What the names of variables begin with that only tests read.
 const TEST_PREFIX: &str = "DRAYMAN_TEST_";
 /// What the names of all other variables begin with.
 pub const PREFIX: &str = "DRAYMAN_";
 
 /// The sections that some binary knows. One file serves all of them, so each passes over the sections of the others.
-const SECTIONS: [&str; 10] =
-    ["redis", "limits", "worker", "sql", "databases", "capacity", "retry", "retention", "log", "telemetry"];
+const SECTIONS: [&str; 13] = [
+    "redis",
+    "limits",
+    "worker",
+    "sql",
+    "databases",
+    "tasks",
+    "handlers",
+    "capacity",
+    "retry",
+    "retention",
+    "objects",
+    "log",
+    "telemetry",
+];
 
 /// Where Redis is and how long to wait for it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -147,6 +163,16 @@ pub struct Limits {
     pub max_queued_per_user: NonZeroU32,
     /// Largest payload that is accepted, in bytes.
     pub max_payload_bytes: NonZeroU64,
+    /// Most tasks that one user may have queued for one handler.
+    pub max_queued_tasks: NonZeroU32,
+    /// Largest payload of a task, in bytes.
+    pub max_task_bytes: NonZeroU64,
+    /// Most rows of a batch.
+    pub max_batch_rows: NonZeroU64,
+    /// Largest input of a row, in bytes.
+    pub max_row_bytes: NonZeroU64,
+    /// Most bytes of all rows of a batch.
+    pub max_batch_bytes: ByteSize,
     /// How much memory Redis may use before nothing new is accepted.
     pub memory_high_water: HighWater,
 }
@@ -154,11 +180,16 @@ pub struct Limits {
 impl Limits {
     /// Checks what types alone don't.
     pub fn validate(&self) -> Result<(), Fault> {
-        if self.max_payload_bytes.get() > PAYLOAD_MAX {
-            return Err(Fault::new(
-                "limits.max_payload_bytes",
-                format!("is more than {PAYLOAD_MAX}, the most that any job may have"),
-            ));
+        for (key, bytes) in
+            [("limits.max_payload_bytes", self.max_payload_bytes), ("limits.max_task_bytes", self.max_task_bytes)]
+        {
+            if bytes.get() > PAYLOAD_MAX {
+                return Err(Fault::new(key, format!("is more than {PAYLOAD_MAX}, the most that any job may have")));
+            }
+        }
+        if self.max_row_bytes.get() > ROW_MAX_BYTES as u64 {
+            let reason = format!("is more than {ROW_MAX_BYTES}, the most that any row may have");
+            return Err(Fault::new("limits.max_row_bytes", reason));
         }
         Ok(())
     }
@@ -281,6 +312,11 @@ impl Default for Limits {
         Self {
             max_queued_per_user: const { NonZeroU32::new(64).unwrap() },
             max_payload_bytes: const { NonZeroU64::new(16_384).unwrap() },
+            max_queued_tasks: const { NonZeroU32::new(100_000).unwrap() },
+            max_task_bytes: const { NonZeroU64::new(1 << 18).unwrap() },
+            max_batch_rows: const { NonZeroU64::new(10_000_000).unwrap() },
+            max_row_bytes: const { NonZeroU64::new(1 << 16).unwrap() },
+            max_batch_bytes: ByteSize(2 << 30),
             memory_high_water: HighWater::Percent(90),
         }
     }
@@ -327,13 +363,13 @@ impl RetentionConfig {
     }
 }
 
-/// Where traces go.
+/// Where traces and metrics go.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct TelemetryConfig {
     /// An OpenTelemetry collector that takes OTLP over plain HTTP; without one nothing is exported.
     pub otlp_endpoint: Option<Url>,
-    /// What this service is called in traces.
+    /// What this service is called there.
     pub service_name: String,
 }
 
@@ -349,11 +385,54 @@ impl TelemetryConfig {
         match &self.otlp_endpoint {
             // The exporter is built without TLS: its HTTP client would bring a second cryptography library.
             Some(url) if !url.expose().starts_with("http://") => {
-                let reason = "does not begin with http://; a collector on this machine can pass traces on with TLS";
+                let reason = "does not begin with http://; a collector on this machine can pass everything on with TLS";
                 Err(Fault::new("telemetry.otlp_endpoint", reason))
             }
             _ => Ok(()),
         }
+    }
+}
+
+/// Where results and files of tasks lie that are too large for Redis.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ObjectsConfig {
+    /// `file:///folder`, or `s3://bucket/prefix` in programs that were built with the feature `s3`.
+    pub url: Url,
+    /// Results up to this size stay in the job's hash; at most 64 KiB.
+    pub max_inline_bytes: ByteSize,
+    /// Most bytes of a result or a file. A larger one fails its task.
+    pub max_object_bytes: ByteSize,
+}
+
+impl Default for ObjectsConfig {
+    fn default() -> Self {
+        Self {
+            url: Url::new("file:///var/lib/drayman/objects"),
+            max_inline_bytes: ByteSize(RESULT_MAX_BYTES),
+            max_object_bytes: ByteSize(64 << 20),
+        }
+    }
+}
+
+impl ObjectsConfig {
+    /// The folder, where it is one: an absolute path.
+    pub fn folder(&self) -> Option<PathBuf> {
+        self.url.expose().strip_prefix("file://").map(PathBuf::from)
+    }
+
+    /// Checks what types alone don't.
+    pub fn validate(&self) -> Result<(), Fault> {
+        match (self.folder(), self.url.expose().strip_prefix("s3://")) {
+            (Some(folder), _) if folder.is_absolute() && folder.components().count() > 1 => {}
+            (Some(_), _) => return Err(Fault::new("objects.url", "names no folder: file:///path/of/it")),
+            (None, Some(bucket)) if !bucket.is_empty() && !bucket.starts_with('/') => {}
+            (None, _) => return Err(Fault::new("objects.url", "is neither file:///folder nor s3://bucket/prefix")),
+        }
+        if self.max_inline_bytes.0 > RESULT_MAX_BYTES {
+            return Err(Fault::new("objects.max_inline_bytes", format!("is more than {RESULT_MAX_BYTES}")));
+        }
+        Ok(())
     }
 }
 
@@ -367,6 +446,8 @@ pub struct ClientConfig {
     pub limits: Limits,
     /// `[retention]`
     pub retention: RetentionConfig,
+    /// `[objects]`
+    pub objects: ObjectsConfig,
     /// `[telemetry]`
     pub telemetry: TelemetryConfig,
 }
@@ -383,6 +464,7 @@ impl Configuration for ClientConfig {
         self.redis.validate()?;
         self.limits.validate()?;
         self.retention.validate()?;
+        self.objects.validate()?;
         self.telemetry.validate()
     }
 }
@@ -717,7 +799,8 @@ fn overrides(layers: &Layers) -> Result<Vec<(String, String, String)>, ConfigErr
     let mut found = Vec::new();
     for (name, value) in &layers.variables {
         let begins = |prefix: &str| name.as_encoded_bytes().starts_with(prefix.as_bytes());
-        if !begins(PREFIX) || begins(TEST_PREFIX) || name == FILE_VARIABLE || name == PASS_VARIABLE {
+        let of_others = begins(TEST_PREFIX) || begins(TRACK_PREFIX) || name == FILE_VARIABLE || name == PASS_VARIABLE;
+        if !begins(PREFIX) || of_others {
             continue;
         }
         let (Some(name), Some(value)) = (name.to_str(), value.to_str()) else {

@@ -16,6 +16,15 @@ pub struct Event {
     pub status: String,
 }
 
+/// What a listener hears.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Heard {
+    /// A job has moved.
+    Move(Event),
+    /// The connection was lost and is there again: moves may have been missed.
+    Gap,
+}
+
 /// Events of some users, or of all.
 #[derive(Debug)]
 pub struct Events {
@@ -36,10 +45,23 @@ impl Events {
     /// The next event; `None` when the connection was closed for good.
     pub async fn next(&mut self) -> Option<Event> {
         loop {
+            if let Heard::Move(event) = self.hear().await? {
+                return Some(event);
+            }
+        }
+    }
+
+    /// The next event, or that events may have been missed; `None` when the connection was closed for good.
+    pub async fn hear(&mut self) -> Option<Heard> {
+        loop {
             let message = self.messages.recv().await?;
+            if message.is_gap() {
+                return Some(Heard::Gap);
+            }
             let Some(user) = message.channel.get(self.prefix..) else { continue };
             if let Some((id, status)) = message.text.split_once(' ') {
-                return Some(Event { user: user.to_owned(), id: id.to_owned(), status: status.to_owned() });
+                let event = Event { user: user.to_owned(), id: id.to_owned(), status: status.to_owned() };
+                return Some(Heard::Move(event));
             }
         }
     }

@@ -11,7 +11,17 @@ use serde::{Deserialize, Serialize};
 pub const JOB_ID_MAX_BYTES: usize = 128;
 /// Longest user name, in bytes.
 pub const USER_MAX_BYTES: usize = 128;
-/// Longest pool name, in bytes: a host name of 253 bytes and its prefix.
+/// Longest name of an application, in bytes.
+pub const APP_MAX_BYTES: usize = 128;
+/// Longest name of an operation, in bytes.
+pub const OP_MAX_BYTES: usize = 128;
+/// Longest name of a tracker, in bytes.
+pub const TRACKER_MAX_BYTES: usize = 128;
+/// Longest id of a tracked job, in bytes.
+pub const TRACK_ID_MAX_BYTES: usize = 256;
+/// Longest name of a schedule, in bytes. The ids of its jobs are made of it.
+pub const SCHEDULE_MAX_BYTES: usize = 64;
+/// Longest pool name, in bytes: a host name of 253 bytes and its prefix, or an application and its operation.
 pub const POOL_MAX_BYTES: usize = 264;
 
 /// Why a text is no identifier.
@@ -37,7 +47,7 @@ fn check(kind: &'static str, text: &str, max: usize, allowed: fn(char) -> bool) 
 }
 
 macro_rules! id {
-    ($(#[$doc:meta])* $name:ident, $kind:literal, $max:expr, $allowed:expr) => {
+    ($(#[$doc:meta])* $name:ident, $kind:literal, $max:expr, $allowed:expr $(, $canonical:expr)?) => {
         $(#[$doc])*
         #[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
         #[serde(try_from = "String", into = "String")]
@@ -48,6 +58,7 @@ macro_rules! id {
             pub fn new(text: impl Into<String>) -> Result<Self, IdError> {
                 let text = text.into();
                 check($kind, &text, $max, $allowed)?;
+                $(let text = $canonical(text);)?
                 Ok(Self(text))
             }
 
@@ -97,9 +108,39 @@ id! {
 }
 
 id! {
+    /// An application: whose handlers a task calls. Its letters keep their case. It has no dot, so that it ends where the
+    /// pool's name has its first.
+    App, "app", APP_MAX_BYTES, |c| c.is_ascii_graphic() && !matches!(c, '.' | ':' | '*')
+}
+
+id! {
     /// A set of jobs that share a capacity, and the unit of routing: `sql:<host>` for databases that a job names by its
-    /// connection, `db:<name>` for databases that the worker's configuration names.
-    Pool, "pool", POOL_MAX_BYTES, |c| !c.is_control() && c != ' '
+    /// connection, `db:<name>` for databases that the worker's configuration names, `<app>.<op>` for the tasks of a handler,
+    /// of which the operation may be written in any case.
+    Pool, "pool", POOL_MAX_BYTES, |c| !c.is_control() && c != ' ', |text: String| match handler_in(&text) {
+        Some((app, op)) => format!("{app}.{op}"),
+        None => text,
+    }
+}
+
+fn handler_in(pool: &str) -> Option<(App, Op)> {
+    let (app, op) = pool.split_once('.')?;
+    Some((App::new(app).ok()?, Op::new(op).ok()?))
+}
+
+id! {
+    /// A set of jobs whose status an application tracks. It has no colon, so that it ends where the record's key has its next.
+    TrackerName, "tracker", TRACKER_MAX_BYTES, |c| c.is_ascii_graphic() && !matches!(c, ':' | '*')
+}
+
+id! {
+    /// A tracked job, by the id that its application gives it. Any printable text.
+    TrackId, "id", TRACK_ID_MAX_BYTES, |c| !c.is_control()
+}
+
+id! {
+    /// A schedule: a job that recurs. It has no colon, so that it ends where the ids of its jobs have theirs.
+    ScheduleName, "schedule name", SCHEDULE_MAX_BYTES, |c| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-')
 }
 
 id! {
@@ -114,6 +155,51 @@ impl JobId {
     }
 }
 
+/// An operation of an application. Upper and lower case are the same: it is kept in lower case.
+#[derive(Debug, Clone, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Op(String);
+
+impl Op {
+    /// Checks a text and puts it into lower case.
+    pub fn new(text: impl AsRef<str>) -> Result<Self, IdError> {
+        let text = text.as_ref().to_ascii_lowercase();
+        check("op", &text, OP_MAX_BYTES, |c| c.is_ascii_graphic() && !matches!(c, ':' | '*'))?;
+        Ok(Self(text))
+    }
+
+    /// The text itself, in lower case.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Op {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl FromStr for Op {
+    type Err = IdError;
+    fn from_str(text: &str) -> Result<Self, IdError> {
+        Self::new(text)
+    }
+}
+
+impl TryFrom<String> for Op {
+    type Error = IdError;
+    fn try_from(text: String) -> Result<Self, IdError> {
+        Self::new(text)
+    }
+}
+
+impl From<Op> for String {
+    fn from(op: Op) -> String {
+        op.0
+    }
+}
+
 impl Pool {
     /// The pool of a database host that jobs name in their connection fields.
     pub fn of_host(host: &str) -> Result<Self, IdError> {
@@ -123,6 +209,17 @@ impl Pool {
     /// The pool of a database that the worker's configuration names.
     pub fn of_database(name: &str) -> Result<Self, IdError> {
         Self::new(format!("db:{name}"))
+    }
+
+    /// The pool of the tasks that one handler runs.
+    pub fn of_handler(app: &App, op: &Op) -> Self {
+        // Shorter than a pool's name may be, and of fewer characters.
+        Self(format!("{app}.{op}"))
+    }
+
+    /// The application and operation whose tasks the pool holds; `None` for a pool of SQL jobs.
+    pub fn handler(&self) -> Option<(App, Op)> {
+        handler_in(&self.0)
     }
 }
 
@@ -209,6 +306,28 @@ mod tests {
         assert!(JobId::new("3f2a-aa").is_ok());
         for bad in ["", "*/ drop table t; --", "a b", "a\n", "ü", &"x".repeat(129)] {
             assert!(JobId::new(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_handler_and_its_pool_name_each_other() {
+        let handler = |app: &str, op: &str| Some((App::new(app).unwrap(), Op::new(op).unwrap()));
+        for (app, op, name) in
+            [("Bank", "Pay", "Bank.pay"), ("a", "b.c", "a.b.c"), ("ab", "c", "ab.c"), ("a", "bc", "a.bc")]
+        {
+            let (the_app, the_op) = handler(app, op).unwrap();
+            let pool = Pool::of_handler(&the_app, &the_op);
+            assert_eq!((pool.as_str(), pool.handler()), (name, handler(app, op)));
+            assert_eq!(Pool::new(format!("{app}.{op}")).unwrap(), pool);
+        }
+        for sql in [Pool::of_host("db.example.org").unwrap(), Pool::of_database("main.x").unwrap()] {
+            assert_eq!(sql.handler(), None, "{sql}");
+        }
+        for bad in ["", "a.b", "a:b", "a b", "a*", "ä"] {
+            assert!(App::new(bad).is_err(), "{bad}");
+        }
+        for bad in ["", "a:b", "a b", "a*", "ä"] {
+            assert!(Op::new(bad).is_err(), "{bad}");
         }
     }
 

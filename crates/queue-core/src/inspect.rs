@@ -3,18 +3,19 @@
 //! Others write these keys too, so nothing is taken for granted: keys may hold another type, fields any bytes of any length.
 //! What is larger than the protocol accepts is not read, and what is found comes in pages, so that no reading is unbounded.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, UNIX_EPOCH};
 
 use serde::Serialize;
 use serde_json::Value;
 
 use crate::error::Error;
-use crate::ids::JobId;
-use crate::job::FIELDS;
+use crate::ids::{App, JobId, Op};
+use crate::job::{FIELDS, TOLD};
 use crate::model::Status;
 use crate::model::retry::{Try, read_history};
 use crate::model::sql::SqlJob;
+use crate::model::task::{File, Message, Payload, Progress};
 use crate::reply::Reply;
 use crate::scripts::{Inspected, Inspection};
 use crate::store::Store;
@@ -22,10 +23,15 @@ use crate::store::Store;
 /// Fields that tell what a job is and where it stands. Connection properties are never among them but for the host's name.
 const BRIEF: &[&str] = &[
     "user",
+    "kind",
     "status",
     "fallback_status",
     "host",
     "database",
+    "app",
+    "op",
+    "priority",
+    "tags",
     "created_at",
     "updated_at",
     "started_at",
@@ -37,8 +43,31 @@ const BRIEF: &[&str] = &[
 ];
 
 /// The fields of a whole view, besides those.
-const MORE: &[&str] =
-    &["query", "onsuccess", "onerror", "failed_reason", "results", "timeout", "max_attempts", "history", "run"];
+const MORE: &[&str] = &[
+    "query",
+    "onsuccess",
+    "onerror",
+    "failed_reason",
+    "results",
+    "timeout",
+    "deadline",
+    "max_attempts",
+    "history",
+    "run",
+    "part",
+    "unique",
+    "unique_scope",
+    "unique_ms",
+    "encoding",
+    "result",
+    "result_encoding",
+    "result_object",
+    "result_bytes",
+    "messages",
+    "files",
+    "progress",
+    "log",
+];
 
 /// Most bytes of a field that the table of the protocol's fields does not name.
 const OTHER_MAX_BYTES: usize = 1_024;
@@ -52,7 +81,9 @@ const WHOLE_PAGE: usize = 20;
 const IDS_PAGE: usize = 1_000;
 
 fn with_limits(names: impl IntoIterator<Item = &'static &'static str>) -> Vec<(&'static str, usize)> {
-    let limit = |name: &str| FIELDS.iter().find(|(field, _)| *field == name).map_or(OTHER_MAX_BYTES, |(_, most)| *most);
+    let limits =
+        || FIELDS.iter().map(|(field, most, _)| (field, most)).chain(TOLD.iter().map(|(field, most)| (field, most)));
+    let limit = |name: &str| limits().find(|(field, _)| **field == name).map_or(OTHER_MAX_BYTES, |(_, most)| *most);
     names.into_iter().map(|name| (*name, limit(name))).collect()
 }
 
@@ -105,10 +136,12 @@ impl JobView {
         self.text("user").unwrap_or_default()
     }
 
-    /// Its status, as the hash has it; but whether it runs is decided by its claim alone.
+    /// Its status, as the hash has it; but whether it runs is decided by its claim alone. Of a batch the parts are claimed, and it
+    /// says itself how it stands.
     pub fn status(&self) -> String {
         let status = self.text("status").unwrap_or_else(|| "pending".into());
         match status.parse() {
+            _ if self.kind() == Kind::Batch => status,
             Ok(Status::Running) if !self.claimed => Status::Pending.to_string(),
             Ok(Status::Pending | Status::Scheduled) if self.claimed => Status::Running.to_string(),
             _ => status,
@@ -125,13 +158,89 @@ impl JobView {
         }
     }
 
+    /// What sort of job it is.
+    pub fn kind(&self) -> Kind {
+        match self.text("kind").as_deref() {
+            Some("task") => Kind::Task,
+            Some("batch") => Kind::Batch,
+            Some("part") => Kind::Part,
+            _ => Kind::Sql,
+        }
+    }
+
+    /// It calls a handler.
+    pub fn is_task(&self) -> bool {
+        self.kind() == Kind::Task
+    }
+
+    /// The bytes of a field; none if it is not there.
+    pub fn bytes(&self, field: &str) -> Option<&[u8]> {
+        self.fields.get(field).map(Vec::as_slice)
+    }
+
     /// The pool that it belongs to.
     pub fn pool(&self) -> String {
+        if let Some((app, op)) = self.handler() {
+            return format!("{app}.{op}");
+        }
         let pool = match (self.text("database"), self.text("host")) {
             (Some(name), _) => format!("db:{name}"),
             (None, host) => format!("sql:{}", host.unwrap_or_default()),
         };
         pool.replace(|c: char| c.is_ascii_control() || c == ' ', "?")
+    }
+
+    /// The application and the operation that it calls; `None` for SQL.
+    pub fn handler(&self) -> Option<(String, String)> {
+        let name = |field| self.text(field).unwrap_or_default();
+        let calls = match self.kind() {
+            Kind::Task => true,
+            Kind::Batch | Kind::Part => self.text("app").is_some(),
+            Kind::Sql => false,
+        };
+        calls.then(|| (name("app"), name("op").to_ascii_lowercase()))
+    }
+
+    /// What it is filed under.
+    pub fn tags(&self) -> Vec<String> {
+        let tags = self.text("tags").unwrap_or_default();
+        tags.split(',').filter(|tag| !tag.is_empty()).map(str::to_owned).collect()
+    }
+
+    /// What a task hands back, where its hash holds it whole: see [`Self::result_object`] for the others. What is written
+    /// in no known encoding is none.
+    pub fn result(&self) -> Option<Payload> {
+        let encoding = self.text("result_encoding").unwrap_or_default().parse().ok()?;
+        Some(Payload { encoding, bytes: self.bytes("result")?.to_vec() })
+    }
+
+    /// The name of a task's result in the object store, if it is there.
+    pub fn result_object(&self) -> Option<String> {
+        self.text("result_object")
+    }
+
+    /// What a task says about its work, for programs. What others have written there and is no list of messages is none.
+    pub fn messages(&self) -> Vec<Message> {
+        self.json("messages").unwrap_or_default()
+    }
+
+    /// A task's output files by their logical names.
+    pub fn files(&self) -> BTreeMap<String, File> {
+        self.json("files").unwrap_or_default()
+    }
+
+    /// How far a task has come, if it says so.
+    pub fn progress(&self) -> Option<Progress> {
+        self.json("progress")
+    }
+
+    /// The lines that a task has told, the latest of them.
+    pub fn log(&self) -> Vec<String> {
+        self.text("log").unwrap_or_default().lines().map(str::to_owned).collect()
+    }
+
+    fn json<T: serde::de::DeserializeOwned>(&self, field: &str) -> Option<T> {
+        serde_json::from_slice(self.bytes(field)?).ok()
     }
 
     /// Nothing more of it will run.
@@ -207,6 +316,32 @@ impl JobView {
     /// Command tag and notices by step, as the worker wrote them.
     pub fn results(&self) -> Option<Value> {
         serde_json::from_str(&self.text("results")?).ok()
+    }
+}
+
+/// What sort of job a job is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// Statements.
+    Sql,
+    /// A call of a handler.
+    Task,
+    /// Rows that are worked on as one.
+    Batch,
+    /// Some rows of a batch, or what is to be done when all of them have ended.
+    Part,
+}
+
+impl Kind {
+    /// The word for it.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Kind::Sql => "sql",
+            Kind::Task => "task",
+            Kind::Batch => "batch",
+            Kind::Part => "part",
+        }
     }
 }
 
@@ -288,6 +423,14 @@ pub struct Filter {
     pub status: Option<Status>,
     /// Jobs submitted before this time, in Unix time in ms. A job that does not say when is never meant.
     pub before_ms: Option<u64>,
+    /// Jobs submitted at this time or later, in Unix time in ms. A job that does not say when is never meant.
+    pub since_ms: Option<u64>,
+    /// Tasks of this application.
+    pub app: Option<App>,
+    /// Tasks of this operation.
+    pub op: Option<Op>,
+    /// Jobs that are filed under this tag.
+    pub tag: Option<String>,
 }
 
 impl Filter {
@@ -297,6 +440,10 @@ impl Filter {
             && self.pool.as_ref().is_none_or(|pool| *pool == view.pool())
             && self.status.is_none_or(|status| status == view.stand())
             && self.before_ms.is_none_or(|before| view.time_ms("created_at").is_some_and(|at| at < before))
+            && self.since_ms.is_none_or(|since| view.time_ms("created_at").is_some_and(|at| at >= since))
+            && self.app.as_ref().is_none_or(|app| view.handler().is_some_and(|(name, _)| name == app.as_str()))
+            && self.op.as_ref().is_none_or(|op| view.handler().is_some_and(|(_, name)| name == op.as_str()))
+            && self.tag.as_ref().is_none_or(|tag| view.tags().contains(tag))
     }
 }
 
@@ -334,6 +481,12 @@ impl Inspect {
         self.read(&with_limits(BRIEF), BRIEF_PAGE, ids).await
     }
 
+    /// Which jobs have a hash; one answer each, in order.
+    pub async fn exist(&self, ids: &[JobId]) -> Result<Vec<bool>, Error> {
+        let found = self.store.inspect(&[], ids.iter().map(JobId::as_str)).await?;
+        Ok(found.iter().map(|found| matches!(found, Inspected::Found { .. })).collect())
+    }
+
     async fn read(
         &self,
         fields: &[(&'static str, usize)],
@@ -348,17 +501,18 @@ impl Inspect {
         Ok(views)
     }
 
-    /// Up to `limit` jobs in brief: first those that run, then those that wait, those that are scheduled, and those that
-    /// ended, the latest first.
+    /// Up to `limit` jobs in brief: first those that run, then those that wait, those that are scheduled, batches that are
+    /// elsewhere, and jobs that ended, the latest first.
     pub async fn list(&self, filter: &Filter, limit: usize) -> Result<Vec<JobView>, Error> {
         let places = match filter.status {
-            None => &[Place::Claims, Place::Queues, Place::Schedule, Place::Ended][..],
-            Some(Status::Running) => &[Place::Claims],
+            None => &[Place::Claims, Place::Queues, Place::Schedule, Place::OpenBatches, Place::Ended][..],
+            Some(Status::Held) => &[Place::OpenBatches],
+            Some(Status::Running) => &[Place::Claims, Place::OpenBatches],
             Some(Status::Scheduled) => &[Place::Schedule],
             Some(status) if status.is_final() => &[Place::Ended],
             Some(_) => &[Place::Queues],
         };
-        let mut walk = self.walk(filter.user.as_deref(), places);
+        let mut walk = self.walk(filter.user.as_deref(), places).only(filter);
         let mut found: Vec<JobView> = Vec::new();
         // A job that moves while we read is met twice.
         let mut seen = HashSet::new();
@@ -380,15 +534,27 @@ impl Inspect {
 
     /// Starts to go through the ids that stand in some places, for one user's queue or everybody's.
     pub fn walk(&self, user: Option<&str>, places: &[Place]) -> Walk {
+        let keys = self.store.keys();
+        let cursor = || b"0".to_vec();
         let queues = match user {
-            Some(user) => Stop::Queue { key: self.store.keys().queue(user).into_bytes(), at: 0 },
-            None => Stop::Queues { cursor: b"0".to_vec(), every_key: places.contains(&Place::AllQueues) },
+            Some(user) => {
+                vec![
+                    Stop::Lines { cursor: cursor(), user: Some(user.to_owned()), app: None },
+                    Stop::Line(format!("sql:{user}")),
+                ]
+            }
+            None if places.contains(&Place::AllQueues) => {
+                let patterns = [keys.low("*"), keys.tasks("*"), keys.queue("*"), keys.high("*")];
+                patterns.into_iter().map(|pattern| Stop::Keys { cursor: cursor(), pattern }).collect()
+            }
+            None => vec![Stop::Lines { cursor: cursor(), user: None, app: None }, Stop::Users { cursor: cursor() }],
         };
-        let stops = places.iter().rev().map(|place| match place {
-            Place::Claims => Stop::Claims { cursor: b"0".to_vec() },
+        let stops = places.iter().rev().flat_map(|place| match place {
+            Place::Claims => vec![Stop::Claims { cursor: cursor() }],
             Place::Queues | Place::AllQueues => queues.clone(),
-            Place::Schedule => Stop::Schedule { at: 0 },
-            Place::Ended => Stop::Ended { at: 0 },
+            Place::Schedule => vec![Stop::Schedule { at: 0 }],
+            Place::OpenBatches => vec![Stop::Batches { at: 0 }],
+            Place::Ended => vec![Stop::Ended { at: 0, since_ms: 0 }],
         });
         Walk { store: self.store.clone(), stops: stops.collect() }
     }
@@ -431,6 +597,8 @@ pub enum Place {
     AllQueues,
     /// Those that wait for a time.
     Schedule,
+    /// Batches that have not ended, the latest first: also those that are held, and those whose rows are all dealt.
+    OpenBatches,
     /// Those that have ended and are not yet forgotten, the latest first.
     Ended,
 }
@@ -446,11 +614,40 @@ pub struct Walk {
 
 #[derive(Debug, Clone)]
 enum Stop {
-    Claims { cursor: Vec<u8> },
-    Queues { cursor: Vec<u8>, every_key: bool },
-    Queue { key: Vec<u8>, at: usize },
-    Schedule { at: usize },
-    Ended { at: usize },
+    Claims {
+        cursor: Vec<u8>,
+    },
+    /// The users of the index of queues.
+    Users {
+        cursor: Vec<u8>,
+    },
+    /// The index of lines of tasks: those of a user or an application, or all.
+    Lines {
+        cursor: Vec<u8>,
+        user: Option<String>,
+        app: Option<App>,
+    },
+    /// All keys of a pattern.
+    Keys {
+        cursor: Vec<u8>,
+        pattern: String,
+    },
+    /// The lists of one line.
+    Line(String),
+    Queue {
+        key: Vec<u8>,
+        at: usize,
+    },
+    Schedule {
+        at: usize,
+    },
+    Batches {
+        at: usize,
+    },
+    Ended {
+        at: usize,
+        since_ms: u64,
+    },
 }
 
 impl Walk {
@@ -465,18 +662,45 @@ impl Walk {
                 self.stops.extend(next.map(|cursor| Stop::Claims { cursor }));
                 found.into_iter().step_by(2).collect()
             }
-            Stop::Queues { cursor, every_key } => {
-                let prefix = keys.queue("").into_bytes();
-                let (next, found) = if every_key {
-                    let pattern = keys.queue("*");
-                    self.scan("SCAN", &[&cursor, b"MATCH", pattern.as_bytes(), b"COUNT", b"1000"]).await?
-                } else {
-                    let users = keys.queued_users();
-                    self.scan("SSCAN", &[users.as_bytes(), &cursor, b"COUNT", b"500"]).await?
+            Stop::Users { cursor } => {
+                let users = keys.queued_users();
+                let (next, found) = self.scan("SSCAN", &[users.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
+                self.stops.extend(next.map(|cursor| Stop::Users { cursor }));
+                let line = |user| Some(Stop::Line(format!("sql:{}", String::from_utf8(user).ok()?)));
+                self.stops.extend(found.into_iter().filter_map(line));
+                Vec::new()
+            }
+            Stop::Lines { cursor, user, app } => {
+                let lines = keys.lines();
+                let (next, found) = self.scan("SSCAN", &[lines.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
+                let is_wanted = |line: &String| {
+                    line.split_once(':').is_some_and(|(handler, whose)| {
+                        user.as_ref().is_none_or(|user| whose == user)
+                            && app
+                                .as_ref()
+                                .is_none_or(|app| handler.split_once('.').is_some_and(|(name, _)| name == app.as_str()))
+                    })
                 };
-                self.stops.extend(next.map(|cursor| Stop::Queues { cursor, every_key }));
-                let key = |found: Vec<u8>| if every_key { found } else { [prefix.as_slice(), &found].concat() };
-                self.stops.extend(found.into_iter().map(|found| Stop::Queue { key: key(found), at: 0 }));
+                let found = found.into_iter().filter_map(|line| String::from_utf8(line).ok()).filter(is_wanted);
+                let found: Vec<Stop> = found.map(Stop::Line).collect();
+                self.stops.extend(next.map(|cursor| Stop::Lines { cursor, user, app }));
+                self.stops.extend(found);
+                Vec::new()
+            }
+            Stop::Keys { cursor, pattern } => {
+                let args: [&[u8]; 5] = [&cursor, b"MATCH", pattern.as_bytes(), b"COUNT", b"1000"];
+                let (next, found) = self.scan("SCAN", &args).await?;
+                self.stops.extend(next.map(|cursor| Stop::Keys { cursor, pattern }));
+                self.stops.extend(found.into_iter().map(|key| Stop::Queue { key, at: 0 }));
+                Vec::new()
+            }
+            Stop::Line(line) => {
+                let middle = match line.strip_prefix("sql:") {
+                    Some(user) => keys.queue(user),
+                    None => keys.tasks(&line),
+                };
+                let bands = [keys.low(&line), middle, keys.high(&line)];
+                self.stops.extend(bands.into_iter().map(|key| Stop::Queue { key: key.into_bytes(), at: 0 }));
                 Vec::new()
             }
             Stop::Queue { key, at } => {
@@ -492,13 +716,49 @@ impl Walk {
                 self.more(&ids, Stop::Schedule { at: at + ids.len() });
                 ids
             }
-            Stop::Ended { at } => {
-                let ids = self.ranks(&keys.finished(), at, "ZREVRANGE").await?;
-                self.more(&ids, Stop::Ended { at: at + ids.len() });
+            Stop::Batches { at } => {
+                let ids = self.ranks(&keys.batches(), at, "ZREVRANGE").await?;
+                self.more(&ids, Stop::Batches { at: at + ids.len() });
+                self.open(ids).await?
+            }
+            Stop::Ended { at, since_ms } => {
+                let (from, to) = (at.to_string(), (at + IDS_PAGE - 1).to_string());
+                let args = [keys.finished().into_bytes(), from.into_bytes(), to.into_bytes(), b"WITHSCORES".to_vec()];
+                let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
+                let flat = self.page("ZREVRANGE", &args).await?;
+                let is_wanted = |pair: &&[Vec<u8>]| {
+                    let ended_ms: f64 = std::str::from_utf8(&pair[1]).unwrap_or_default().parse().unwrap_or(0.0);
+                    ended_ms >= since_ms as f64
+                };
+                let ids: Vec<Vec<u8>> =
+                    flat.chunks_exact(2).take_while(is_wanted).map(|pair| pair[0].clone()).collect();
+                self.more(&ids, Stop::Ended { at: at + ids.len(), since_ms });
                 ids
             }
         };
         Ok(Some(ids.into_iter().filter_map(|id| JobId::new(String::from_utf8(id).ok()?).ok()).collect()))
+    }
+
+    /// Passes over places where nothing is that a filter means. What ended before a time was submitted before it, too.
+    fn only(mut self, filter: &Filter) -> Self {
+        let tasks_only = filter.app.is_some();
+        self.stops.retain(|stop| !tasks_only || !matches!(stop, Stop::Users { .. } | Stop::Line(_)));
+        for stop in &mut self.stops {
+            match stop {
+                Stop::Lines { app, .. } => app.clone_from(&filter.app),
+                Stop::Ended { since_ms, .. } => *since_ms = filter.since_ms.unwrap_or(0),
+                _ => {}
+            }
+        }
+        self
+    }
+
+    /// Those of some jobs that have not ended.
+    async fn open(&self, ids: Vec<Vec<u8>>) -> Result<Vec<Vec<u8>>, Error> {
+        let ids: Vec<String> = ids.into_iter().filter_map(|id| String::from_utf8(id).ok()).collect();
+        let names: Vec<&str> = ids.iter().map(String::as_str).collect();
+        let views = Inspect::new(self.store.clone()).brief(&names).await?;
+        Ok(views.into_iter().flatten().filter(|view| !view.is_over()).map(|view| view.id.into_bytes()).collect())
     }
 
     /// A page that is not full was the last.

@@ -78,7 +78,8 @@ pub struct Keys {
 keys! {
     /// One job. Fields in [`crate::job::FIELDS`]. Written by producers, then by the claim's holder. Expires after its retention.
     job(id) = "batch:jobs:{}", Hash;
-    /// A user's pending job ids: pushed left, taken right. Empty means absent.
+    /// A user's pending SQL jobs: pushed left, taken right. Empty means absent. Foreign producers push tasks here too: each
+    /// moves to its own line when it is noticed.
     queue(user) = "batch:queue:{}", List;
     /// Users whose queue is not empty.
     queued_users = "batch:indexes:queue", Set;
@@ -89,7 +90,8 @@ keys! {
     /// Scheduling lock of a database host in the foreign layout; the leader holds it so that no foreign worker schedules the
     /// host too. Lives 5 s unless renewed.
     host_lock(host) = "batch:locks:{}", String;
-    /// A user's limits: `timeout` in ms for a statement, `weight` for its share. Written by operators; no expiry.
+    /// A user's limits: `timeout` in ms for a statement or a call of a handler, `weight` for its share, `concurrency` for its
+    /// running jobs, `rate` for the starts in any `period` (in ms), `paused` (since when, and why). Written by operators; no expiry.
     limits(user) = "limits:batch:{}", Hash;
     /// Queue layout older than per-user lists: ids by database host. The leader empties it.
     old_queue(host) = "batch:queues:{}", List;
@@ -100,9 +102,23 @@ keys! {
 
     /// Version of this protocol, `major.minor`. Written by the first to connect; an unknown major is refused.
     version = "drayman:{tag}version", String;
+    /// A user's waiting tasks of one handler, by line: `<app>.<op>:<user>`. Pushed left, taken right. Empty means absent.
+    tasks(line) = "drayman:{tag}tasks:{}", List;
+    /// What of a line (`sql:<user>` for SQL jobs) goes before the rest.
+    high(line) = "drayman:{tag}high:{}", List;
+    /// What of a line stands behind the rest.
+    low(line) = "drayman:{tag}low:{}", List;
+    /// How many jobs were taken of a line while it had such bands. Removed when the line is empty.
+    bands = "drayman:{tag}bands", Hash;
+    /// Lines of tasks that are not empty.
+    lines = "drayman:{tag}lines", Set;
+    /// The job that holds a unique key, behind its scope: `queued` (until it is taken), `done` (until it has ended), `period`
+    /// (then the key lives that long). Removed when the job gives it up.
+    unique(key) = "drayman:{tag}unique:{}", String;
     /// A pool: `v` its virtual time, `newest` the start tag of the latest newcomer, `running`, `capacity`, `user_limit`,
-    /// `blocked` while a foreign worker schedules it, `idle_since`. Made at first use, forgotten after a day of idleness
-    /// unless it has a capacity or limit of its own.
+    /// `blocked` while a foreign worker schedules it, `idle_since`, `pass` its own turn among pools; an operator's `weight`,
+    /// `concurrency`, `rate` and `period` in ms, `paused`. Made at first use, forgotten after a day of idleness unless it has a
+    /// capacity or limit of its own.
     pool(pool) = "drayman:{tag}pool:{}", Hash;
     /// Users of a pool who have a job to take and are below their limit, by start tag.
     ready(pool) = "drayman:{tag}ready:{}", SortedSet;
@@ -112,8 +128,23 @@ keys! {
     busy(pool) = "drayman:{tag}busy:{}", Hash;
     /// A user's expected run time in a pool, in µs, where the pool is fair by time. Kept for a week after the last correction.
     pace(pool) = "drayman:{tag}pace:{}", Hash;
-    /// Pools that may have something to take, by when they last had their turn.
+    /// How many jobs each user has running over all pools; no entry for none.
+    active = "drayman:{tag}active", Hash;
+    /// Lines of a user that are kept from their turn by the user's limits. Given another turn when one of its jobs ends, when
+    /// its rate allows more, or when its limits change.
+    barred(user) = "drayman:{tag}barred:{}", Set;
+    /// What a rate keeps from its turn, `user:<user>` or `pool:<pool>`, by when it allows more, in ms. Removed by the first take
+    /// after that, or when the limits change.
+    throttled = "drayman:{tag}throttled", SortedSet;
+    /// The latest starts of `user:<user>` or `pool:<pool>`, in ms, the newest first; as many as its rate allows in a period,
+    /// and for so long.
+    starts(whose) = "drayman:{tag}starts:{}", List;
+    /// Nothing is taken while it is there. It says since when, and why. Set by operators; no expiry.
+    paused = "drayman:{tag}paused", String;
+    /// Pools that may have something to take, by their turns: each job moves a pool by a million over its weight.
     pools = "drayman:{tag}pools", SortedSet;
+    /// The greatest turn that a pool has had.
+    turn = "drayman:{tag}turn", String;
     /// Running jobs: id → session, fence, pool, user, charged cost, the user's finish tag and the kind of fairness,
     /// separated by tabs. A job runs if and only if it is here.
     claims = "drayman:{tag}claims", Hash;
@@ -121,8 +152,8 @@ keys! {
     work(session) = "drayman:{tag}work:{}", Hash;
     /// Ids that a session is asked to cancel. Removed with the session.
     cancels(session) = "drayman:{tag}cancels:{}", Set;
-    /// A session: `host`, `pid`, `started_at`, `service`, `beat`, `beat_at`, `take`, `held`, and `suspect`, the job it runs that has
-    /// lost several workers. Removed when closed or reclaimed.
+    /// A session: `host`, `pid`, `started_at`, `service`, `beat`, `beat_at`, `take`, `held`, `suspect`, the job it runs that has
+    /// lost several workers, and `parked`, for which service it was parked last. Removed when closed or reclaimed.
     session(session) = "drayman:{tag}session:{}", Hash;
     /// All sessions.
     sessions = "drayman:{tag}sessions", Set;
@@ -144,15 +175,44 @@ keys! {
     expiring = "drayman:{tag}expiring", SortedSet;
     /// The same jobs: id → bytes of the record, and `*` → the sum of them.
     kept = "drayman:{tag}kept", Hash;
-    /// Jobs of [`Keys::due`] that were submitted with a delay: id → user.
+    /// Jobs of [`Keys::due`] that were submitted with a delay: id → line.
     delayed = "drayman:{tag}delayed", Hash;
-    /// How many of them each user has; no entry for none. They count as queued.
+    /// How many of them each line has; no entry for none. They count as queued.
     delays = "drayman:{tag}delays", Hash;
+    /// A schedule: its definition (`cron`, `zone`, `missed`, `grace`, `user`, and `job.` with the name of each field of its jobs), the
+    /// `revision` of it, the next tick `due` in ms, `paused`, and what became of the ticks before. Written by operators and the
+    /// leader; no expiry.
+    schedule(name) = "drayman:{tag}schedule:{}", Hash;
+    /// All schedules by their next tick in ms; a paused one stands at infinity.
+    schedules = "drayman:{tag}schedules", SortedSet;
+    /// All batches, by when they were made, in ms. Removed with their records.
+    batches = "drayman:{tag}batches", SortedSet;
+    /// Rows of a batch, packed, by block: `<load>.<place>`. Live as long as the batch's record, as all that belongs to it.
+    batch_rows(batch) = "drayman:{tag}batch_rows:{}", Hash;
+    /// The blocks of a batch: `<load>.<place>` → rows, bytes, first and last line; `<load>` → how many blocks it has, once it is complete;
+    /// `load:<key>` → load, `open` or `done`, blocks, rows, bytes.
+    batch_blocks(batch) = "drayman:{tag}batch_blocks:{}", Hash;
+    /// What became of the rows of a batch: `<block>:<first row>` → results of a chunk, packed; `<block>` → the first rows of those of its
+    /// chunks that are there.
+    batch_results(batch) = "drayman:{tag}batch_results:{}", Hash;
+    /// The parts of a batch that were dealt and have not ended.
+    batch_parts(batch) = "drayman:{tag}batch_parts:{}", Set;
     /// The leader's word that memory is nearly full: bytes used and the mark above which nothing new is accepted. Lives for
     /// some seconds unless renewed.
     full = "drayman:{tag}full", String;
     /// A mark that stands in the stream to the replicas behind all that was written before it. Lives for a minute.
     confirming = "drayman:{tag}confirming", String;
+    /// A job that an application runs itself, by `tracker:id`: `status` and `code`, `codes`, `keep_ms`, `create_at`, `update_at`, `lock`,
+    /// `lock_at`, `lock_until` in ms, `fence`, `retry`, `max_retry`, `data`, `errors`, `history`. Written by the tracker's scripts. Kept for
+    /// ever, but where `keep_ms` says how long after its end.
+    track(record) = "drayman:{tag}track:{}", Hash;
+    /// Ids of a tracker that have a status, by `tracker:status` and when they came to it, in µs. An id enters and leaves with its
+    /// record's status.
+    track_status(index) = "drayman:{tag}track_status:{}", SortedSet;
+    /// Ids of a tracker that are locked, by when their locks expire, in µs. An id enters and leaves with its lock.
+    track_locks(tracker) = "drayman:{tag}track_locks:{}", SortedSet;
+    /// Ids of a tracker whose records expire, by when, in ms. Trimmed, with the indexes, as jobs are created and end.
+    track_expiring(tracker) = "drayman:{tag}track_expiring:{}", SortedSet;
     /// Where a parked session hears that there is work.
     wake(session) = "drayman:{tag}wake:{}", Channel;
     /// Where a session hears which job to cancel.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::ids::SessionId;
-use crate::reply::Reply;
+use crate::reply::{Reply, info_field};
 use crate::scripts::{Budget, Lead, NotLeader, SessionEnd, Upkeep};
 use crate::store::Store;
 
@@ -78,10 +78,7 @@ impl Leadership {
             Err(error @ Error::Refused(_)) if !error.is_transient() => return Ok(None),
             Err(error) => return Err(error),
         };
-        let says = |field: &str| {
-            let value = text.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
-            value.and_then(|value| value.trim().parse().ok())
-        };
+        let says = |field| info_field(&text, field)?.parse().ok();
         Ok(says("used_memory").zip(says("maxmemory")))
     }
 
@@ -97,26 +94,26 @@ impl Leadership {
         }
     }
 
-    /// Looks at the queues of all users that the index names.
+    /// Looks at all lines that the indexes name: the queues of users, and the lines of tasks.
     pub async fn scan_index(&self) -> Led<u64> {
-        let index = self.store.keys().queued_users();
         let mut ready = 0;
-        let mut cursor = b"0".to_vec();
-        loop {
-            let args: [&[u8]; 4] = [index.as_bytes(), &cursor, b"COUNT", SCAN_COUNT];
-            let (next, users) = match scan(&self.store, "SSCAN", &args).await {
-                // Others have made something else of the index: the queues are found by their keys.
-                Err(error) if error.is_wrong_type() => return Ok(Ok(ready)),
-                other => other?,
-            };
-            if !users.is_empty() {
-                ready += self.store.look(&users).await?;
+        let keys = self.store.keys().clone();
+        for (index, is_tasks) in [(keys.queued_users(), false), (keys.lines(), true)] {
+            let mut cursor = Some(b"0".to_vec());
+            while let Some(at) = cursor {
+                let args: [&[u8]; 4] = [index.as_bytes(), &at, b"COUNT", SCAN_COUNT];
+                let (next, found) = match scan(&self.store, "SSCAN", &args).await {
+                    // Others have made something else of the index: the queues are found by their keys.
+                    Err(error) if error.is_wrong_type() => break,
+                    other => other?,
+                };
+                if !found.is_empty() {
+                    ready += if is_tasks { self.store.place(&found).await? } else { self.store.look(&found).await? };
+                }
+                cursor = (next != b"0").then_some(next);
             }
-            if next == b"0" {
-                return Ok(Ok(ready));
-            }
-            cursor = next;
         }
+        Ok(Ok(ready))
     }
 
     /// Finds queues that no index names, by their keys.
@@ -229,7 +226,12 @@ impl Scan {
     }
 }
 
-async fn scan(store: &Store, command: &'static str, args: &[&[u8]]) -> Result<(Vec<u8>, Vec<Vec<u8>>), Error> {
+/// One step of a scan: the next cursor, and what was found.
+pub(crate) async fn scan(
+    store: &Store,
+    command: &'static str,
+    args: &[&[u8]],
+) -> Result<(Vec<u8>, Vec<Vec<u8>>), Error> {
     let mut items = store.command(command, args).await?.array(command)?.into_iter();
     match (items.next().and_then(Reply::into_bytes), items.next()) {
         (Some(cursor), Some(found)) => {

@@ -12,20 +12,28 @@ pub mod model;
 
 // The door.
 pub mod group;
+pub mod objects;
 pub mod reply;
 pub mod scripts;
 pub mod store;
 
 // Verbs.
+pub mod batch;
 pub mod cancel;
 pub mod events;
+pub mod follow;
+pub mod handle;
 pub mod inspect;
 pub mod leader;
+pub mod limits;
 pub mod overview;
 pub mod producer;
 pub mod reconcile;
 pub mod retry;
+pub mod schedule;
 pub mod session;
+pub mod slow_query;
+pub mod tracker;
 
 pub use error::Error;
 pub use store::Store;

@@ -6,8 +6,12 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+pub mod batch;
+pub mod cron;
 pub mod retry;
 pub mod sql;
+pub mod task;
+pub mod track;
 
 /// Where a job, or one statement of it, stands. Written as its name in lower case.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]

@@ -18,8 +18,8 @@ use serde::Serialize;
 use crate::error::Error;
 use crate::ids::SessionId;
 use crate::inspect::{Inspect, Place};
-use crate::keys::{Holds, TABLE};
-use crate::leader::{Leadership, Led};
+use crate::keys::{Holds, Keys, TABLE};
+use crate::leader::{self, Leadership, Led};
 use crate::reply::Reply;
 use crate::scripts::NotLeader;
 use crate::store::Store;
@@ -117,7 +117,7 @@ kinds! {
     PoolMalformed = "pool-malformed";
     /// A pool's count of running jobs is not that of its claims. Repaired: counted.
     PoolMiscount = "pool-miscount";
-    /// A user's count of running jobs in a pool is not that of the claims. Repaired: counted.
+    /// A user's count of running jobs, in a pool or over all, is not that of the claims. Repaired: counted.
     UserMiscount = "user-miscount";
     /// A pool's users owe something, and its virtual time is lost. Repaired: it goes on from the least of their times.
     PoolTimeless = "pool-timeless";
@@ -131,6 +131,10 @@ kinds! {
     ServiceUnlisted = "service-unlisted";
     /// A user has waiting jobs and has not been ready for a minute. Repaired: made ready.
     QueueUnnoticed = "queue-unnoticed";
+    /// Lines of a user are kept from their turn by limits that allow it. Repaired: they get it.
+    LineBarred = "line-barred";
+    /// A unique key names a job that does not hold it any more. Repaired: removed.
+    UniqueStray = "unique-stray";
 }
 
 impl fmt::Display for Kind {
@@ -258,6 +262,7 @@ impl<'a> Round<'a> {
         let ours = led!(self.key_table());
         led!(self.look("leader", &[Vec::new()]));
         led!(self.look("pools", &ours.pools));
+        led!(self.look("active", &[Vec::new()]));
         led!(self.walk("claims", "HSCAN", &keys.claims()));
         let sessions = self.set_members(&keys.sessions()).await?;
         let sessions: Vec<Vec<u8>> =
@@ -266,8 +271,18 @@ impl<'a> Round<'a> {
         led!(self.walk("due", "ZSCAN", &keys.due()));
         led!(self.walk("missing", "ZSCAN", &keys.missing()));
         // Before the walk through the queues, which counts as a touch.
-        let users = self.keys_of(&keys.queue("*"), keys.queue("").len()).await?;
-        led!(self.look("queues", &users));
+        let mut lines: BTreeSet<Vec<u8>> = BTreeSet::new();
+        for user in self.keys_of(&keys.queue("*"), keys.queue("").len()).await? {
+            lines.insert([b"sql:", user.as_slice()].concat());
+        }
+        for key in [Keys::tasks, Keys::high, Keys::low] {
+            lines.extend(self.keys_of(&key(&keys, "*"), key(&keys, "").len()).await?);
+        }
+        let barred = self.keys_of(&keys.barred("*"), keys.barred("").len()).await?;
+        led!(self.look("barred", &barred));
+        led!(self.look("lines", &lines.into_iter().collect::<Vec<_>>()));
+        let uniques = self.keys_of(&keys.unique("*"), keys.unique("").len()).await?;
+        led!(self.look("uniques", &uniques));
         led!(self.unplaced_jobs());
         for (command, key) in [("ZSCAN", keys.finished()), ("ZSCAN", keys.expiring()), ("HSCAN", keys.kept())] {
             led!(self.walk("finished", command, &key));
@@ -314,14 +329,11 @@ impl<'a> Round<'a> {
 
     /// One step of a scan: where to go on, and what was found; nothing where the key is of another type.
     async fn step(&self, command: &'static str, args: &[&[u8]]) -> Result<(Option<Vec<u8>>, Vec<Vec<u8>>), Error> {
-        let reply = match self.store.command(command, args).await {
-            Err(error) if error.is_wrong_type() => return Ok((None, Vec::new())),
-            reply => reply?,
-        };
-        let mut items = reply.array(command)?.into_iter();
-        let next = items.next().and_then(Reply::into_bytes).filter(|cursor| cursor != b"0");
-        let found = items.next().unwrap_or(Reply::Nil).array(command)?;
-        Ok((next, found.into_iter().filter_map(Reply::into_bytes).collect()))
+        match leader::scan(self.store, command, args).await {
+            Err(error) if error.is_wrong_type() => Ok((None, Vec::new())),
+            Err(error) => Err(error),
+            Ok((next, found)) => Ok((Some(next).filter(|cursor| cursor != b"0"), found)),
+        }
     }
 
     async fn set_members(&self, key: &str) -> Result<Vec<Vec<u8>>, Error> {
@@ -358,6 +370,7 @@ impl<'a> Round<'a> {
     async fn key_table(&mut self) -> Led<Ours> {
         let mut ours = Ours::default();
         let mut pools = self.claimants(2).await?;
+        let mut services = BTreeSet::new();
         let prefix = self.store.keys().prefix();
         // Keys of another partition begin with its tag.
         let others = format!("{prefix}{{").into_bytes();
@@ -369,26 +382,35 @@ impl<'a> Round<'a> {
                 (row.name, text.trim_end_matches("{}").as_bytes().to_vec(), text.ends_with("{}"), row.holds)
             })
             .collect();
-        let mut items = Vec::new();
-        for key in self.keys_of(&format!("{prefix}*"), 0).await? {
-            if key.starts_with(&others) {
-                continue;
-            }
-            let row = rows.iter().find(|(_, text, named, _)| if *named { key.starts_with(text) } else { key == *text });
-            let wanted = row.map_or("", |(.., holds)| holds.type_name());
-            if let Some((name, text, ..)) = row {
-                let named = key[text.len()..].to_vec();
-                match *name {
-                    "session" | "work" | "cancels" => ours.sessions.push(named),
-                    "pool" | "ready" | "debt" | "busy" => _ = pools.insert(named),
-                    "parked" => ours.services.push(named),
-                    _ => {}
+        let pattern = format!("{prefix}*");
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            // A page at a time: applications may track any number of jobs.
+            let (next, keys) = self.step("SCAN", &[&at, b"MATCH", pattern.as_bytes(), b"COUNT", SCAN_COUNT]).await?;
+            let mut items = Vec::new();
+            for key in keys.into_iter().filter(|key| !key.starts_with(&others)) {
+                let row =
+                    rows.iter().find(|(_, text, named, _)| if *named { key.starts_with(text) } else { key == *text });
+                let wanted = row.map_or("", |(.., holds)| holds.type_name());
+                if let Some((name, text, ..)) = row {
+                    let named = key[text.len()..].to_vec();
+                    match *name {
+                        "session" | "work" | "cancels" => ours.sessions.push(named),
+                        "pool" | "ready" | "debt" | "busy" => _ = pools.insert(named),
+                        "parked" => _ = services.insert(named),
+                        _ => {}
+                    }
                 }
+                items.extend([key, wanted.as_bytes().to_vec()]);
             }
-            items.extend([key, wanted.as_bytes().to_vec()]);
+            led!(self.look("keys", &items));
+            cursor = next;
         }
+        // A scan may find a key twice.
+        self.findings.sort_by(|a, b| a.what.cmp(&b.what));
+        self.findings.dedup();
         ours.pools = pools.into_iter().collect();
-        led!(self.look("keys", &items));
+        ours.services = services.into_iter().collect();
         Ok(Ok(ours))
     }
 

@@ -73,3 +73,8 @@ impl Reply {
         self.array(script)?.iter().map(|item| item.lossy().ok_or_else(|| item.unexpected(script))).collect()
     }
 }
+
+/// The value of a field in the text that Redis answers to `INFO`.
+pub(crate) fn info_field<'a>(info: &'a str, field: &str) -> Option<&'a str> {
+    info.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':')).map(str::trim)
+}

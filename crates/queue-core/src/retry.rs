@@ -3,7 +3,8 @@
 use crate::config::Secret;
 use crate::error::Error;
 use crate::ids::JobId;
-use crate::inspect::{Inspect, JobView};
+use crate::inspect::{Inspect, JobView, Kind};
+use crate::model::Status;
 use crate::scripts::{Fields, RetryOrder, RetryReply};
 use crate::store::Store;
 
@@ -11,7 +12,7 @@ use crate::store::Store;
 const LOOKS: usize = 3;
 
 /// Most jobs in one round trip. Each goes there and back with its SQL.
-const PAGE: usize = 20;
+pub const PAGE: usize = 20;
 
 /// What became of a wish for a new run.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -105,6 +106,24 @@ impl Retrier {
     fn start(&self, view: &JobView) -> Result<(Vec<u8>, Fields), Retried> {
         if !view.is_over() {
             return Err(Retried::NotOver(view.status()));
+        }
+        match view.kind() {
+            Kind::Batch => {
+                return Err(Retried::Refused(
+                    "it is a batch, whose rows have ended: submit those that failed as another one".into(),
+                ));
+            }
+            // Who is to be told that a batch is over may be told again.
+            Kind::Part if !view.text("part").is_some_and(|part| part.starts_with("done ")) => {
+                return Err(Retried::Refused("it is a part of a batch".into()));
+            }
+            Kind::Task | Kind::Sql | Kind::Part => {}
+        }
+        if view.is_task() {
+            if view.stand() == Status::Done && !self.from_start {
+                return Err(Retried::NothingFailed);
+            }
+            return Ok((view.query_bytes().to_vec(), Fields::new().with("status", Status::Pending.as_str())));
         }
         let Some(mut job) = view.sql_job() else {
             return Err(Retried::Refused("it holds no valid SQL job".into()));

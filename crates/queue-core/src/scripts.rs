@@ -1,14 +1,28 @@
 //! The table of scripts: each with a typed call and a typed reply. All changes of a job's state happen in them.
 
+use std::borrow::Cow;
 use std::time::Duration;
 
+use crate::config::Limits;
 use crate::error::Error;
-use crate::ids::{Fence, IdError, JOB_ID_MAX_BYTES, JobId, Pool, SessionId, USER_MAX_BYTES, User};
-use crate::job::{FIELDS, MISSING_MS, PAYLOAD_MAX, REJECTED_MS};
+use crate::ids::{
+    APP_MAX_BYTES, Fence, IdError, JOB_ID_MAX_BYTES, JobId, OP_MAX_BYTES, Pool, ScheduleName, SessionId,
+    USER_MAX_BYTES, User,
+};
+use crate::job::{
+    CONCURRENCY_MAX, FIELDS, MISSING_MS, Of, PAYLOAD_MAX, PERIOD_MAX_MS, RATE_MAX, REJECTED_MS, UNIQUE_MAX_BYTES,
+    WEIGHTS,
+};
 use crate::keys::Keys;
 use crate::model::retry::{HISTORY_MAX_BYTES, SUSPECT_AFTER, UNCLEAN_MAX};
 use crate::reply::Reply;
 use crate::store::Store;
+
+mod batch;
+mod tracker;
+
+pub(crate) use batch::{Aborted, Load, Loaded, PackedBlock, Released};
+pub(crate) use tracker::{TrackCreated, TrackEnded, TrackHold, TrackSet, TrackStarted, read_data};
 
 /// One script.
 #[derive(Debug)]
@@ -43,15 +57,28 @@ impl Script {
 }
 
 macro_rules! scripts {
-    ($($constant:ident = $name:literal $(from $file:literal)?, $when_full:ident;)+) => {
+    ($($constant:ident = $name:literal $(from $file:literal)? $(behind $shared:literal)? $(calls $called:literal)?, $when_full:ident;)+) => {
         $(#[doc = concat!("`", $name, "`")]
-        pub static $constant: Script =
-            Script { name: $name, body: scripts!(@body $name $($file)?), when_full: WhenFull::$when_full };)+
+        pub static $constant: Script = Script {
+            name: $name,
+            body: scripts!(@body $name $($file)? $(behind $shared)? $(calls $called)?),
+            when_full: WhenFull::$when_full,
+        };)+
 
         /// Every script.
         pub static TABLE: &[&Script] = &[$(&$constant),+];
     };
     (@body $name:literal) => { include_str!(concat!("scripts/", $name, ".lua")) };
+    (@body $name:literal $($file:literal)? behind $shared:literal) => {
+        concat!(include_str!(concat!("scripts/", $shared, ".lua")), scripts!(@body $name $($file)?))
+    };
+    // Another script's text stands before it as a function of that name, which takes arguments and returns the reply.
+    (@body $name:literal $($file:literal)? calls $called:literal) => {
+        concat!(
+            "local function ", $called, "(ARGV)\n", include_str!(concat!("scripts/", $called, ".lua")), "\nend\n",
+            scripts!(@body $name $($file)?)
+        )
+    };
     (@body $name:literal $file:literal) => { include_str!(concat!("scripts/", $file, ".lua")) };
 }
 
@@ -60,14 +87,16 @@ scripts! {
     NOTICE = "notice", Refused;
     // The leader's own look. Were it refused, a memory that is full of jobs that nobody has noticed would stay full.
     LOOK = "look" from "notice", Runs;
-    TAKE = "take", Runs;
+    PLACE = "place", Runs;
+    TAKE = "take" behind "batch", Runs;
     MARK = "mark", Runs;
-    FINISH = "finish", Runs;
-    CANCEL = "cancel", Runs;
+    FINISH = "finish" behind "batch", Runs;
+    CANCEL = "cancel" behind "batch", Runs;
     RETRY = "retry", Runs;
     SESSION_OPEN = "session_open", Runs;
+    SESSION_SERVE = "session_serve", Runs;
     SESSION_BEAT = "session_beat", Runs;
-    SESSION_END = "session_end", Runs;
+    SESSION_END = "session_end" behind "batch", Runs;
     CAPACITY = "capacity", Runs;
     LEAD = "lead", Runs;
     UPKEEP = "upkeep", Runs;
@@ -75,22 +104,51 @@ scripts! {
     OLD_QUEUE = "old_queue", Runs;
     SWEEP = "sweep", Runs;
     POOL_SWEEP = "pool_sweep", Runs;
+    LIMITS = "limits", Runs;
+    LIMITED = "limited", Refused;
+    LINES = "lines", Refused;
     WIP = "wip", Runs;
+    SCHEDULE_PUT = "schedule_put", Refused;
+    SCHEDULE_PAUSE = "schedule_pause", Runs;
+    SCHEDULE_REMOVE = "schedule_remove", Runs;
+    SCHEDULE_READ = "schedule_read", Runs;
+    SCHEDULE_DUE = "schedule_due", Runs;
+    SCHEDULE_TICK = "schedule_tick" calls "enqueue", Refused;
+    // The same where no job is made. Were it refused, a full memory would keep schedules from saying what they wait for.
+    SCHEDULE_PASS = "schedule_pass" from "schedule_tick" calls "enqueue", Runs;
     INSPECT = "inspect", Runs;
-    RECONCILE = "reconcile", Runs;
+    RECONCILE = "reconcile" behind "batch", Runs;
     // The same, for who only looks: Redis lets it write nothing.
-    COMPARE = "compare" from "reconcile", Refused;
+    COMPARE = "compare" from "reconcile" behind "batch", Refused;
+    BATCH_LOAD = "batch_load" behind "batch", Refused;
+    BATCH_UNLOAD = "batch_unload" behind "batch", Runs;
+    BATCH_RELEASE = "batch_release" behind "batch", Runs;
+    BATCH_ABORT = "batch_abort" behind "batch", Runs;
+    BATCH_CUT = "batch_cut" behind "batch", Runs;
+    BATCH_READ = "batch_read", Runs;
+    TRACKER_CREATE = "tracker_create" behind "tracker", Refused;
+    TRACKER_START = "tracker_start" behind "tracker", Runs;
+    TRACKER_RENEW = "tracker_renew" behind "tracker", Runs;
+    TRACKER_END = "tracker_end" behind "tracker", Runs;
+    TRACKER_SET = "tracker_set" behind "tracker", Runs;
+    TRACKER_READ = "tracker_read" behind "tracker", Runs;
 }
 
 /// What stands before every script: the keys, the constants, the functions that scripts share.
 pub fn prelude(keys: &Keys) -> String {
-    let fields: Vec<String> = FIELDS.iter().map(|(name, most)| format!("'{name}', {most}")).collect();
+    let fields: Vec<String> =
+        FIELDS.iter().map(|(name, most, of)| format!("'{name}', {most}, '{}'", of.as_str())).collect();
     format!(
-        "{}local MAX_ID, MAX_USER = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}\n\
+        "{}local MAX_ID, MAX_USER, MAX_APP, MAX_OP = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}, {APP_MAX_BYTES}, {OP_MAX_BYTES}\n\
+         local MAX_UNIQUE = {UNIQUE_MAX_BYTES}\n\
+         local MAX_RATE, MAX_PERIOD_MS, MAX_COUNT = {RATE_MAX}, {PERIOD_MAX_MS}, {CONCURRENCY_MAX}\n\
+         local MIN_WEIGHT, MAX_WEIGHT = {}, {}\n\
          local MISSING_MS, MAX_REJECTED_MS, MAX_PAYLOAD = {MISSING_MS}, {REJECTED_MS}, {PAYLOAD_MAX}\n\
          local SUSPECT_AFTER, MAX_UNCLEAN, MAX_HISTORY = {SUSPECT_AFTER}, {UNCLEAN_MAX}, {HISTORY_MAX_BYTES}\n\
          local FIELDS = {{{}}}\n{}",
         keys.prelude(),
+        WEIGHTS.0,
+        WEIGHTS.1,
         fields.join(", "),
         include_str!("scripts/common.lua"),
     )
@@ -115,7 +173,7 @@ impl Args {
     }
 
     fn fields(self, fields: &Fields) -> Self {
-        fields.0.iter().fold(self, |args, (name, value)| args.text(name).text(value))
+        fields.iter().fold(self, |args, (name, value)| args.text(name).text(value))
     }
 
     fn counted_fields(self, fields: &Fields) -> Self {
@@ -125,7 +183,7 @@ impl Args {
 
 /// Fields to write into a job's hash. `Debug` shows their names alone.
 #[derive(Clone, Default, PartialEq, Eq)]
-pub struct Fields(Vec<(&'static str, Vec<u8>)>);
+pub struct Fields(Vec<(Cow<'static, str>, Vec<u8>)>);
 
 impl std::fmt::Debug for Fields {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -140,8 +198,8 @@ impl Fields {
     }
 
     /// Adds a field.
-    pub fn with(mut self, name: &'static str, value: impl AsRef<[u8]>) -> Self {
-        self.0.push((name, value.as_ref().to_vec()));
+    pub fn with(mut self, name: impl Into<Cow<'static, str>>, value: impl AsRef<[u8]>) -> Self {
+        self.0.push((name.into(), value.as_ref().to_vec()));
         self
     }
 
@@ -161,7 +219,12 @@ impl Fields {
 
     /// The value of a field.
     pub fn get(&self, name: &str) -> Option<&[u8]> {
-        self.0.iter().find(|(field, _)| *field == name).map(|(_, value)| value.as_slice())
+        self.0.iter().find(|(field, _)| field == name).map(|(_, value)| value.as_slice())
+    }
+
+    /// Names and values, in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &[u8])> {
+        self.0.iter().map(|(name, value)| (name.as_ref(), value.as_slice()))
     }
 
     /// Bytes of all values.
@@ -185,6 +248,38 @@ pub struct Submission {
     pub fields: Fields,
 }
 
+/// How much may wait.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct QueueLimits {
+    /// Most SQL jobs of one user.
+    pub sql_jobs: u64,
+    /// Most tasks of one user for one handler.
+    pub tasks: u64,
+    /// Most bytes of a SQL job's fields.
+    pub sql_bytes: u64,
+    /// Most bytes of a task's fields.
+    pub task_bytes: u64,
+}
+
+impl From<&Limits> for QueueLimits {
+    fn from(limits: &Limits) -> Self {
+        Self {
+            sql_jobs: limits.max_queued_per_user.get().into(),
+            tasks: limits.max_queued_tasks.get().into(),
+            sql_bytes: limits.max_payload_bytes.get(),
+            task_bytes: limits.max_task_bytes.get(),
+        }
+    }
+}
+
+impl QueueLimits {
+    /// Most bytes that the fields of this job may have.
+    pub fn bytes_of(&self, fields: &Fields) -> u64 {
+        let own = if fields.get("kind") == Some(b"task") { self.task_bytes } else { self.sql_bytes };
+        own.min(PAYLOAD_MAX)
+    }
+}
+
 /// What became of a submission.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Enqueued {
@@ -192,10 +287,17 @@ pub enum Enqueued {
     Queued,
     /// A job with this id exists; nothing was written.
     Exists,
+    /// This other job holds its unique key.
+    Held(String),
     /// The user has as many jobs queued as are allowed.
     Full(u64),
-    /// The fields are larger than allowed; how many bytes they have.
-    TooLarge(u64),
+    /// The fields are larger than allowed.
+    TooLarge {
+        /// Bytes that they have.
+        bytes: u64,
+        /// Most bytes that are allowed.
+        most: u64,
+    },
     /// The server's memory is nearly full.
     NoRoom {
         /// Bytes that it uses.
@@ -231,9 +333,9 @@ impl std::fmt::Debug for Taken {
 }
 
 impl Taken {
-    /// The bytes of one of [`FIELDS`]; `None` if it is absent.
+    /// The bytes of one of the [`FIELDS`] of its kind; `None` if it is absent.
     pub fn bytes(&self, field: &str) -> Option<&[u8]> {
-        let place = FIELDS.iter().position(|(name, _)| *name == field).expect("a field of the table");
+        let place = fields_of(&self.pool).position(|name| name == field)?;
         self.values.get(place)?.as_deref()
     }
 
@@ -295,6 +397,11 @@ pub enum Verdict {
     Later {
         /// In ms from now.
         after_ms: u64,
+    },
+    /// A part of a batch is done: the fields say what came of it.
+    Part {
+        /// How long the batch's record is kept, should it be over now, in ms.
+        keep_ms: u64,
     },
 }
 
@@ -435,6 +542,42 @@ pub enum Lead {
 #[error("another worker leads")]
 pub struct NotLeader;
 
+/// What limits a user or a pool, as the scripts read it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Limited {
+    /// Its weight; 1 if none is set.
+    pub weight: Option<f64>,
+    /// Most of its jobs that may run at once.
+    pub concurrency: Option<u64>,
+    /// Most starts in a period, and its length in ms.
+    pub rate: Option<(u64, u64)>,
+    /// A user's timeout in ms, or the most jobs of one user in a pool.
+    pub own: Option<u64>,
+    /// Since when and why it is paused.
+    pub paused: Option<String>,
+    /// Its jobs that run.
+    pub running: u64,
+    /// Its starts in the period that ends now.
+    pub starts: u64,
+    /// What keeps it from its turn: `paused`, `concurrency` or `rate`.
+    pub kept_by: Option<String>,
+    /// When its rate allows another start, in ms since 1970.
+    pub kept_until_ms: Option<u64>,
+    /// Fields that count for nothing, for they hold no number within their bounds.
+    pub ignored: Vec<String>,
+}
+
+/// Where a line stands.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Line {
+    /// The pool of its head; `None` if it has none that can run.
+    pub pool: Option<String>,
+    /// How many ids it has, in all bands.
+    pub jobs: u64,
+    /// When its head was submitted, as its hash says it.
+    pub created_at: Option<String>,
+}
+
 /// What one pass over the waiting jobs did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Upkeep {
@@ -474,6 +617,86 @@ impl Budget {
     pub const EVICTED_MAX: u64 = 1_000;
 }
 
+/// What became of the definition of a schedule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SchedulePut {
+    /// It is new.
+    Created,
+    /// There was another definition.
+    Replaced,
+    /// It was defined so; nothing was changed.
+    Same,
+    /// Its key can't be used.
+    Refused(String),
+}
+
+/// What became of a wish to pause a schedule or to let it go on.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum SchedulePause {
+    /// It does.
+    Changed,
+    /// It did before.
+    Same,
+    /// There is no such schedule.
+    Missing,
+}
+
+/// A schedule as it is found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ScheduleRead {
+    /// There is none.
+    Missing,
+    /// It can't be read: why.
+    Unreadable(String),
+    /// Its fields and values in turn.
+    Found(Vec<(Vec<u8>, Vec<u8>)>),
+}
+
+/// The schedules whose next tick is due.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SchedulesDue {
+    /// The server's time, in ms since 1970.
+    pub now_ms: u64,
+    /// When the next tick of any other is due.
+    pub next_ms: Option<u64>,
+    /// Their names.
+    pub names: Vec<Vec<u8>>,
+}
+
+/// One step of a schedule from the tick that is due.
+#[derive(Debug, Clone)]
+pub struct ScheduleStep {
+    /// Its name.
+    pub name: ScheduleName,
+    /// The revision of its definition, as it was read.
+    pub revision: Vec<u8>,
+    /// The tick that is due, as it was read.
+    pub due: Vec<u8>,
+    /// The tick that follows, in ms; none after the last.
+    pub following_ms: Option<u64>,
+    /// How many ticks are missed.
+    pub missed: u64,
+    /// The latest of them, in ms.
+    pub last_missed_ms: u64,
+    /// Why.
+    pub because: String,
+    /// What the tick that follows waits for, beside its time.
+    pub waiting: Option<String>,
+    /// The tick that is made, in ms, with its job.
+    pub tick: Option<(u64, Submission)>,
+}
+
+/// What became of a step of a schedule.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum ScheduleStepped {
+    /// The schedule is not as it was read any more; nothing was written.
+    Changed,
+    /// It moved on without a job.
+    Passed,
+    /// What became of the job; the schedule moved on if it is queued, or was there.
+    Tick(Enqueued),
+}
+
 /// How the leader's attempt to end a session went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SessionEnd {
@@ -493,21 +716,20 @@ fn id<T, E: Into<IdError>>(parsed: Result<T, E>, script: &'static str) -> Result
 
 impl Store {
     /// Submits jobs; one result each, in order.
-    pub async fn enqueue(&self, most_queued: u64, largest: u64, jobs: &[Submission]) -> Result<Vec<Enqueued>, Error> {
-        enqueued(self.call(&ENQUEUE, enqueue_args(most_queued, largest, false, jobs)).await?, jobs.len())
+    pub async fn enqueue(&self, most: &QueueLimits, jobs: &[Submission]) -> Result<Vec<Enqueued>, Error> {
+        enqueued(self.call(&ENQUEUE, enqueue_args(most, false, jobs)).await?, jobs.len())
     }
 
     /// The same, and waits until `replicas` have confirmed it, or for `patience`; returns how many have. Blocks this
     /// connection: see [`Store::aside`].
     pub async fn enqueue_confirmed(
         &self,
-        most_queued: u64,
-        largest: u64,
+        most: &QueueLimits,
         jobs: &[Submission],
         replicas: u32,
         patience: Duration,
     ) -> Result<(Vec<Enqueued>, u32), Error> {
-        let args = enqueue_args(most_queued, largest, true, jobs);
+        let args = enqueue_args(most, true, jobs);
         let (reply, confirmed) = self.call_and_wait(&ENQUEUE, args, replicas, patience).await?;
         Ok((enqueued(reply, jobs.len())?, confirmed))
     }
@@ -522,7 +744,13 @@ impl Store {
         Ok(self.call(&LOOK, users.to_vec()).await?.int("look")? as u64)
     }
 
-    /// Takes up to `n` jobs. The same `number` again returns the same jobs.
+    /// Looks at lines of tasks; returns how many of their users became ready.
+    pub async fn place(&self, lines: &[Vec<u8>]) -> Result<u64, Error> {
+        Ok(self.call(&PLACE, lines.to_vec()).await?.int("place")? as u64)
+    }
+
+    /// Takes up to `n` jobs, of some pools no more than said. The same `number` again returns the same jobs.
+    #[allow(clippy::too_many_arguments)] // those of the script
     pub async fn take(
         &self,
         session: &SessionId,
@@ -531,6 +759,7 @@ impl Store {
         n: usize,
         default_capacity: u32,
         fairness: &str,
+        room: &[(Pool, usize)],
     ) -> Result<TakeReply, Error> {
         let args = Args::new()
             .text(session.as_str())
@@ -539,6 +768,7 @@ impl Store {
             .number(n as u64)
             .number(default_capacity)
             .text(fairness);
+        let args = room.iter().fold(args, |args, (pool, most)| args.text(pool.as_str()).number(*most as u64));
         let mut items = self.call(&TAKE, args.0).await?.array("take")?.into_iter();
         match items.next().as_ref().and_then(Reply::text) {
             Some("lost") => return Ok(TakeReply::Lost),
@@ -572,6 +802,7 @@ impl Store {
                 Verdict::Next => ("next", 0),
                 Verdict::Back => ("back", 0),
                 Verdict::Later { after_ms } => ("later", after_ms),
+                Verdict::Part { keep_ms } => ("part", keep_ms),
             };
             args = args
                 .text(end.id.as_str())
@@ -693,6 +924,17 @@ impl Store {
         }
     }
 
+    /// Has a session serve other pools from now on; false if it is not registered any more.
+    pub async fn session_serve(&self, session: &SessionId, service: &str) -> Result<bool, Error> {
+        let args = Args::new().text(session.as_str()).text(service);
+        let reply = self.call(&SESSION_SERVE, args.0).await?;
+        match reply.text() {
+            Some("serving") => Ok(true),
+            Some("lost") => Ok(false),
+            _ => Err(reply.unexpected("session_serve")),
+        }
+    }
+
     /// Gives pools a capacity, or the default one of whoever takes; returns how many may have something to take.
     pub async fn set_capacities(&self, pools: &[(Pool, Option<u32>)]) -> Result<u64, Error> {
         let args = pools.iter().fold(Args::new(), |args, (pool, capacity)| {
@@ -810,6 +1052,48 @@ impl Store {
         led(self.call(&POOL_SWEEP, args.0).await?, |reply| Ok(reply.int("pool_sweep")? as u64))
     }
 
+    /// Changes what limits a user or a pool, or what pauses: `kind` is `user`, `pool` or `all`. The text says why it is refused.
+    pub async fn change_limits(
+        &self,
+        kind: &'static str,
+        name: &str,
+        fields: &[(&'static str, Option<String>)],
+    ) -> Result<Result<(), String>, Error> {
+        let args = fields.iter().fold(Args::new().text(kind).text(name), |args, (field, value)| {
+            args.text(field).text(value.as_deref().unwrap_or_default())
+        });
+        match self.call(&LIMITS, args.0).await? {
+            reply if reply.text() == Some("changed") => Ok(Ok(())),
+            Reply::Array(items) if items.first().and_then(Reply::text) == Some("refused") => {
+                Ok(Err(items.get(1).and_then(Reply::lossy).unwrap_or_default()))
+            }
+            reply => Err(reply.unexpected("limits")),
+        }
+    }
+
+    /// Tells what limits users or pools (`kind` says which); one answer each, in order.
+    pub async fn limited(&self, kind: &'static str, names: &[Vec<u8>]) -> Result<Vec<Limited>, Error> {
+        let args = names.iter().fold(Args::new().text(kind), |args, name| args.text(name));
+        let replies = self.call_read_only(&LIMITED, args.0).await?.array("limited")?;
+        expect_len(&replies, names.len(), "limited")?;
+        replies.into_iter().map(limited).collect()
+    }
+
+    /// Tells where lines stand; one answer each, in order.
+    pub async fn lines(&self, lines: &[Vec<u8>]) -> Result<Vec<Line>, Error> {
+        let replies = self.call_read_only(&LINES, lines.to_vec()).await?.array("lines")?;
+        expect_len(&replies, lines.len(), "lines")?;
+        replies
+            .into_iter()
+            .map(|reply| {
+                let items = reply.array("lines")?;
+                expect_len(&items, 3, "lines")?;
+                let jobs = items[1].int("lines")? as u64;
+                Ok(Line { pool: items[0].lossy(), jobs, created_at: items[2].lossy() })
+            })
+            .collect()
+    }
+
     /// Compares keys that must agree, and repairs if told to. `leader` is who leads, with its term, where a leader does it.
     pub async fn reconcile(
         &self,
@@ -830,6 +1114,121 @@ impl Store {
         led(reply, |reply| reply.array("reconcile"))
     }
 
+    /// Defines a schedule, with its first tick if it has none yet.
+    pub async fn schedule_put(
+        &self,
+        name: &ScheduleName,
+        revision: &str,
+        first_ms: u64,
+        definition: &Fields,
+    ) -> Result<SchedulePut, Error> {
+        let args = Args::new().text(name.as_str()).text(revision).number(first_ms).counted_fields(definition);
+        let reply = self.call(&SCHEDULE_PUT, args.0).await?;
+        match (&reply, reply.text()) {
+            (_, Some("created")) => Ok(SchedulePut::Created),
+            (_, Some("replaced")) => Ok(SchedulePut::Replaced),
+            (_, Some("same")) => Ok(SchedulePut::Same),
+            (Reply::Array(items), _) if items.first().and_then(Reply::text) == Some("refused") => {
+                Ok(SchedulePut::Refused(items.get(1).and_then(Reply::lossy).unwrap_or_default()))
+            }
+            _ => Err(reply.unexpected("schedule_put")),
+        }
+    }
+
+    /// Pauses a schedule, or lets it go on.
+    pub async fn schedule_pause(&self, name: &ScheduleName, pause: bool) -> Result<SchedulePause, Error> {
+        let args = Args::new().text(name.as_str()).text(if pause { "pause" } else { "resume" });
+        let reply = self.call(&SCHEDULE_PAUSE, args.0).await?;
+        match reply.text() {
+            Some("changed") => Ok(SchedulePause::Changed),
+            Some("same") => Ok(SchedulePause::Same),
+            Some("missing") => Ok(SchedulePause::Missing),
+            _ => Err(reply.unexpected("schedule_pause")),
+        }
+    }
+
+    /// Removes a schedule; whether there was one.
+    pub async fn schedule_remove(&self, name: &ScheduleName) -> Result<bool, Error> {
+        let reply = self.call(&SCHEDULE_REMOVE, Args::new().text(name.as_str()).0).await?;
+        match reply.text() {
+            Some("removed") => Ok(true),
+            Some("missing") => Ok(false),
+            _ => Err(reply.unexpected("schedule_remove")),
+        }
+    }
+
+    /// Reads schedules; one result each, in order.
+    pub async fn schedule_read(&self, names: &[Vec<u8>]) -> Result<Vec<ScheduleRead>, Error> {
+        let replies = self.call(&SCHEDULE_READ, names.to_vec()).await?.array("schedule_read")?;
+        expect_len(&replies, names.len(), "schedule_read")?;
+        replies
+            .into_iter()
+            .map(|reply| match (reply.text(), &reply) {
+                (Some("missing"), _) => Ok(ScheduleRead::Missing),
+                (_, Reply::Array(items)) => match items.first().and_then(Reply::text) {
+                    Some("unreadable") => {
+                        Ok(ScheduleRead::Unreadable(items.get(1).and_then(Reply::lossy).unwrap_or_default()))
+                    }
+                    Some("schedule") => {
+                        let bytes = |item: &Reply| item.clone().into_bytes().unwrap_or_default();
+                        let pairs = items[1..].chunks_exact(2).map(|pair| (bytes(&pair[0]), bytes(&pair[1])));
+                        Ok(ScheduleRead::Found(pairs.collect()))
+                    }
+                    _ => Err(reply.unexpected("schedule_read")),
+                },
+                _ => Err(reply.unexpected("schedule_read")),
+            })
+            .collect()
+    }
+
+    /// Finds the schedules whose next tick is due, after those left out.
+    pub async fn schedule_due(&self, leader: &SessionId, term: u64, left_out: usize, most: usize) -> Led<SchedulesDue> {
+        let args = Args::new().text(leader.as_str()).number(term).number(left_out as u64).number(most as u64);
+        led(self.call(&SCHEDULE_DUE, args.0).await?, |reply| {
+            let mut items = reply.array("schedule_due")?;
+            if items.len() < 2 {
+                return Err(Reply::Array(items).unexpected("schedule_due"));
+            }
+            let names = items.split_off(2).into_iter().filter_map(Reply::into_bytes).collect();
+            let next_ms = items[1].text().and_then(|text| text.parse::<f64>().ok()).map(|ms| ms as u64);
+            Ok(SchedulesDue { now_ms: items[0].int("schedule_due")? as u64, next_ms, names })
+        })
+    }
+
+    /// Moves a schedule on, if it is still as it was read.
+    pub async fn schedule_step(
+        &self,
+        leader: &SessionId,
+        term: u64,
+        most: &QueueLimits,
+        step: &ScheduleStep,
+    ) -> Led<ScheduleStepped> {
+        let args = Args::new()
+            .text(leader.as_str())
+            .number(term)
+            .text(step.name.as_str())
+            .text(&step.revision)
+            .text(&step.due)
+            .text(step.following_ms.map(|ms| ms.to_string()).unwrap_or_default())
+            .number(step.missed)
+            .number(step.last_missed_ms)
+            .text(&step.because)
+            .text(step.waiting.as_deref().unwrap_or_default());
+        let (script, args) = match &step.tick {
+            Some((tick_ms, job)) => {
+                let job = std::slice::from_ref(job);
+                let args = args.number(*tick_ms).text(job[0].id.as_str()).0;
+                (&SCHEDULE_TICK, [args, enqueue_args(most, false, job)].concat())
+            }
+            None => (&SCHEDULE_PASS, args.text("").text("").0),
+        };
+        led(self.call(script, args).await?, |reply| match reply.text() {
+            Some("changed") => Ok(ScheduleStepped::Changed),
+            Some("passed") => Ok(ScheduleStepped::Passed),
+            _ => Ok(ScheduleStepped::Tick(enqueued(Reply::Array(vec![reply]), 1)?.remove(0))),
+        })
+    }
+
     /// Clears a user's work-in-progress list of what is not being worked on.
     pub async fn wip(&self, leader: &SessionId, term: u64, user: &[u8]) -> Led<u64> {
         let args = Args::new().text(leader.as_str()).number(term).text(user);
@@ -837,8 +1236,10 @@ impl Store {
     }
 }
 
-fn enqueue_args(most_queued: u64, largest: u64, confirm: bool, jobs: &[Submission]) -> Vec<Vec<u8>> {
-    let mut args = Args::new().number(most_queued).number(largest).number(u8::from(confirm));
+fn enqueue_args(most: &QueueLimits, confirm: bool, jobs: &[Submission]) -> Vec<Vec<u8>> {
+    let QueueLimits { sql_jobs, tasks, sql_bytes, task_bytes } = *most;
+    let mut args = Args::new().number(sql_jobs).number(tasks).number(sql_bytes).number(task_bytes);
+    args = args.number(u8::from(confirm));
     for job in jobs {
         args = args.text(job.id.as_str()).text(job.user.as_str()).number(job.delay_ms);
         args = args.number(job.run_at_ms.unwrap_or(0)).counted_fields(&job.fields);
@@ -856,12 +1257,16 @@ fn enqueued(reply: Reply, jobs: usize) -> Result<Vec<Enqueued>, Error> {
             Reply::Bytes(word) if word == b"exists" => Ok(Enqueued::Exists),
             Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
                 (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
-                (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge(bytes.int("enqueue")? as u64)),
+                (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge {
+                    bytes: bytes.int("enqueue")? as u64,
+                    most: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
+                }),
                 (Some("no_room"), Some(used)) => Ok(Enqueued::NoRoom {
                     used: used.int("enqueue")? as u64,
                     mark: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
                 }),
                 (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
+                (Some("held"), Some(holder)) => Ok(Enqueued::Held(holder.lossy().unwrap_or_default())),
                 _ => Err(reply.unexpected("enqueue")),
             },
             _ => Err(reply.unexpected("enqueue")),
@@ -898,6 +1303,29 @@ fn inspected(reply: Reply, fields: usize) -> Result<Inspected, Error> {
     Ok(Inspected::Found { claimed, values })
 }
 
+fn limited(reply: Reply) -> Result<Limited, Error> {
+    let items = reply.array("limited")?;
+    expect_len(&items, 11, "limited")?;
+    let number = |at: usize| match &items[at] {
+        Reply::Nil => Ok(None),
+        Reply::Int(number) => Ok(Some(*number as f64)),
+        text => text.text().and_then(|text| text.parse().ok()).map(Some).ok_or_else(|| text.unexpected("limited")),
+    };
+    let whole = |at: usize| number(at).map(|number| number.map(|number: f64| number as u64));
+    Ok(Limited {
+        weight: number(0)?,
+        concurrency: whole(1)?,
+        rate: whole(2)?.zip(whole(3)?),
+        own: whole(4)?,
+        paused: items[5].lossy(),
+        running: whole(6)?.unwrap_or(0),
+        starts: whole(7)?.unwrap_or(0),
+        kept_by: items[8].lossy(),
+        kept_until_ms: whole(9)?,
+        ignored: items[10].clone().texts("limited")?,
+    })
+}
+
 fn session_end(reply: Reply) -> Led<SessionEnd> {
     match reply.text() {
         Some("not_leader") => return Ok(Err(NotLeader)),
@@ -910,15 +1338,23 @@ fn session_end(reply: Reply) -> Led<SessionEnd> {
     Ok(Ok(if items[0].text() == Some("more") { SessionEnd::More(count) } else { SessionEnd::Ended(count) }))
 }
 
+/// The names of the fields that a take hands out of a job in a pool.
+fn fields_of(pool: &Pool) -> impl Iterator<Item = &'static str> {
+    let kind = if pool.handler().is_some() { Of::Task } else { Of::Sql };
+    FIELDS.iter().filter(move |(.., of)| *of == Of::Both || *of == kind).map(|(name, ..)| *name)
+}
+
 fn taken(job: Reply) -> Result<Taken, Error> {
     let mut items = job.array("take")?;
-    expect_len(&items, 5 + FIELDS.len(), "take")?;
+    let pool = items.get(2).and_then(Reply::lossy).unwrap_or_default();
+    let pool = id(Pool::new(pool), "take")?;
+    expect_len(&items, 5 + fields_of(&pool).count(), "take")?;
     let values = items.split_off(5).into_iter().map(Reply::into_bytes).collect();
     let text = |at: usize| items[at].text().map(str::to_owned).ok_or_else(|| items[at].unexpected("take"));
     Ok(Taken {
         id: id(JobId::new(text(0)?), "take")?,
         user: id(User::new(items[1].lossy().unwrap_or_default()), "take")?,
-        pool: id(Pool::new(items[2].lossy().unwrap_or_default()), "take")?,
+        pool,
         fence: Fence(text(3)?.parse().map_err(|_| items[3].unexpected("take"))?),
         user_timeout_ms: items[4].text().and_then(|text| text.trim().parse().ok()),
         values,

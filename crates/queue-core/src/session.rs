@@ -33,8 +33,12 @@ pub struct Service {
 impl Service {
     /// The patterns as one text, as the keys have it.
     pub fn text(&self) -> String {
-        self.pools.iter().map(PoolPattern::as_str).collect::<Vec<_>>().join(" ")
+        service_of(&self.pools)
     }
+}
+
+fn service_of(pools: &[PoolPattern]) -> String {
+    pools.iter().map(PoolPattern::as_str).collect::<Vec<_>>().join(" ")
 }
 
 /// What a job costs its user.
@@ -75,7 +79,8 @@ pub struct Session {
 struct Shared {
     store: Store,
     id: SessionId,
-    service_text: String,
+    /// The pools that it serves. A change waits for the take under way.
+    service_text: Mutex<String>,
     fairness: Fairness,
     default_capacity: AtomicU32,
     /// The pools to which the configuration gives numbers of their own.
@@ -111,7 +116,7 @@ impl Session {
         let shared = Shared {
             store,
             id,
-            service_text,
+            service_text: service_text.into(),
             fairness: service.fairness,
             default_capacity: service.default_capacity.into(),
             capacities: service.capacities.into(),
@@ -134,15 +139,21 @@ impl Session {
 
     /// Takes up to `n` jobs. After an error the next call asks for the same take again, so that no answer is lost.
     pub async fn take(&self, n: usize) -> Result<Result<Batch, SessionLost>, Error> {
+        self.take_within(n, &[]).await
+    }
+
+    /// The same, and of some pools no more than there is room for here.
+    pub async fn take_within(&self, n: usize, room: &[(Pool, usize)]) -> Result<Result<Batch, SessionLost>, Error> {
         let shared = &self.shared;
         if !self.take_open.swap(true, Ordering::SeqCst) {
             self.take_number.fetch_add(1, Ordering::SeqCst);
         }
         let number = self.take_number.load(Ordering::SeqCst);
         let default_capacity = shared.default_capacity.load(Ordering::SeqCst);
+        let service_text = shared.service_text.lock().await;
         let reply = shared
             .store
-            .take(&shared.id, &shared.service_text, number, n, default_capacity, shared.fairness.word())
+            .take(&shared.id, &service_text, number, n, default_capacity, shared.fairness.word(), room)
             .await?;
         self.take_open.store(false, Ordering::SeqCst);
         match reply {
@@ -153,6 +164,20 @@ impl Session {
                 Ok(Ok(Batch { claims, due_in: due_in_ms.map(Duration::from_millis) }))
             }
         }
+    }
+
+    /// Serves other pools from now on. After an error it may or may not.
+    pub async fn serve(&self, pools: &[PoolPattern]) -> Result<Result<(), SessionLost>, Error> {
+        let mut service_text = self.shared.service_text.lock().await;
+        let text = service_of(pools);
+        if *service_text == text {
+            return Ok(Ok(()));
+        }
+        if !self.shared.store.session_serve(&self.shared.id, &text).await? {
+            return Ok(Err(SessionLost));
+        }
+        *service_text = text;
+        Ok(Ok(()))
     }
 
     /// Gives pools other capacities from now on. Those that had a number of their own and have none any more get the default.
@@ -279,5 +304,32 @@ impl Pen {
     /// Writes fields; with none, asks whether the claim still holds.
     pub async fn mark(&self, fields: &Fields) -> Result<Mark, Error> {
         self.shared.store.mark(&self.shared.id, &self.job.id, self.job.fence, fields).await
+    }
+
+    /// The job.
+    pub(crate) fn job(&self) -> &JobId {
+        &self.job.id
+    }
+
+    pub(crate) fn store(&self) -> &Store {
+        &self.shared.store
+    }
+
+    /// Leaves the rows of a chunk behind the first `keep` to others. Of both sides: what became of them, packed, and the counts of it.
+    pub(crate) async fn cut_chunk(
+        &self,
+        keep: usize,
+        kept: (Vec<u8>, String),
+        rest: (Vec<u8>, String),
+    ) -> Result<Mark, Error> {
+        self.shared.store.batch_cut(&self.shared.id, &self.job.id, self.job.fence, keep, kept, rest).await
+    }
+
+    /// What a holder has noted in the field `noted`. It is too large to come with each take, and is wanted after the loss of a worker
+    /// only.
+    pub async fn noted(&self) -> Result<Option<Vec<u8>>, Error> {
+        let store = &self.shared.store;
+        let key = store.keys().job(self.job.id.as_str());
+        Ok(store.command("HGET", &[key.as_bytes(), b"noted"]).await?.into_bytes())
     }
 }

@@ -27,7 +27,7 @@ use tokio::sync::mpsc;
 use crate::config::{Fault, RedisConfig};
 use crate::error::Error;
 use crate::keys::Keys;
-use crate::reply::Reply;
+use crate::reply::{Reply, info_field};
 use crate::scripts::{self, Script};
 
 /// The longest pause between two attempts to connect. Short, because work is to go on soon after an outage, and one attempt
@@ -153,7 +153,7 @@ impl Store {
     /// Refuses a server that is too old; returns what about it puts jobs at risk.
     pub async fn check_server(&self) -> Result<Vec<String>, Error> {
         let info = self.command("INFO", &[b"server"]).await?.lossy().unwrap_or_default();
-        let says = |field: &str| info.lines().find_map(|line| line.strip_prefix(field)?.strip_prefix(':'));
+        let says = |field| info_field(&info, field);
         // Valkey names its own version beside the one of Redis that it is compatible with.
         let (name, version, least) = match says("valkey_version") {
             Some(version) => ("Valkey", version, (7, 2)),

@@ -1,4 +1,4 @@
-//! Logs to stderr and, where a collector is configured, traces to it.
+//! Logs to stderr and, where a collector is configured, traces and metrics to it.
 //!
 //! A trace goes through Redis as a `traceparent` text (W3C Trace Context): [`traceparent`] writes the one of a span, and
 //! [`follow`] makes a span the child of one that was read.
@@ -7,10 +7,12 @@ use std::collections::HashMap;
 use std::io::IsTerminal;
 use std::time::{Duration, SystemTime};
 
+use opentelemetry::KeyValue;
 use opentelemetry::propagation::TextMapPropagator;
 use opentelemetry::trace::{Span as _, TraceContextExt, Tracer, TracerProvider};
-use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig};
+use opentelemetry_otlp::{MetricExporter, Protocol, SpanExporter, WithExportConfig};
 use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::metrics::SdkMeterProvider;
 use opentelemetry_sdk::propagation::TraceContextPropagator;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use queue_core::config::{TelemetryConfig, Url};
@@ -27,37 +29,44 @@ mod log;
 
 pub use log::{LogConfig, LogFormat, LogLevel};
 
-/// How long the last spans may take to leave. A collector that is away must not hold up a stop.
+/// How long the last spans may take to leave; the last metrics have as long. A collector that is away must not hold up a stop.
 const FLUSH_MAX: Duration = Duration::from_secs(5);
 
 /// The field that carries a trace from process to process.
 const TRACEPARENT: &str = "traceparent";
 
-/// Why logging or tracing could not be started.
+/// Why logging or exporting could not be started.
 #[derive(Debug, thiserror::Error)]
 pub enum TelemetryError {
     /// The exporter does not accept its configuration.
-    #[error("cannot export traces")]
+    #[error("cannot export traces and metrics")]
     Exporter(#[from] opentelemetry_otlp::ExporterBuildError),
     /// This process logs already.
     #[error("cannot start the log")]
     Subscriber(#[from] tracing_subscriber::util::TryInitError),
 }
 
-/// Logging and tracing of this process, for as long as it runs.
+/// Logs, traces and metrics of this process, for as long as it runs.
 #[must_use = "the last spans are lost unless it is stopped"]
 pub struct Telemetry {
     filter: reload::Handle<EnvFilter, Registry>,
-    provider: Option<SdkTracerProvider>,
+    export: Option<Export>,
+}
+
+/// What leaves for the collector.
+struct Export {
+    traces: SdkTracerProvider,
+    metrics: SdkMeterProvider,
 }
 
 impl Telemetry {
-    /// Starts both for the whole process. To be called once.
+    /// Starts all for the whole process. To be called once.
     pub fn start(log: &LogConfig, telemetry: &TelemetryConfig) -> Result<Telemetry, TelemetryError> {
         let (subscriber, started) = build(log, telemetry, std::io::stderr, std::io::stderr().is_terminal())?;
         subscriber.try_init()?;
-        if let Some(provider) = &started.provider {
-            opentelemetry::global::set_tracer_provider(provider.clone());
+        if let Some(export) = &started.export {
+            opentelemetry::global::set_tracer_provider(export.traces.clone());
+            opentelemetry::global::set_meter_provider(export.metrics.clone());
         }
         Ok(started)
     }
@@ -68,13 +77,17 @@ impl Telemetry {
         let _ = self.filter.reload(level.filter());
     }
 
-    /// Sends the spans that have not left yet. The log goes on.
+    /// Sends what has not left yet. The log goes on.
     pub async fn stop(self) {
-        let Some(provider) = self.provider else { return };
-        // It waits for a thread that speaks HTTP: that must not stop a thread of the runtime.
-        let flushed = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(FLUSH_MAX)).await;
-        if let Ok(Err(fault)) = flushed {
+        let Some(Export { traces, metrics }) = self.export else { return };
+        // They wait for threads that speak HTTP: that must not stop a thread of the runtime.
+        let traces = tokio::task::spawn_blocking(move || traces.shutdown_with_timeout(FLUSH_MAX));
+        let metrics = tokio::task::spawn_blocking(move || metrics.shutdown_with_timeout(FLUSH_MAX));
+        if let Ok(Err(fault)) = traces.await {
             tracing::warn!(error = %fault, "the last spans could not be exported");
+        }
+        if let Ok(Err(fault)) = metrics.await {
+            tracing::warn!(error = %fault, "the last metrics could not be exported");
         }
     }
 }
@@ -97,13 +110,13 @@ where
     // The level is the log's alone: a quiet log must not thin out traces.
     let (level, filter) = reload::Layer::new(log.level.filter());
 
-    let provider = telemetry.otlp_endpoint.as_ref().map(|url| provider(url, &telemetry.service_name)).transpose()?;
-    let spans = provider.as_ref().map(|provider| {
+    let export = telemetry.otlp_endpoint.as_ref().map(|url| export(url, &telemetry.service_name)).transpose()?;
+    let spans = export.as_ref().map(|export| {
         // What the exporter does itself would be traced and exported for ever.
         let own = ["opentelemetry", "hyper", "hyper_util", "reqwest", "h2", "tower"];
         let filter =
             Targets::new().with_default(LevelFilter::INFO).with_targets(own.map(|target| (target, LevelFilter::OFF)));
-        tracing_opentelemetry::layer().with_tracer(provider.tracer("drayman")).with_filter(filter)
+        tracing_opentelemetry::layer().with_tracer(export.traces.tracer("drayman")).with_filter(filter)
     });
 
     // Further down, these tell the SQL texts, values and commands that pass through them, whatever level is asked for.
@@ -112,27 +125,56 @@ where
     let lines = lines.with_filter(level.and(discreet));
 
     let subscriber = tracing_subscriber::registry().with(lines).with(spans);
-    Ok((subscriber, Telemetry { filter, provider }))
+    Ok((subscriber, Telemetry { filter, export }))
 }
 
-fn provider(url: &Url, service_name: &str) -> Result<SdkTracerProvider, TelemetryError> {
-    let exporter = SpanExporter::builder()
-        .with_http()
-        .with_protocol(Protocol::HttpBinary)
-        .with_endpoint(traces_url(url))
-        .build()?;
+fn export(endpoint: &Url, service_name: &str) -> Result<Export, TelemetryError> {
     let resource = Resource::builder()
         .with_service_name(service_name.to_owned())
-        .with_attribute(opentelemetry::KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
+        .with_attribute(KeyValue::new("service.version", env!("CARGO_PKG_VERSION")))
         .build();
-    Ok(SdkTracerProvider::builder().with_resource(resource).with_batch_exporter(exporter).build())
+    let spans = SpanExporter::builder()
+        .with_http()
+        .with_protocol(Protocol::HttpBinary)
+        .with_endpoint(signal_url(endpoint, "traces"))
+        .build()?;
+    let metrics = MetricExporter::builder()
+        .with_http()
+        .with_protocol(Protocol::HttpBinary)
+        .with_endpoint(signal_url(endpoint, "metrics"))
+        .build()?;
+    Ok(Export {
+        traces: SdkTracerProvider::builder().with_resource(resource.clone()).with_batch_exporter(spans).build(),
+        // How often metrics leave is OTEL_METRIC_EXPORT_INTERVAL, a minute by default.
+        metrics: SdkMeterProvider::builder().with_resource(resource).with_periodic_exporter(metrics).build(),
+    })
 }
 
-/// An endpoint without a path is a collector's, whose path for traces the protocol fixes.
-fn traces_url(endpoint: &Url) -> String {
+/// Where traces or metrics go: the endpoint is the collector's, and the protocol fixes the paths below it.
+fn signal_url(endpoint: &Url, signal: &str) -> String {
     let text = endpoint.expose().trim_end_matches('/');
-    let has_path = text.split_once("://").is_some_and(|(_, rest)| rest.contains('/'));
-    if has_path { text.to_owned() } else { format!("{text}/v1/traces") }
+    let collector = text.strip_suffix("/v1/traces").unwrap_or(text);
+    format!("{collector}/v1/{signal}")
+}
+
+/// Tells the collector numbers as they stand, each with the value of `label` that it is for, until the process ends. What
+/// `numbers` leaves out is not told (any more). Nothing happens where nothing is exported.
+pub fn gauge(
+    name: &'static str,
+    unit: &'static str,
+    description: &'static str,
+    label: &'static str,
+    numbers: impl Fn() -> Vec<(String, u64)> + Send + Sync + 'static,
+) {
+    let meter = opentelemetry::global::meter("drayman");
+    let gauge = meter.u64_observable_gauge(name).with_unit(unit).with_description(description);
+    gauge
+        .with_callback(move |observer| {
+            for (value, number) in numbers() {
+                observer.observe(number, &[KeyValue::new(label, value)]);
+            }
+        })
+        .build();
 }
 
 /// The `traceparent` of a span, if it is traced. After that the span can't follow another one.
@@ -311,10 +353,11 @@ mod tests {
     }
 
     #[test]
-    fn a_collectors_path_is_added_where_none_is_given() {
-        let of = |url: &str| traces_url(&Url::new(url));
-        assert_eq!(of("http://h:4318"), "http://h:4318/v1/traces");
-        assert_eq!(of("http://h:4318/"), "http://h:4318/v1/traces");
-        assert_eq!(of("http://h/custom/path"), "http://h/custom/path");
+    fn each_signal_has_its_path_below_the_collectors_endpoint() {
+        let of = |url: &str| ["traces", "metrics"].map(|signal| signal_url(&Url::new(url), signal));
+        for url in ["http://h:4318", "http://h:4318/", "http://h:4318/v1/traces"] {
+            assert_eq!(of(url), ["http://h:4318/v1/traces", "http://h:4318/v1/metrics"]);
+        }
+        assert_eq!(of("http://h/otlp/"), ["http://h/otlp/v1/traces", "http://h/otlp/v1/metrics"]);
     }
 }

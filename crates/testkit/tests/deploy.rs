@@ -50,11 +50,24 @@ fn the_unit_gives_the_worker_what_it_counts_on() {
     has("Type=notify");
     has("NotifyAccess=main");
     has("KillSignal=SIGTERM");
+    has("KillMode=mixed");
+    has("OOMPolicy=continue");
     has("Restart=on-failure");
     has("StartLimitIntervalSec=0");
     has("User=drayman");
     has("ExecStart=/usr/bin/drayman-worker --config /etc/drayman/%i.toml");
     assert!(unit.lines().any(|line| line.starts_with("WatchdogSec=")));
+    // Where large results lie by default is a folder that the worker may make.
+    has("StateDirectory=drayman");
+    let settings = fs::read_to_string(deploy("worker.toml")).unwrap();
+    assert!(settings.contains("\nurl = \"file:///var/lib/drayman/objects\"\n"));
+    // A worker that drains, and the handlers that it stops then, have the time that they may take.
+    let seconds = |text: &str, key: &str| -> u64 {
+        let line = text.lines().find_map(|line| line.trim_start_matches("# ").strip_prefix(key)).expect(key);
+        line.trim_matches(['=', ' ', '"', 's']).parse().expect("seconds")
+    };
+    let graces = ["drain_grace", "cancel_grace", "kill_grace"].map(|key| seconds(&settings, key)).iter().sum::<u64>();
+    assert!(seconds(&unit, "TimeoutStopSec") > 2 * graces, "{graces}");
 }
 
 #[test]

@@ -6,16 +6,19 @@ use std::time::Duration;
 use anyhow::Context;
 use queue_core::Store;
 use queue_core::ids::{PoolPattern, SessionId};
+use queue_core::objects::Objects;
 use queue_core::session::{Service, Session};
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
-use crate::attempt::Rules;
+use crate::attempt::{Blocks, Means, Results, Rules};
 use crate::config::Config;
 use crate::dispatch::{self, Ended, Hints, Limits};
 use crate::execute::Executor;
+use crate::execute::handlers::{Handlers, Registration};
 use crate::execute::sql::SqlExecutor;
 use crate::maintenance;
+use crate::metrics::Unserved;
 use crate::notify::Notify;
 use crate::shutdown::Shutdown;
 
@@ -27,15 +30,28 @@ const HOST_LOCK_TTL: Duration = Duration::from_secs(5);
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(60);
 /// How often old hashes are looked for.
 const SWEEP_INTERVAL: Duration = Duration::from_secs(600);
+/// How many scans pass between two looks for jobs that nobody serves. They are told every minute as a rule.
+const SCANS_PER_LOOK: u32 = 3;
 /// The pause before a session that could not be opened is tried again.
 const OPEN_AGAIN_AFTER: Duration = Duration::from_millis(250);
 /// How long results that Redis does not answer for are still sent while the worker stops.
 const LAST_RESULTS: Duration = Duration::from_secs(5);
 
-/// Runs a worker until `shutdown` says stop and everything is given back. Of the configuration only the limits may change
-/// meanwhile.
-pub async fn run(config: Config, limits: watch::Receiver<Limits>, shutdown: Shutdown) -> anyhow::Result<()> {
-    let executor: Arc<dyn Executor> = Arc::new(SqlExecutor::new(config.databases()).context("databases")?);
+/// How long handlers may take to end what they have started.
+const HANDLERS_CLOSE: Duration = Duration::from_secs(10);
+
+/// Runs a worker with the handlers of its configuration and others until `shutdown` says stop and everything is given back.
+/// Of the configuration only the limits may change meanwhile.
+pub async fn run(
+    config: Config,
+    handlers: Vec<Registration>,
+    limits: watch::Receiver<Limits>,
+    shutdown: Shutdown,
+) -> anyhow::Result<()> {
+    let sql: Arc<dyn Executor> = Arc::new(SqlExecutor::new(config.databases()).context("databases")?);
+    let handlers = config.handlers().context("handlers")?.into_iter().chain(handlers).collect();
+    let handlers = Arc::new(Handlers::new(handlers, config.tasks.threads).context("handlers")?);
+    let objects = Objects::open(&config.objects)?;
     let store =
         Store::connect(&config.redis).await.with_context(|| format!("cannot connect to {}", config.redis.url))?;
     for warning in store.check_server().await.context("the server cannot be used")? {
@@ -43,7 +59,9 @@ pub async fn run(config: Config, limits: watch::Receiver<Limits>, shutdown: Shut
     }
     let notify = Notify::default();
     let host = config.worker.name.clone().unwrap_or_else(host_name);
-    let pools = pools(&config);
+    let results = Results { objects: objects.clone(), max_inline_bytes: config.objects.max_inline_bytes.0 };
+    let means = Means { sql, handlers: handlers.clone(), results, blocks: Blocks::default() };
+    let service = dispatch::Service { means, pools: pools(&config) };
 
     // The maintenance outlives sessions: a worker that lost its session may still lead.
     let maintenance_stop = CancellationToken::new();
@@ -51,21 +69,26 @@ pub async fn run(config: Config, limits: watch::Receiver<Limits>, shutdown: Shut
     let maintenance = tokio::spawn(maintenance::run(
         store.clone(),
         leader_id,
-        maintenance_settings(&config),
+        maintenance_settings(&config, objects),
         maintenance_stop.clone(),
     ));
 
+    // Handlers start while nothing depends on them, and end when no task runs any more.
+    let handlers_stop = CancellationToken::new();
+    let handlers_watch = tokio::spawn(handlers.clone().look_after(handlers_stop.clone()));
+
     let mut greeted = false;
+    let mut exhausted = false;
     loop {
         let id = SessionId::generate(&host, std::process::id());
         // The channels before the session: what is said to it from its first moment on is heard.
         let cancel_channel = store.keys().cancel(id.as_str());
         let channels = [store.keys().wake(id.as_str()), cancel_channel.clone()];
-        let service = service(&config, &pools, &limits.borrow());
-        let pool_names = service.text();
+        let registration = registration(&config, service.pools(), &limits.borrow());
+        let pool_names = registration.text();
         let opened = async {
             let messages = store.subscribe(&channels, &[]).await?;
-            let session = Session::open(store.clone(), id.clone(), service, &host, std::process::id()).await?;
+            let session = Session::open(store.clone(), id.clone(), registration, &host, std::process::id()).await?;
             Ok::<_, queue_core::Error>((messages, session))
         };
         let (messages, session) = match opened.await {
@@ -85,16 +108,25 @@ pub async fn run(config: Config, limits: watch::Receiver<Limits>, shutdown: Shut
             notify.ready();
             greeted = true;
         }
-        let ended = dispatch::run(
+        let dispatch = dispatch::run(
             session.clone(),
-            executor.clone(),
+            service.clone(),
             limits.clone(),
             dispatch_settings(&config),
             notify.clone(),
             Hints { messages, cancel_channel },
             &shutdown,
-        )
-        .await;
+        );
+        tokio::pin!(dispatch);
+        let ended = tokio::select! {
+            ended = &mut dispatch => ended,
+            () = handlers.exhausted().cancelled() => {
+                tracing::error!("handlers block all their threads: only a new process can go on");
+                exhausted = true;
+                shutdown.drain().cancel();
+                dispatch.await
+            }
+        };
         match ended {
             Ended::SessionLost => continue,
             Ended::Stopped => {
@@ -109,9 +141,18 @@ pub async fn run(config: Config, limits: watch::Receiver<Limits>, shutdown: Shut
         }
     }
 
+    handlers_stop.cancel();
+    let _ = handlers_watch.await;
+    // Where no thread is free, nothing can be closed.
+    if !exhausted && tokio::time::timeout(HANDLERS_CLOSE, handlers.close()).await.is_err() {
+        tracing::warn!("handlers did not close in time");
+    }
     maintenance_stop.cancel();
     let _ = tokio::time::timeout(LAST_RESULTS, maintenance).await;
     store.close().await;
+    if exhausted {
+        anyhow::bail!("handlers block all their threads");
+    }
     Ok(())
 }
 
@@ -137,9 +178,9 @@ fn pools(config: &Config) -> Vec<PoolPattern> {
     pools
 }
 
-fn service(config: &Config, pools: &[PoolPattern], limits: &Limits) -> Service {
+fn registration(config: &Config, pools: Vec<PoolPattern>, limits: &Limits) -> Service {
     Service {
-        pools: pools.to_vec(),
+        pools,
         default_capacity: limits.default_capacity,
         capacities: limits.capacities.clone(),
         fairness: config.worker.fairness,
@@ -149,6 +190,7 @@ fn service(config: &Config, pools: &[PoolPattern], limits: &Limits) -> Service {
 fn rules(config: &Config) -> Rules {
     Rules {
         statement_timeout: config.sql.statement_timeout,
+        task_timeout: config.tasks.timeout,
         retry: config.retry.clone(),
         max_unclean: config.worker.max_unclean.get().into(),
         keep: config.retention.finished,
@@ -164,12 +206,10 @@ fn dispatch_settings(config: &Config) -> dispatch::Settings {
         session_lifetime: config.worker.session_lifetime,
         drain_grace: config.worker.drain_grace,
         last_results: LAST_RESULTS,
-        // SQL may go on: who takes over ends the earlier backend first.
-        stop_unconfirmed: false,
     }
 }
 
-fn maintenance_settings(config: &Config) -> maintenance::Settings {
+fn maintenance_settings(config: &Config, objects: Objects) -> maintenance::Settings {
     maintenance::Settings {
         leader_ttl: LEADER_TTL,
         session_lifetime: config.worker.session_lifetime,
@@ -181,9 +221,12 @@ fn maintenance_settings(config: &Config) -> maintenance::Settings {
         keep: config.retention.finished.max(config.retention.ignored),
         keep_count: config.retention.count.get(),
         keep_bytes: config.retention.bytes.0,
-        high_water: config.limits.memory_high_water,
+        limits: config.limits.clone(),
         keep_untouched: config.retention.untouched,
         host_lock_ttl: HOST_LOCK_TTL,
+        objects,
+        unserved: config.telemetry.otlp_endpoint.is_some().then(Unserved::register),
+        unserved_interval: config.worker.scan_interval.saturating_mul(SCANS_PER_LOOK),
     }
 }
 

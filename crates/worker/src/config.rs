@@ -7,7 +7,7 @@ use std::time::Duration;
 
 pub use queue_core::config::{ConfigError, Layers};
 use queue_core::config::{
-    Configuration, Fault, Limits, RedisConfig, RetentionConfig, TelemetryConfig, load, positive, to_toml,
+    Configuration, Fault, Limits, ObjectsConfig, RedisConfig, RetentionConfig, TelemetryConfig, load, positive, to_toml,
 };
 use queue_core::ids::{Pool, PoolPattern};
 use queue_core::model::retry::{Backoff, RetryChoice, RetryPolicy, SqlStates, UNCLEAN_MAX};
@@ -15,7 +15,12 @@ use queue_core::session::Fairness;
 use serde::{Deserialize, Serialize};
 use telemetry::LogConfig;
 
+use crate::execute::handlers::Registration;
 use crate::execute::sql::databases::{DatabaseSettings, Databases, SettingFault, SqlSettings};
+
+pub mod handlers;
+
+use handlers::HandlerConfig;
 
 /// The commented file that stands for the defaults.
 pub const DEFAULT_FILE_TEXT: &str = include_str!("../../../deploy/worker.toml");
@@ -36,18 +41,24 @@ pub struct Config {
     pub worker: WorkerConfig,
     /// `[sql]`
     pub sql: SqlSettings,
+    /// `[tasks]`
+    pub tasks: TasksConfig,
     /// `[capacity]`
     pub capacity: CapacityConfig,
     /// `[retry]`
     pub retry: RetryConfig,
     /// `[retention]`
     pub retention: RetentionConfig,
+    /// `[objects]`
+    pub objects: ObjectsConfig,
     /// `[log]`
     pub log: LogConfig,
     /// `[telemetry]`
     pub telemetry: TelemetryConfig,
     /// `[databases.<name>]`: databases that jobs name by a word.
     pub databases: BTreeMap<String, DatabaseSettings>,
+    /// `[[handlers]]`: programs and commands that run tasks.
+    pub handlers: Vec<HandlerConfig>,
 }
 
 /// How a worker takes jobs and stops.
@@ -91,6 +102,23 @@ impl Default for WorkerConfig {
             fairness: Fairness::Jobs,
             max_unclean: const { NonZeroU32::new(5).unwrap() },
         }
+    }
+}
+
+/// How tasks are run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct TasksConfig {
+    /// The longest that a task may run.
+    #[serde(with = "humantime_serde")]
+    pub timeout: Duration,
+    /// Threads for handlers that run in this process; as many as there are cores if absent.
+    pub threads: Option<NonZeroUsize>,
+}
+
+impl Default for TasksConfig {
+    fn default() -> Self {
+        Self { timeout: Duration::from_secs(3600), threads: None }
     }
 }
 
@@ -179,6 +207,11 @@ impl Config {
         Databases { sql: self.sql.clone(), databases: self.databases.clone() }
     }
 
+    /// The handlers that the file registers, without a process yet.
+    pub fn handlers(&self) -> Result<Vec<Registration>, Fault> {
+        handlers::build(&self.handlers, self.tasks.timeout)
+    }
+
     /// `--print-config`: the configuration as a file that would say the same, without secrets.
     pub fn print(&self) -> String {
         to_toml(self).unwrap_or_else(|fault| format!("# cannot be shown: {fault}\n"))
@@ -201,10 +234,23 @@ pub enum CheckError {
 
 impl Configuration for Config {
     fn validate(&self) -> Result<(), Fault> {
+        if self.worker.pools.is_empty() && self.handlers.is_empty() && self.databases.is_empty() {
+            return Err(Fault::new("worker.pools", "names no pool, and there are no databases and handlers"));
+        }
+        self.check_values()
+    }
+}
+
+impl Config {
+    /// What holds for a worker whose handlers stand in no file, too.
+    pub(crate) fn check_values(&self) -> Result<(), Fault> {
         self.redis.validate()?;
         self.limits.validate()?;
-        if self.worker.pools.is_empty() {
-            return Err(Fault::new("worker.pools", "names no pool"));
+        for (at, pool) in self.worker.pools.iter().enumerate() {
+            if !["sql:", "db:"].iter().any(|kind| pool.as_str().starts_with(kind)) {
+                let reason = "begins neither with sql: nor with db: (a worker serves the handlers that it has)";
+                return Err(Fault::new(format!("worker.pools.{at}"), reason));
+            }
         }
         if self.worker.name.as_ref().is_some_and(|name| name.trim().is_empty()) {
             return Err(Fault::new("worker.name", "is blank"));
@@ -219,7 +265,10 @@ impl Configuration for Config {
         positive("worker.scan_interval", self.worker.scan_interval)?;
         positive("worker.reconcile_interval", self.worker.reconcile_interval)?;
         positive("sql.statement_timeout", self.sql.statement_timeout)?;
+        positive("tasks.timeout", self.tasks.timeout)?;
+        self.handlers()?;
         self.retention.validate()?;
+        self.objects.validate()?;
         self.telemetry.validate()
     }
 }
@@ -248,6 +297,7 @@ mod tests {
         let written: toml::Table = DEFAULT_FILE_TEXT.parse().unwrap();
         let mut whole: toml::Table = Config::default().print().parse().unwrap();
         whole.remove("databases");
+        whole.remove("handlers");
         assert_eq!(keys(written), keys(whole));
     }
 
@@ -260,7 +310,7 @@ mod tests {
     fn every_key_of_the_file_is_known_even_where_it_is_a_comment() {
         let as_comment = |line: &str| {
             let line = line.strip_prefix("# ")?;
-            if line.starts_with("[databases.") {
+            if line.starts_with("[databases.") || line == "[[handlers]]" {
                 return Some(line.to_owned());
             }
             let key = line.split_once(" = ")?.0;
@@ -274,13 +324,28 @@ mod tests {
         assert_eq!(config.capacity.of(&Pool::of_host("10.0.0.2").unwrap()).get(), 4);
         assert!(config.worker.name.is_some() && config.redis.username.is_some() && config.redis.tls_ca_file.is_some());
         assert!(config.redis.password_file.is_some() && config.telemetry.otlp_endpoint.is_some());
+        // Each key of a handler, and with its default where it has one.
+        let written: toml::Table = full.parse().unwrap();
+        let written: Vec<&toml::Table> =
+            written["handlers"].as_array().unwrap().iter().flat_map(|h| h.as_table()).collect();
+        let bare =
+            |kind| load(&format!("[[handlers]]\napp='a'\nop='o'\nkind='{kind}'\ncommand=['x']"), &[]).unwrap().print();
+        for (written, kind) in written.iter().zip(["program", "command"]) {
+            let bare: toml::Table = bare(kind).parse().unwrap();
+            for (key, default) in bare["handlers"][0].as_table().unwrap() {
+                let own = ["app", "op", "kind", "command", "set_env"].contains(&&**key);
+                assert!(own || kind == "command" || written.get(key) == Some(default), "{key}");
+            }
+        }
     }
 
     #[test]
     fn what_is_printed_says_the_same_and_shows_no_password() {
         let variables = [("DRAYMAN_WORKER__POOLS", "[sql:a, db:*]"), ("DRAYMAN_LOG__FORMAT", "json")];
-        let config =
-            load("[capacity.pools]\n'sql:a' = 2\n[databases.x]\nkind = 'sqlite'\npath = '/x'", &variables).unwrap();
+        let file = "[capacity.pools]\n'sql:a' = 2\n[databases.x]\nkind = 'sqlite'\npath = '/x'\n\
+                    [[handlers]]\napp = 'a'\nop = 'O'\nkind = 'program'\ncommand = ['x']\nmemory = '1GiB'\ncancel_grace = '1s'\nrows = 9\nmark_done = true\n\
+                    [[handlers]]\napp = 'a'\nop = 'p'\nkind = 'command'\ncommand = ['x', '{job}']\nstdin = 'field:a.0'\nmark_done = ['y', '{batch}']\n";
+        let config = load(file, &variables).unwrap();
         assert_eq!(load(&config.print(), &[]), Ok(config));
         let secret = "[redis]\nurl = 'redis://:marker@h'\n[telemetry]\notlp_endpoint = 'http://u:marker@h'";
         let config = load(secret, &[]).unwrap();
@@ -293,11 +358,15 @@ mod tests {
             ("[worker]\nslots = 0", "worker.slots has an invalid value"),
             ("[worker]\npools = []", "worker.pools names no pool"),
             ("[worker]\npools = ['a b']", "worker.pools.0 cannot be used: pool pattern has the character"),
+            ("[worker]\npools = ['*']", "worker.pools.0 begins neither with sql: nor with db:"),
+            ("[worker]\npools = ['bank.pay']", "worker.pools.0 begins neither with sql: nor with db:"),
             ("[worker]\nname = ''", "worker.name is blank"),
             ("[worker]\nsession_lifetime = '200ms'", "worker.session_lifetime must be at least 2s"),
             ("[worker]\nscan_interval = '0s'", "worker.scan_interval must be longer than nothing"),
             ("[worker]\nreconcile_interval = '0s'", "worker.reconcile_interval must be longer than nothing"),
             ("[sql]\nstatement_timeout = 3", "sql.statement_timeout has an invalid type"),
+            ("[tasks]\ntimeout = '0s'", "tasks.timeout must be longer than nothing"),
+            ("[tasks]\nthreads = 0", "tasks.threads has an invalid value"),
             ("[retry]\nmax_attempts = 0", "retry.max_attempts has an invalid value"),
             ("[retry]\non = ['4000']", "retry.on"),
             ("[retry]\nmax_attempt = 2", "unknown key retry.max_attempt in "),
@@ -318,8 +387,66 @@ mod tests {
             ("[retention]\ncount = 0", "retention.count has an invalid"),
             ("[worker]\nnme = 1", "unknown key worker.nme in "),
         ];
+        let program = "[[handlers]]\napp = 'a'\nop = 'o'\nkind = 'program'\ncommand = ['x']\n";
+        let command = "[[handlers]]\napp = 'a'\nop = 'P'\nkind = 'command'\ncommand = ['x', '{input.f}']\n";
+        let of_handlers = [
+            (program, "sise = 1", "unknown key handlers.0.sise in "),
+            (program, "size = 0", "handlers.0.size has an invalid value"),
+            (program, "memory = '1GB'", "handlers.0.memory cannot be used: \"1GB\" is no size"),
+            (program, "memory = 0", "handlers.0.memory must be more than nothing"),
+            (program, "timeout = '0s'", "handlers.0.timeout must be longer than nothing"),
+            (program, "timeout = '61m'", "handlers.0.timeout is longer than tasks.timeout"),
+            (program, "max_output = 0", "handlers.0.max_output must be more than nothing"),
+            (program, "env = ['A=1']", "handlers.0.env has \"A=1\""),
+            (program, "set_env = { '' = '1' }", "handlers.0.set_env cannot set \"\""),
+            (program, "stdin = 'json'", "handlers.0.stdin is for handlers with kind = \"command\""),
+            (program, "[[handlers]]\napp = 'a.b'", "handlers.1.app cannot be used: app has the character"),
+            (program, "[[handlers]]\napp = 'b'\nop = 'o'\nkind = 'x'", "handlers.1.kind has an unknown variant"),
+            (program, "[[handlers]]\napp = 'b'\nop = 'o'\nkind = 'program'", "handlers.1 lacks command"),
+            (program, "rows = 0", "handlers.0.rows has an invalid value"),
+            (
+                program,
+                "mark_done = ['x']",
+                "handlers.0.mark_done is true or false for handlers with kind = \"program\"",
+            ),
+            (command, "rows = 2", "handlers.0.rows is for handlers with kind = \"program\""),
+            (
+                command,
+                "mark_done = true",
+                "handlers.0.mark_done is a command and its arguments for handlers with kind =",
+            ),
+            (command, "mark_done = []", "handlers.0.mark_done names no program"),
+            (command, "mark_done = ['{app}']", "handlers.0.mark_done must name its program itself"),
+            (command, "mark_done = ['x', '{line}']", "handlers.0.mark_done names a {line}, and is about a whole batch"),
+            (command, "mark_done = ['x', '{lines}']", "handlers.0.mark_done cannot be used: \"{lines}\" has a brace"),
+            (
+                command,
+                "mark_done = 7",
+                "handlers.0.mark_done cannot be used: it is neither true or false nor a command",
+            ),
+            (command, "size = 2", "handlers.0.size is for handlers with kind = \"program\""),
+            (command, "retry_codes = [0]", "handlers.0.retry_codes has 0"),
+            (command, "retry_codes = [256]", "handlers.0.retry_codes.0 has an invalid"),
+            (command, "ignore_codes = [75]", "handlers.0.ignore_codes has 75, which is one of retry_codes"),
+            (command, "stdin = 'file'", "handlers.0.stdin cannot be used: \"file\" is none of none, json, row, field:"),
+            (command, "stdin = 'field:'", "handlers.0.stdin cannot be used: \"\" is no path"),
+            (command, "output = 'xml'", "handlers.0.output has an unknown variant"),
+        ];
+        let cases = cases.map(|(file, refusal)| (file.to_owned(), refusal)).into_iter();
+        let mut cases: Vec<_> =
+            cases.chain(of_handlers.map(|(handler, line, refusal)| (format!("{handler}{line}"), refusal))).collect();
+        cases.push((program.replace("['x']", "[]"), "handlers.0.command names no program"));
+        cases.push((program.replace("'x'", "'bin/x'"), "handlers.0.command begins with neither"));
+        cases.push((command.replace("'x'", "'{input.x}'"), "handlers.0.command must name its program"));
+        for place in ["{input}", "{job", "}", "{print $1}", "{input.a..b}"] {
+            cases.push((command.replace("{input.f}", place), "handlers.0.command cannot be used"));
+        }
+        // An operation's letters are of no case, an application's are.
+        let twice = |app: &str| format!("{program}{}", program.replace("'o'", "'O'").replace("'a'", app));
+        assert_eq!(load(&twice("'A'"), &[]).unwrap().handlers().unwrap().len(), 2);
+        cases.push((twice("'a'"), "handlers.1.op is a second handler for o of a"));
         for (file, refusal) in cases {
-            let fault = load(file, &[]).unwrap_err();
+            let fault = load(&file, &[]).unwrap_err();
             assert!(fault.starts_with(refusal), "{file}: {fault}");
         }
     }

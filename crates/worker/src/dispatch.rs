@@ -7,18 +7,42 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use queue_core::ids::{Fence, JobId, Pool};
+use queue_core::ids::{Fence, JobId, Pool, PoolPattern};
 use queue_core::scripts::Beat;
 use queue_core::session::{Batch, Claim, Session, SessionLost};
 use queue_core::store::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
 
-use crate::attempt::{self, Asked, Rules};
-use crate::execute::Executor;
+use crate::attempt::{self, Asked, Means, Rules, sleep_until};
 use crate::notify::Notify;
 use crate::shutdown::Shutdown;
 use crate::stop::{Cause, Stop};
+
+/// The pause before Redis is told again what is served, after it did not take it.
+const SERVE_AGAIN_AFTER: Duration = Duration::from_millis(250);
+
+/// How many heartbeats a session sends in its lifetime.
+const BEATS_A_LIFETIME: u32 = 5;
+
+/// What jobs of a worker are run with, and which it takes.
+#[derive(Clone)]
+pub struct Service {
+    /// Runs them.
+    pub means: Means,
+    /// The pools that the configuration names; those of handlers that are well join them.
+    pub pools: Vec<PoolPattern>,
+}
+
+impl Service {
+    /// The pools to take from now.
+    pub fn pools(&self) -> Vec<PoolPattern> {
+        let handlers = self.means.handlers.serving();
+        let handlers = handlers.borrow();
+        // A pattern that covers others would have it take what it can't run while a handler is not well.
+        self.pools.iter().cloned().chain(handlers.iter().map(PoolPattern::exactly)).collect()
+    }
+}
 
 /// How a worker works.
 #[derive(Debug, Clone)]
@@ -33,8 +57,6 @@ pub struct Settings {
     pub drain_grace: Duration,
     /// How long results that Redis does not answer for are still sent after that.
     pub last_results: Duration,
-    /// Whether jobs whose claim can't be confirmed for a session lifetime are stopped.
-    pub stop_unconfirmed: bool,
 }
 
 /// What may change while a worker runs.
@@ -72,8 +94,10 @@ enum Event {
     Took(SystemTime, Result<Result<Batch, SessionLost>, queue_core::Error>),
     /// A job's task ended; the job's key in the table of running jobs.
     Ended(Fence, JobId),
-    /// A heartbeat was answered, or was not.
-    Beat(Result<Beat, queue_core::Error>),
+    /// A heartbeat was answered, or was not; when it was sent.
+    Beat(Instant, Result<Beat, queue_core::Error>),
+    /// Nobody has confirmed the session for its lifetime.
+    Unconfirmed,
     /// A message on one of the session's channels.
     Message(Message),
     /// It is time to look whether there is work.
@@ -82,6 +106,10 @@ enum Event {
     Limits,
     /// Pools have other capacities now: there may be room.
     Room,
+    /// Other handlers are well now.
+    Handlers,
+    /// The session serves other pools now, or could not be told to.
+    Serves(Result<Result<(), SessionLost>, queue_core::Error>),
     /// A stop was asked for.
     Drain,
     /// The grace time is over, or a second stop was asked for.
@@ -92,22 +120,25 @@ enum Event {
 
 struct Dispatch {
     session: Arc<Session>,
-    executor: Arc<dyn Executor>,
+    service: Service,
     limits: Limits,
     settings: Settings,
     notify: Notify,
     events: mpsc::Sender<Event>,
     cancel_channel: String,
-    running: HashMap<JobId, (Fence, Stop)>,
+    running: HashMap<JobId, Running>,
     jobs: JoinSet<()>,
     /// A take is under way.
     taking: bool,
+    /// The session is being told what it serves.
+    telling: bool,
     /// There may be something to take: set by messages and freed slots, cleared by a take.
     hungry: bool,
     draining: bool,
     lost: bool,
     next_scan: Instant,
-    last_beat: Instant,
+    /// Until then no other worker has its jobs, unless a heartbeat is answered that moves it on.
+    confirmed_until: Instant,
     /// Claims that Redis holds for us and that we did not know at the last heartbeat.
     unknown: HashSet<(String, Fence)>,
     failed_takes: u32,
@@ -116,7 +147,7 @@ struct Dispatch {
 /// Runs until a stop is asked for or the session is lost. Whatever the reason, no job of this session runs when it returns.
 pub async fn run(
     session: Arc<Session>,
-    executor: Arc<dyn Executor>,
+    service: Service,
     limits: watch::Receiver<Limits>,
     settings: Settings,
     notify: Notify,
@@ -124,10 +155,10 @@ pub async fn run(
     shutdown: &Shutdown,
 ) -> Ended {
     let (events, inbox) = mpsc::channel(1024);
-    let beats = tokio::spawn(beat(session.clone(), settings.session_lifetime / 5, events.clone()));
+    let beats = tokio::spawn(beat(session.clone(), settings.session_lifetime / BEATS_A_LIFETIME, events.clone()));
     let mut dispatch = Dispatch {
         session,
-        executor,
+        service,
         limits: limits.borrow().clone(),
         notify,
         events,
@@ -135,11 +166,12 @@ pub async fn run(
         running: HashMap::new(),
         jobs: JoinSet::new(),
         taking: false,
+        telling: false,
         hungry: true,
         draining: false,
         lost: false,
         next_scan: Instant::now() + settings.scan_interval,
-        last_beat: Instant::now(),
+        confirmed_until: Instant::now() + settings.session_lifetime,
         unknown: HashSet::new(),
         failed_takes: 0,
         settings,
@@ -157,6 +189,9 @@ impl Dispatch {
         mut limits: watch::Receiver<Limits>,
         shutdown: &Shutdown,
     ) -> Ended {
+        let mut serving = self.service.means.handlers.serving();
+        let mut serving_open = true;
+        serving.mark_changed();
         let mut messages_open = true;
         let mut limits_open = true;
         let mut stopping_now = false;
@@ -181,22 +216,28 @@ impl Dispatch {
                     Ok(()) => { self.limits = limits.borrow_and_update().clone(); Event::Limits }
                     Err(_) => { limits_open = false; continue }
                 },
+                changed = serving.changed(), if serving_open && !self.telling => match changed {
+                    Ok(()) => { serving.borrow_and_update(); Event::Handlers }
+                    Err(_) => { serving_open = false; continue }
+                },
                 () = sleep_until(patience_ends), if patience_ends.is_some() => {
                     if stopping_now { Event::GiveUp } else { Event::StopNow }
                 }
+                () = sleep_until(Some(self.confirmed_until)), if !self.lost => Event::Unconfirmed,
                 () = sleep_until(Some(self.next_scan)), if !self.lost => Event::Scan,
                 Some(_) = self.jobs.join_next() => continue,
             };
             match event {
                 Event::Took(asked, result) => self.took(asked, result),
                 Event::Ended(fence, id) => {
-                    if self.running.get(&id).is_some_and(|(running, _)| *running == fence) {
+                    if self.running.get(&id).is_some_and(|running| running.fence == fence) {
                         self.running.remove(&id);
                     }
                     self.hungry = true;
                     self.report();
                 }
-                Event::Beat(result) => self.beat(result),
+                Event::Beat(sent, result) => self.beat(sent, result),
+                Event::Unconfirmed => self.stop_unconfirmed(),
                 Event::Message(message) => self.message(message),
                 Event::Scan => {
                     self.next_scan = Instant::now() + self.settings.scan_interval;
@@ -208,6 +249,18 @@ impl Dispatch {
                 }
                 Event::Limits => self.apply_limits(),
                 Event::Room => self.hungry = true,
+                Event::Handlers => self.serve(),
+                Event::Serves(result) => {
+                    self.telling = false;
+                    match result {
+                        Ok(Ok(())) => self.hungry = true,
+                        Ok(Err(SessionLost)) => self.session_lost(),
+                        Err(error) => {
+                            tracing::warn!(%error, "what this worker serves could not be told, trying again");
+                            serving.mark_changed();
+                        }
+                    }
+                }
                 Event::Drain => {
                     tracing::info!(
                         running = self.running.len(),
@@ -252,19 +305,31 @@ impl Dispatch {
         }
     }
 
+    /// How many more tasks each handler has room for that runs only so many.
+    fn room(&self) -> Vec<(Pool, usize)> {
+        let room = |(pool, most): (&Pool, usize)| {
+            let running = self.running.values().filter(|running| running.pool.as_ref() == Some(pool)).count();
+            (pool.clone(), most.saturating_sub(running))
+        };
+        self.service.means.handlers.limited().map(room).collect()
+    }
+
     fn take(&mut self, n: usize) {
         self.taking = true;
         self.hungry = false;
-        let (session, events) = (self.session.clone(), self.events.clone());
+        let (session, events, room) = (self.session.clone(), self.events.clone(), self.room());
         let pause = match self.failed_takes {
             0 => Duration::ZERO,
             // Short: each attempt waits for a connection by itself.
             failed => Duration::from_millis(50 << failed.min(3)),
         };
         tokio::spawn(async move {
-            tokio::time::sleep(pause).await;
+            // Even a sleep of no length waits for the timer's next tick.
+            if !pause.is_zero() {
+                tokio::time::sleep(pause).await;
+            }
             let asked = SystemTime::now();
-            let answer = session.take(n).await;
+            let answer = session.take_within(n, &room).await;
             // The loop has ended: nobody waits for this answer.
             let _ = events.send(Event::Took(asked, answer)).await;
         });
@@ -276,6 +341,20 @@ impl Dispatch {
         if !self.taking && !self.lost {
             self.take(0);
         }
+    }
+
+    /// Has the session serve what can be run now.
+    fn serve(&mut self) {
+        self.telling = true;
+        let (pools, session, events) = (self.service.pools(), self.session.clone(), self.events.clone());
+        tokio::spawn(async move {
+            let answer = session.serve(&pools).await;
+            if answer.is_err() {
+                // A refusal comes at once, and would again.
+                tokio::time::sleep(SERVE_AGAIN_AFTER).await;
+            }
+            events.send(Event::Serves(answer)).await
+        });
     }
 
     fn apply_limits(&self) {
@@ -329,32 +408,41 @@ impl Dispatch {
         } else if self.draining {
             stop.ask(Cause::Draining);
         }
-        self.running.insert(id.clone(), (fence, stop.clone()));
-        let (executor, rules, events) = (self.executor.clone(), self.limits.rules.clone(), self.events.clone());
+        let pool = claim.job().pool.handler().map(|_| claim.job().pool.clone());
+        self.running.insert(id.clone(), Running { fence, pool, stop: stop.clone() });
+        let (means, rules, events) = (self.service.means.clone(), self.limits.rules.clone(), self.events.clone());
         self.jobs.spawn(async move {
             let end = End { events, job: Some((fence, id)) };
-            attempt::run(claim, asked, executor, rules, stop).await;
+            attempt::run(claim, asked, means, rules, stop).await;
             drop(end);
         });
     }
 
-    fn beat(&mut self, result: Result<Beat, queue_core::Error>) {
+    fn beat(&mut self, sent: Instant, result: Result<Beat, queue_core::Error>) {
         match result {
             Ok(Beat::Alive { cancels, claims }) => {
-                self.last_beat = Instant::now();
+                // From when it was sent: the leader's patience may have begun as early.
+                self.confirmed_until = sent + self.settings.session_lifetime;
                 for id in cancels {
                     self.cancel(&id);
                 }
                 self.reconcile(claims);
             }
             Ok(Beat::Lost) => self.session_lost(),
-            Err(error) => {
-                tracing::debug!(%error, "a heartbeat was not answered");
-                if self.settings.stop_unconfirmed && self.last_beat.elapsed() >= self.settings.session_lifetime {
-                    tracing::warn!("the session could not be confirmed for its lifetime, its jobs are stopped");
-                    self.stop_all(Cause::ClaimLost);
-                }
-            }
+            Err(error) => tracing::debug!(%error, "a heartbeat was not answered"),
+        }
+    }
+
+    /// Others may run its jobs by now, and nothing keeps a handler from doing one twice. A statement may go on: who takes over
+    /// ends the earlier backend first.
+    fn stop_unconfirmed(&mut self) {
+        // What is taken before the next heartbeat is answered is looked at, too.
+        self.confirmed_until = Instant::now() + self.settings.session_lifetime / BEATS_A_LIFETIME;
+        let unguarded =
+            self.running.values().filter(|running| running.pool.is_some() && running.stop.cause().is_none());
+        let stopped = unguarded.inspect(|running| running.stop.ask(Cause::ClaimLost)).count();
+        if stopped > 0 {
+            tracing::warn!(stopped, "the session could not be confirmed for its lifetime, tasks are stopped");
         }
     }
 
@@ -365,7 +453,7 @@ impl Dispatch {
             .into_iter()
             .filter(|(id, fence)| {
                 !JobId::new(id.clone())
-                    .is_ok_and(|id| self.running.get(&id).is_some_and(|(running, _)| running == fence))
+                    .is_ok_and(|id| self.running.get(&id).is_some_and(|running| running.fence == *fence))
             })
             .collect();
         if !self.taking {
@@ -392,7 +480,7 @@ impl Dispatch {
     }
 
     fn cancel(&mut self, id: &str) {
-        if let Some((_, stop)) = JobId::new(id).ok().and_then(|id| self.running.get(&id)) {
+        if let Some(Running { stop, .. }) = JobId::new(id).ok().and_then(|id| self.running.get(&id)) {
             if stop.cause().is_none() {
                 tracing::info!(job = id, "cancelling");
             }
@@ -412,14 +500,22 @@ impl Dispatch {
     }
 
     fn stop_all(&self, cause: Cause) {
-        for (_, stop) in self.running.values() {
-            stop.ask(cause);
+        for running in self.running.values() {
+            running.stop.ask(cause);
         }
     }
 
     fn report(&self) {
-        self.notify.status(self.running.len(), self.settings.slots);
+        self.notify.status(format!("{} of {} slots busy", self.running.len(), self.settings.slots));
     }
+}
+
+/// One job that runs.
+struct Running {
+    fence: Fence,
+    /// A task's pool.
+    pool: Option<Pool>,
+    stop: Stop,
 }
 
 /// Reports the end of a job's task however it ends.
@@ -443,15 +539,9 @@ async fn beat(session: Arc<Session>, interval: Duration, events: mpsc::Sender<Ev
     ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
-        if events.send(Event::Beat(session.beat().await)).await.is_err() {
+        let sent = Instant::now();
+        if events.send(Event::Beat(sent, session.beat().await)).await.is_err() {
             return;
         }
-    }
-}
-
-async fn sleep_until(at: Option<Instant>) {
-    match at {
-        Some(at) => tokio::time::sleep_until(at.into()).await,
-        None => std::future::pending().await,
     }
 }

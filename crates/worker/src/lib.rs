@@ -2,10 +2,12 @@
 
 pub mod app;
 pub mod attempt;
+pub mod builder;
 pub mod config;
 pub mod dispatch;
 pub mod execute;
 pub mod maintenance;
-pub mod notify;
-pub mod shutdown;
+pub mod metrics;
 pub mod stop;
+
+pub use daemon::{notify, shutdown};

@@ -72,7 +72,7 @@ async fn serve(config: Config, layers: Layers) -> ExitCode {
         Err(error) => return refuse(&error),
     };
     let (limits, limits_now) = watch::channel(worker::app::limits(&config));
-    let run = worker::app::run(config, limits_now, shutdown.clone());
+    let run = worker::app::run(config, Vec::new(), limits_now, shutdown.clone());
     let reload = async {
         loop {
             shutdown.reload().await;

@@ -9,22 +9,33 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use queue_core::Store;
-use queue_core::config::HighWater;
-use queue_core::ids::SessionId;
+use queue_core::config::Limits;
+use queue_core::ids::{JobId, SessionId};
+use queue_core::inspect::Inspect;
 use queue_core::leader::{self, Leadership, Led, SessionWatch};
+use queue_core::objects::{Objects, SHARDS};
 use queue_core::reconcile::{Fate, Reconciler};
+use queue_core::schedule;
 use queue_core::scripts::{Budget, NotLeader, Upkeep};
 use queue_core::store::Message;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::metrics::Unserved;
+
 /// How long a host's lock is held after there was last something to take for it.
 const HOST_FORGOTTEN_AFTER: Duration = Duration::from_secs(600);
 /// The pause before announcements are listened to again.
 const LISTEN_AGAIN_AFTER: Duration = Duration::from_secs(5);
+/// The longest pause between two looks at the schedules: so soon an operator's change is heard of.
+const LOOK_AT_SCHEDULES_AFTER: Duration = Duration::from_secs(1);
 /// How many chunks of records one pass removes before their time.
 const EVICTIONS_MAX: usize = 20;
+/// How long an object is kept at least, whatever becomes of its job's record.
+const OBJECTS_GRACE: Duration = Duration::from_secs(3_600);
+/// The pause between two looks for objects without a job. Each looks at one part of 256: all are seen in four and a half hours.
+const OBJECTS_INTERVAL: Duration = Duration::from_secs(60);
 /// How long what the users of an idle pool owe is remembered.
 const POOL_FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
 
@@ -49,12 +60,18 @@ pub struct Settings {
     pub keep_count: u64,
     /// Most bytes of them.
     pub keep_bytes: u64,
-    /// How much memory Redis may use before nothing new is accepted.
-    pub high_water: HighWater,
+    /// How much memory Redis may use before nothing new is accepted, and what else is accepted of recurring jobs.
+    pub limits: Limits,
     /// How long an untouched hash that nothing refers to is kept.
     pub keep_untouched: Duration,
     /// How long the foreign layout's lock of a host lives unless renewed.
     pub host_lock_ttl: Duration,
+    /// Where large results lie.
+    pub objects: Objects,
+    /// What a collector is told of jobs that nobody serves, where there is one.
+    pub unserved: Option<Unserved>,
+    /// How often such jobs are looked for.
+    pub unserved_interval: Duration,
 }
 
 /// Stands for leadership until `stop` fires, and does the maintenance while it leads; then hands over at once.
@@ -132,8 +149,9 @@ struct Term {
 impl Term {
     fn begin(store: &Store, leadership: Leadership, settings: &Settings) -> Self {
         let keep_untouched = settings.keep_untouched;
-        let rounds = vec![
+        let mut rounds = vec![
             AbortOnDropHandle::new(tokio::spawn(follow_announcements(store.clone(), leadership.clone()))),
+            AbortOnDropHandle::new(tokio::spawn(make_ticks(leadership.clone(), settings.limits.clone()))),
             every(settings.scan_interval, &leadership, |leadership| async move {
                 led!(leadership.scan_index());
                 Ok(Ok(()))
@@ -147,7 +165,12 @@ impl Term {
                 Ok(Ok(()))
             }),
             every(settings.reconcile_interval, &leadership, reconciliation(settings.keep)),
+            AbortOnDropHandle::new(tokio::spawn(sweep_objects(store.clone(), settings.objects.clone()))),
         ];
+        if let Some(unserved) = settings.unserved.clone() {
+            let telling = unserved.tell(store.clone(), settings.unserved_interval);
+            rounds.push(AbortOnDropHandle::new(tokio::spawn(telling)));
+        }
         Self {
             leadership,
             watch: SessionWatch::default(),
@@ -179,9 +202,7 @@ impl Term {
         }
         Ok(Ok(()))
     }
-}
 
-impl Term {
     async fn upkeep(&mut self, settings: &Settings) -> Led<Upkeep> {
         let (used, maxmemory) = self.leadership.memory().await?.unwrap_or_default();
         let budget = Budget {
@@ -189,7 +210,7 @@ impl Term {
             count: settings.keep_count,
             bytes: settings.keep_bytes,
             used,
-            mark: settings.high_water.bytes(maxmemory),
+            mark: settings.limits.memory_high_water.bytes(maxmemory),
             // Longer than a leader's term without renewal: a change of leaders lifts nothing.
             mark_ms: 3 * settings.leader_ttl.as_millis() as u64,
         };
@@ -258,6 +279,34 @@ async fn follow_announcements(store: Store, leadership: Leadership) {
     }
 }
 
+/// Makes the ticks of recurring jobs, each when it is due.
+async fn make_ticks(leadership: Leadership, limits: Limits) {
+    let mut reachable = true;
+    loop {
+        let pause = match schedule::tick(&leadership, &limits).await {
+            Ok(Ok(ticked)) => {
+                reachable = true;
+                for (schedule, missed, because) in ticked.missed {
+                    tracing::warn!(%schedule, missed, because, "ticks of a recurring job were missed");
+                }
+                for (schedule, waiting) in ticked.waiting {
+                    tracing::warn!(%schedule, "a tick of a recurring job is not made yet: {waiting}");
+                }
+                if ticked.more { Duration::ZERO } else { ticked.next_in.unwrap_or(LOOK_AT_SCHEDULES_AFTER) }
+            }
+            Ok(Err(NotLeader)) => return,
+            Err(error) => {
+                // Looked at every second: what does not change is said once.
+                if std::mem::take(&mut reachable) {
+                    tracing::warn!(%error, "recurring jobs were interrupted, they go on with the next look");
+                }
+                LOOK_AT_SCHEDULES_AFTER
+            }
+        };
+        tokio::time::sleep(pause.min(LOOK_AT_SCHEDULES_AFTER)).await;
+    }
+}
+
 /// Compares all keys, repairs those that do not agree, and tells what is new.
 fn reconciliation(keep: Duration) -> impl Fn(Leadership) -> Pin<Box<dyn Future<Output = Led<()>> + Send>> {
     let reconciler = Arc::new(Mutex::new(Reconciler::default()));
@@ -270,6 +319,23 @@ fn reconciliation(keep: Duration) -> impl Fn(Leadership) -> Pin<Box<dyn Future<O
             }
             Ok(Ok(()))
         })
+    }
+}
+
+/// Removes the objects of jobs that have no record any more, part by part.
+async fn sweep_objects(store: Store, objects: Objects) {
+    let inspect = Inspect::new(store);
+    for shard in (0..SHARDS).cycle() {
+        let exists = |ids: Vec<JobId>| {
+            let inspect = inspect.clone();
+            async move { inspect.exist(&ids).await }
+        };
+        match objects.sweep(shard, OBJECTS_GRACE, exists).await {
+            Ok(swept) if swept.removed > 0 => tracing::info!(jobs = swept.removed, "objects of removed jobs removed"),
+            Ok(_) => {}
+            Err(error) => tracing::warn!(%error, "objects could not be looked through, another round will"),
+        }
+        tokio::time::sleep(OBJECTS_INTERVAL).await;
     }
 }
 

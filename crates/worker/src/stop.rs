@@ -13,6 +13,8 @@ pub enum Cause {
     Draining,
     /// The claim is another's by now: nothing may be recorded.
     ClaimLost,
+    /// It has run for as long as it may.
+    TimedOut,
     /// The job has ended too many workers: what was begun is settled, and nothing more of it is run.
     SetAside,
 }

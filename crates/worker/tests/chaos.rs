@@ -1,11 +1,60 @@
 //! Random work under random faults, for less than a minute here and for hours by
-//! `cargo run -p testkit --bin chaos -- --duration 1h`.
+//! `cargo run -p testkit --bin chaos -- --duration 1h`, or with handlers in Rust besides by
+//! `DRAYMAN_CHAOS_DURATION=1h cargo test -p worker --test chaos`.
 
 use std::collections::BTreeSet;
+use std::fs::File;
+use std::io::Write;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use queue_core::keys::{Holds, TABLE};
+use serde::Deserialize;
+use telemetry::Telemetry;
 use testkit::chaos::{LAYOUT, Options, run};
+use worker::builder::Worker;
+use worker::config::{Config, Layers};
+use worker::execute::function::Context;
+use worker::execute::task::Problem;
+use worker::shutdown::Shutdown;
+
+/// What a task is to do.
+#[derive(Deserialize)]
+struct Task {
+    deed: String,
+    ms: u64,
+}
+
+/// Each worker of the run is this test once more. It does as `task.py` of the fault harness does.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_worker_of_the_run_below() {
+    let Some(path) = std::env::var_os("CHAOS_EFFECTS") else { return };
+    let config = Config::load(&Layers::of_process(None)).expect("a configuration");
+    let telemetry = Telemetry::start(&config.log, &config.telemetry).expect("a log");
+    let file = move || File::options().append(true).create(true).open(&path);
+    let worker = Worker::builder().config(config).handler("chaos", "rust", move |task: Task, context: Context| {
+        let file = file();
+        async move {
+            let mut file = file?;
+            let (job, attempt) = (context.job(), context.attempt());
+            file.write_all(format!("{job} {attempt} begun\n").as_bytes())?;
+            tokio::time::sleep(Duration::from_millis(task.ms)).await;
+            match &*task.deed {
+                "fail" => return Err(Problem::fail("planned")),
+                "once" if attempt == 1 => return Err(Problem::retry("planned")),
+                _ => {}
+            }
+            file.write_all(format!("{job} {attempt} done\n").as_bytes())?;
+            Ok(())
+        }
+    });
+    let ended = worker.run(Shutdown::on_signals().expect("signals")).await;
+    telemetry.stop().await;
+    if let Err(error) = ended {
+        // As one that finds no Redis at its start. It is no fault of this test.
+        eprintln!("{error:#}");
+        std::process::exit(1);
+    }
+}
 
 /// Another seed each time: what one run does not meet, the next may.
 #[test]
@@ -14,9 +63,15 @@ fn whatever_fails_no_job_is_lost_none_is_recorded_twice_and_every_effect_is_ther
     let seed = std::env::var("DRAYMAN_CHAOS_SEED").ok().and_then(|seed| seed.parse().ok());
     let seed = seed.unwrap_or(now.as_nanos() as u64 % 1_000_000);
     println!("DRAYMAN_CHAOS_SEED={seed}");
-    let report = run(&Options { seed, duration: Duration::from_secs(30), workers: 4, users: 6 });
+    let exe = std::env::current_exe().expect("this program").display().to_string();
+    let worker = Some([&*exe, "--exact", "--nocapture", "a_worker_of_the_run_below"].map(str::to_owned).to_vec());
+    let duration = std::env::var("DRAYMAN_CHAOS_DURATION").ok().and_then(|text| humantime::parse_duration(&text).ok());
+    let duration = duration.unwrap_or(Duration::from_secs(30));
+    let report = run(&Options { seed, duration, workers: 4, users: 6, worker });
     println!("{report}");
     assert!(report.violations.is_empty(), "{report}");
+    assert!(report.counts.tasks.len() == 3 && report.counts.runs.done > 10, "{report}");
+    assert!(report.batches.done > 100 && report.batches.told > 0 && report.batches.files > 0, "{report}");
     assert!(report.counts.jobs > 50 && report.faults.len() > 5, "{report}");
 }
 

@@ -196,12 +196,15 @@ async fn stopped_before_its_statement_the_worker_finds_its_claim_gone_and_runs_n
 async fn another_transaction_that_got_its_id_after_a_crash_of_the_server_is_not_taken_for_it() {
     let house = House::build().await;
     house.postgres.query("postgres", "CHECKPOINT; ALTER DATABASE crash SET crash.commit_seconds = '600'").await;
-    let _worker = house.worker();
+    let worker = house.worker();
     house.push("crashed", "SELECT enter('x')");
     house.backend_in("query = 'COMMIT'").await;
+    // It asks what became of its transaction only once another one has its id.
+    worker.signal(Signal::SIGSTOP);
     house.postgres.restart();
     // Commits with the id that the crash set free.
     house.postgres.query("postgres", "ALTER DATABASE crash SET crash.commit_seconds = '0'").await;
+    worker.signal(Signal::SIGCONT);
     let view = ended(&house.inspect, "crashed").await;
     let reason = view.text("failed_reason").unwrap_or_default();
     assert_eq!((view.status().as_str(), house.effects().await), ("unknown", 0), "{reason}");

@@ -1,6 +1,6 @@
 //! Every call that a worker makes in a job's life is found out, and then the worker is killed at each of them: before the
 //! call, between the call and its reply, and after the reply. Another one brings the job to the same end, and every
-//! statement that is recorded as done has taken effect once. Likewise for those who submit.
+//! statement that is recorded as done has taken effect once, every task at least once. Likewise for those who submit.
 
 mod support;
 
@@ -12,13 +12,14 @@ use std::time::Duration;
 use queue_core::Store;
 use queue_core::cancel::Canceller;
 use queue_core::config::{Limits, RedisConfig, Url};
-use queue_core::ids::{SessionId, User};
+use queue_core::ids::{App, Op, SessionId, User};
 use queue_core::inspect::Inspect;
 use queue_core::leader::{self, SessionWatch};
+use queue_core::model::task::Payload;
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
 use queue_core::scripts::TABLE;
 use support::{LONG, daemon, ended, job_id};
-use testkit::{Daemon, Point, Postgres, Proxy, RedisServer, Signal, bin, eventually};
+use testkit::{Daemon, Point, Postgres, Proxy, RedisServer, Scratch, Signal, bin, eventually};
 
 const DATABASE: &str = "steps";
 const POINTS: [Point; 3] = [Point::BeforeCall, Point::BeforeReply, Point::AfterReply];
@@ -43,12 +44,14 @@ enum Case {
     List,
     Fallback,
     Cancel,
+    /// A task, run by a command that says something and goes on for a while.
+    Task,
     /// A simple one whose worker leads.
     Leading,
 }
 
 impl Case {
-    const ALL: [Case; 5] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Leading];
+    const ALL: [Case; 6] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Task, Case::Leading];
 
     fn query(self, id: &str) -> String {
         let effect = |step: &str| format!("INSERT INTO effects VALUES ('{id}', '{step}')");
@@ -60,13 +63,14 @@ impl Case {
                 format!(r#"{{"query": [{{"query": "{main}; SELECT 1/0", "onerror": "{entry}"}}], "onerror": "{own}"}}"#)
             }
             Case::Cancel => format!("{}; SELECT pg_sleep(600)", effect("0")),
+            Case::Task => unreachable!("it has none"),
         }
     }
 
     /// How it ends, and what takes effect.
     fn end(self) -> (&'static str, &'static [&'static str]) {
         match self {
-            Case::Simple | Case::Leading => ("done", &["0"]),
+            Case::Simple | Case::Leading | Case::Task => ("done", &["0"]),
             Case::List => ("done", &["0", "1"]),
             Case::Fallback => ("failed", &["0.onerror", "onerror"]),
             Case::Cancel => ("cancelled", &[]),
@@ -125,6 +129,8 @@ struct House {
     redis: RedisServer,
     postgres: Postgres,
     reader: Arc<Reader>,
+    /// The workers' configuration, and a file for each task with a line for each time that it was run.
+    scratch: Scratch,
 }
 
 impl House {
@@ -141,7 +147,24 @@ impl House {
             let digest = client.call(&["SCRIPT", "LOAD", &script.text(&prelude)]).text();
             assert_eq!(digest, store.digest(script));
         }
-        Arc::new(Self { redis, postgres, reader })
+        let scratch = Scratch::new("steps");
+        let script = "echo 0 >> \"$0\"; echo told >&2; exec sleep 1";
+        let effects = scratch.path().join("{job}");
+        let config = format!(
+            "[[handlers]]\napp = 'steps'\nop = 'task'\nkind = 'command'\n\
+             command = ['sh', '-c', '{script}', '{}']\n",
+            effects.display()
+        );
+        std::fs::write(scratch.path().join("worker.toml"), config).expect("it can be written");
+        Arc::new(Self { redis, postgres, reader, scratch })
+    }
+
+    fn new_job(&self, case: Case, id: &str) -> NewJob {
+        if case != Case::Task {
+            return self.job(id, case.query(id));
+        }
+        let (app, op) = (App::new("steps").unwrap(), Op::new("task").unwrap());
+        NewJob { id: job_id(id), ..NewJob::task(User::new("ann").unwrap(), app, op, Payload::json(&()).unwrap()) }
     }
 
     fn job(&self, id: &str, query: String) -> NewJob {
@@ -153,10 +176,17 @@ impl House {
             dbuser: "postgres".into(),
             pass: String::new(),
         };
-        NewJob { id: job_id(id), ..NewJob::new(User::new("ann").unwrap(), connection, query) }
+        NewJob { id: job_id(id), ..NewJob::sql(User::new("ann").unwrap(), connection, query) }
     }
 
+    /// What took effect. Of a task, which may be run more than once, what any run did.
     async fn effects(&self, id: &str) -> Vec<String> {
+        if let Ok(text) = std::fs::read_to_string(self.scratch.path().join(id)) {
+            let lines: BTreeSet<&str> = text.lines().collect();
+            // No worker is killed but one.
+            assert!(text.lines().count() <= 2, "{id}: {text}");
+            return lines.into_iter().map(str::to_owned).collect();
+        }
         let sql = format!("SELECT step FROM effects WHERE job = '{id}' ORDER BY step");
         self.postgres.query(DATABASE, &sql).await.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
     }
@@ -192,7 +222,8 @@ impl Lane {
     }
 
     fn worker(&self, url: &str) -> Daemon {
-        daemon(url, &SETTINGS)
+        let config = self.house.scratch.path().join("worker.toml").display().to_string();
+        daemon(url, &[&SETTINGS[..], &[("DRAYMAN_CONFIG", &config)]].concat())
     }
 
     fn count(&self, command: &str, key: &str) -> i64 {
@@ -213,7 +244,7 @@ impl Lane {
             eventually("the lane's leader to stand aside", LONG, none).await;
         }
         let producer = Producer::new(self.store.clone(), Limits::default());
-        producer.enqueue(house.job(&id, case.query(&id))).await.expect("redis answers");
+        producer.enqueue(house.new_job(case, &id)).await.expect("redis answers");
         let proxy = Proxy::start(house.redis.addr());
         let tap = house.reader.tap(&proxy, stop);
         let worker = self.worker(&proxy.redis_url(self.db));
@@ -274,8 +305,11 @@ impl Lane {
         let record = |name: &str| view.text(name);
         let first = [record("status"), record("fallback_status"), record("ended_at"), record("results")];
         eventually(&format!("nothing to be left of {id}"), LONG, async || {
-            let nothing = self.count("HLEN", "drayman:claims") + self.count("LLEN", "batch:queue:ann") == 0;
-            nothing.then_some(())
+            let left = ["HLEN drayman:claims", "LLEN batch:queue:ann", "SCARD drayman:lines"].map(|ask| {
+                let (command, key) = ask.split_once(' ').expect("two words");
+                self.count(command, key)
+            });
+            (left == [0, 0, 0]).then_some(())
         })
         .await;
         if let Some(rescuer) = rescuer {
@@ -329,6 +363,8 @@ async fn killed_at_any_call_a_worker_leaves_a_job_that_ends_rightly_and_takes_ef
     for name in OF_A_JOB.iter().chain(&["session_beat", "lead", "lead: resign", "upkeep"]) {
         assert!(found.contains(name), "{name} is not among {found:?}");
     }
+    let of_the_task = |call: &str| runs.iter().any(|(case, (name, _), _)| *case == Case::Task && *name == call);
+    assert!(["take", "mark", "finish"].into_iter().all(of_the_task), "{runs:?}");
     drop(lane);
     // The slow ones first, so that none is left alone at the end.
     runs.make_contiguous().sort_by_key(|(case, _, _)| *case != Case::Leading);

@@ -147,14 +147,12 @@ impl Load {
 }
 
 fn job(id: &str, user: &str) -> NewJob {
-    NewJob {
-        id: JobId::new(id).unwrap(),
-        ..NewJob::new(
-            User::new(user).unwrap(),
-            Database::Named("main".into()),
-            format!("INSERT INTO effects VALUES ('{id}')"),
-        )
-    }
+    job_of(id, user, &format!("INSERT INTO effects VALUES ('{id}')"))
+}
+
+fn job_of(id: &str, user: &str, query: &str) -> NewJob {
+    let database = Database::Named("main".into());
+    NewJob { id: JobId::new(id).unwrap(), ..NewJob::sql(User::new(user).unwrap(), database, query) }
 }
 
 /// A foreign producer's submission.
@@ -300,7 +298,7 @@ async fn while_memory_is_full_what_waits_is_done_and_nothing_new_is_accepted() {
         "WITH RECURSIVE c(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM c WHERE x < 3000000) SELECT count(*) FROM c";
     let store = yard.store().await;
     let producer = Producer::new(store.clone(), Limits::default());
-    producer.enqueue(NewJob { query: slow.into(), ..job("slow", "slow") }).await.unwrap();
+    producer.enqueue(job_of("slow", "slow", slow)).await.unwrap();
     let inspect = Inspect::new(store);
     running(&inspect, "slow").await;
     server.raw(&["CONFIG", "SET", "maxmemory", "1"]);

@@ -83,7 +83,7 @@ async fn nothing_is_told(format: &str) {
     run_jobs(&house).await;
     daemon.signal(Signal::SIGTERM);
     daemon.wait(LONG);
-    assert!(daemon.line("statement ended").is_some(), "it logs");
+    assert!(daemon.line("execution ended").is_some(), "it logs");
     assert!(daemon.line("it failed and will be tried again").is_some(), "it logs failures");
     tells_nothing(&daemon);
 

@@ -118,8 +118,12 @@ pub async fn store(server: &RedisServer) -> Store {
 
 /// A worker that serves every pool, and runs nothing.
 pub async fn worker(store: &Store) -> Session {
+    worker_of(store, &["*"]).await
+}
+
+pub async fn worker_of(store: &Store, pools: &[&str]) -> Session {
     let service = Service {
-        pools: vec![PoolPattern::new("sql:*").unwrap(), PoolPattern::new("db:*").unwrap()],
+        pools: pools.iter().map(|pattern| PoolPattern::new(*pattern).unwrap()).collect(),
         default_capacity: 4,
         capacities: Vec::new(),
         fairness: Fairness::Jobs,

@@ -11,6 +11,10 @@ while i <= #ARGV do
   local id, seen, m = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
   local fields = {unpack(ARGV, i + 3, i + 2 + m)}
   i = i + 3 + m
+  -- Who cancels a part means its batch.
+  local part = (try('HSTRLEN', K.job(id), 'part') or 0) <= 256 and try('HGET', K.job(id), 'part') or ''
+  local batch = string.match(part, '^rows (%S+)') or string.match(part, '^files (%S+)')
+  if batch then id = batch end
   local job, reply = K.job(id), nil
   local claim = claim_of(id)
   local held = redis.call('TYPE', job).ok
@@ -22,6 +26,9 @@ while i <= #ARGV do
     reply = 'requested'
   elseif held ~= 'hash' then
     reply = 'missing'
+  elseif redis.call('HGET', job, 'kind') == 'batch' then
+    reply = abort_batch(id, retention_ms)
+    if reply[1] == 'aborted' then reply = 'cancelled' end
   else
     local h = redis.call('HMGET', job, 'status', 'fallback_status', 'query', 'user')
     -- A job that has ended but for its own fallback is cancelled by what the caller writes, or not at all.
@@ -36,14 +43,15 @@ while i <= #ARGV do
       reply = 'changed'
     else
       local user = h[4] or ''
+      local line = line_by_hash(id, user)
+      local queue = queue_of(line, band_of(id))
       -- A long queue is not searched: take drops what is final.
-      if (try('LLEN', K.queue(user)) or 0) <= 1000 and try('LREM', K.queue(user), 0, id)
-        and redis.call('EXISTS', K.queue(user)) == 0 then try('SREM', K.queued_users(), user) end
+      if (try('LLEN', queue) or 0) <= 1000 then try('LREM', queue, 0, id) end
       unschedule(id)
       record(id, user, 'status', 'cancelled', 'ended_at', now, 'cancel_requested_at', now, unpack(fields))
       file(id, user, redis.call('HGET', job, 'status'), retention_ms)
       -- Another job is the user's head now, perhaps of another pool.
-      if is_user(user) then place_on(user) end
+      if is_user(user) then place_and_wake(line) end
       reply = 'cancelled'
     end
   end

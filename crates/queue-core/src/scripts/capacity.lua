@@ -11,6 +11,6 @@ end
 -- Pools that were full may have room now, also those whose default is another: all that run something are looked at.
 for _, text in ipairs(redis.call('HVALS', K.claims())) do
   local pool = string.match(text, '^[^\t]*\t[^\t]*\t([^\t]*)')
-  if redis.call('EXISTS', K.ready(pool)) == 1 then redis.call('ZADD', K.pools(), 'NX', int(now_us), pool) end
+  if redis.call('EXISTS', K.ready(pool)) == 1 then list_pool(pool) end
 end
 return redis.call('ZCARD', K.pools())

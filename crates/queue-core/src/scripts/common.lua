@@ -1,5 +1,7 @@
 -- Stands before every script, after the table K of keys and the constants MAX_* and FIELDS that Rust renders.
--- Words used here: a user's HEAD is the job at the right end of its queue; a CLAIM is the right to end a running job.
+-- Words used here: a LINE is what one user has waiting of one kind: 'sql:<user>' its SQL jobs over all databases,
+-- '<app>.<op>:<user>' its tasks for one handler. Its HEAD is the job whose turn is next. A CLAIM is the right to end a
+-- running job.
 
 local FINAL = {done = true, failed = true, cancelled = true, ignored = true, unknown = true}
 
@@ -53,9 +55,61 @@ local function covers(pattern, pool)
   return pattern == pool
 end
 
--- A service is the pool patterns that a session serves, separated by spaces.
+local function is_sql(pool) return string.find(pool, '^sql:') ~= nil or string.find(pool, '^db:') ~= nil end
+
+-- The line in which a user's jobs of a pool wait. The pool of a handler has no colon, so the first one ends it.
+local function line_of(pool, user) return (is_sql(pool) and 'sql:' or pool .. ':') .. user end
+
+-- A line's kind ('sql', or the pool of its handler) and its user.
+local function parts_of(line) return string.match(line, '^([^:]*):(.*)$') end
+
+-- The list of a line in a band: 'high', 'low', or nothing for the one between.
+local function queue_of(line, band)
+  if band == 'high' then return K.high(line) end
+  if band == 'low' then return K.low(line) end
+  local kind, user = parts_of(line)
+  if kind == 'sql' then return K.queue(user) end
+  return K.tasks(line)
+end
+
+-- Enters a line into the index of those that are not empty, or takes it out: then the turns of its bands begin anew too.
+local function index(line)
+  local kind, user = parts_of(line)
+  if kind == 'sql' then return try('SADD', K.queued_users(), user) end
+  return try('SADD', K.lines(), line)
+end
+local function unindex(line)
+  local kind, user = parts_of(line)
+  redis.call('HDEL', K.bands(), line)
+  if kind == 'sql' then return try('SREM', K.queued_users(), user) end
+  return try('SREM', K.lines(), line)
+end
+
+-- A service is the pool patterns that a session serves, separated by spaces. It is taken apart once a call, into the names of
+-- single pools and what covers many: a worker may have a thousand handlers, and is asked about as many pools.
+local services = {}
+
+local function service_parts(service)
+  local own = services[service]
+  if not own then
+    own = {exact = {}, open = {}, names = {}}
+    for pattern in string.gmatch(service, '%S+') do
+      if string.sub(pattern, -1) == '*' then
+        own.open[#own.open + 1] = pattern
+      else
+        own.exact[pattern] = true
+        own.names[#own.names + 1] = pattern
+      end
+    end
+    services[service] = own
+  end
+  return own
+end
+
 local function serves(service, pool)
-  for pattern in string.gmatch(service, '%S+') do
+  local own = service_parts(service)
+  if own.exact[pool] then return true end
+  for _, pattern in ipairs(own.open) do
     if covers(pattern, pool) then return true end
   end
   return false
@@ -80,6 +134,12 @@ local function wake_one(pool)
   end
 end
 
+-- Takes a session out of those that are parked for a service.
+local function unpark(session, service)
+  redis.call('ZREM', K.parked(service), session)
+  if redis.call('EXISTS', K.parked(service)) == 0 then redis.call('SREM', K.services(), service) end
+end
+
 -- Enters an id into the rejected list.
 local function set_aside(id, user, reason)
   try('XADD', K.rejected(), 'MAXLEN', '~', 10000, '*', 'id', string.sub(id, 1, 256), 'user', string.sub(user, 1, 256),
@@ -95,22 +155,59 @@ end
 
 local function publish(user, id, status) tell(K.events(user), id .. ' ' .. status) end
 
--- Enters the record of an ended job into the books: when it ended, when it expires, what it occupies.
-local function enter_books(id, ended_ms, retention_ms)
+-- Enters the record of an ended job into the books: when it ended, when it expires, what it occupies, with so many bytes beside its
+-- hash.
+local function enter_books(id, ended_ms, retention_ms, more_bytes)
   redis.call('ZADD', K.finished(), int(ended_ms), id)
   redis.call('ZADD', K.expiring(), int(now_ms + retention_ms), id)
   -- A server may forbid the question: then records count by their number alone.
-  local bytes = try('MEMORY', 'USAGE', K.job(id), 'SAMPLES', '0') or 0
-  local before = tonumber(redis.call('HGET', K.kept(), id) or 0)
-  redis.call('HSET', K.kept(), id, bytes)
-  redis.call('HINCRBY', K.kept(), '*', bytes - before)
+  local bytes = (try('MEMORY', 'USAGE', K.job(id), 'SAMPLES', '0') or 0) + (more_bytes or 0)
+  if redis.call('HSETNX', K.kept(), id, bytes) == 0 then
+    local before = tonumber(redis.call('HGET', K.kept(), id))
+    redis.call('HSET', K.kept(), id, bytes)
+    bytes = bytes - before
+  end
+  redis.call('HINCRBY', K.kept(), '*', bytes)
 end
 
--- Files a job that reached its final status. Its password has served its purpose.
-local function file(id, user, status, retention_ms)
-  try('HDEL', K.job(id), 'pass')
+-- The job that holds a unique key, or nil. What holds it while it is queued, or until it is done, holds it no more once it is
+-- gone, taken, or over, whatever the key says.
+local function holder_of(key)
+  local scope, id = string.match(try('GET', K.unique(key)) or '', '^(%a+) (.+)$')
+  if not scope then return nil end
+  if scope == 'period' then return id end
+  local h = try('HMGET', K.job(id), 'status', 'fallback_status', 'unique')
+  if not h or h[3] ~= key or is_over(h[1], h[2]) then return nil end
+  if scope == 'queued' and redis.call('HEXISTS', K.claims(), id) == 1 then return nil end
+  return id
+end
+
+-- Takes a unique key for a job: false if another one holds it.
+local function take_unique(key, scope, period_ms, id)
+  local holder = holder_of(key)
+  if holder and holder ~= id then return false end
+  redis.call('SET', K.unique(key), scope .. ' ' .. id)
+  if scope == 'period' then redis.call('PEXPIRE', K.unique(key), period_ms) end
+  return true
+end
+
+-- Gives up the unique key that a job holds, if it holds one under one of these scopes.
+local function give_up_unique(id, ...)
+  local length = try('HSTRLEN', K.job(id), 'unique') or 0
+  if length == 0 or length > MAX_UNIQUE then return end
+  local key = try('HGET', K.job(id), 'unique')
+  local held = try('GET', K.unique(key))
+  for _, scope in ipairs({...}) do
+    if held == scope .. ' ' .. id then redis.call('DEL', K.unique(key)) end
+  end
+end
+
+-- Files a job that reached its final status. Its password has served its purpose; where it is known to be a task, it has none.
+local function file(id, user, status, retention_ms, is_task, more_bytes)
+  if not is_task then try('HDEL', K.job(id), 'pass') end
+  give_up_unique(id, 'queued', 'done')
   redis.call('PEXPIRE', K.job(id), retention_ms)
-  enter_books(id, now_ms, retention_ms)
+  enter_books(id, now_ms, retention_ms, more_bytes)
   publish(user, id, status)
 end
 
@@ -122,17 +219,18 @@ local function forget(ids)
   redis.call('ZREM', K.finished(), unpack(ids))
   redis.call('ZREM', K.expiring(), unpack(ids))
   redis.call('HDEL', K.kept(), unpack(ids))
+  redis.call('ZREM', K.batches(), unpack(ids))
   if freed > 0 then redis.call('HINCRBY', K.kept(), '*', -freed) end
   if redis.call('HLEN', K.kept()) == 1 then redis.call('DEL', K.kept()) end
 end
 
--- Takes a job off the schedule; where it was submitted with a delay, its user has one queued less.
+-- Takes a job off the schedule; where it was submitted with a delay, its line has one queued less.
 local function unschedule(id)
-  redis.call('ZREM', K.due(), id)
-  local user = redis.call('HGET', K.delayed(), id)
-  if not user then return end
+  if redis.call('ZREM', K.due(), id) == 0 then return end
+  local line = redis.call('HGET', K.delayed(), id)
+  if not line then return end
   redis.call('HDEL', K.delayed(), id)
-  if redis.call('HINCRBY', K.delays(), user, -1) <= 0 then redis.call('HDEL', K.delays(), user) end
+  if redis.call('HINCRBY', K.delays(), line, -1) <= 0 then redis.call('HDEL', K.delays(), line) end
 end
 
 -- Sets an id aside with its reason. The job's own hash is told too, but only where it is this user's: nobody can fail
@@ -178,63 +276,197 @@ local function place_name(text)
   return (string.gsub(text, '[%c ]', '?'))
 end
 
-local NAMES = {}
-for i = 1, #FIELDS, 2 do NAMES[#NAMES + 1] = FIELDS[i] end
-
--- The name, size and limit of a field that is too long, if there is one. Values are read only where the whole hash is small.
-local function too_long(job)
-  local bytes = redis.call('HLEN', job) <= 64 and try('MEMORY', 'USAGE', job, 'SAMPLES', '0')
-  local values = bytes and bytes <= 65536 and redis.call('HMGET', job, unpack(NAMES))
-  for i, name in ipairs(NAMES) do
-    local most = FIELDS[2 * i]
-    local size = values and #(values[i] or '') or not values and redis.call('HSTRLEN', job, name)
-    if size > most then return name, size, most end
+-- Of a task's application and operation: the same rules as those of the identifiers in Rust.
+local function pool_of_task(app, op)
+  op = string.lower(op or '')
+  if not app or #app > MAX_APP or not string.find(app, "^[%w!\"#$%%&'()+,/;<=>?@%[%]\\^_`{|}~-]+$") then
+    return nil, 'its app is no valid name'
   end
+  if #op > MAX_OP or not string.find(op, "^[%w!\"#$%%&'()+,./;<=>?@%[%]\\^_`{|}~-]+$") then
+    return nil, 'its op is no valid name'
+  end
+  return app .. '.' .. op
 end
 
--- What a queued id is worth: 'ready' with its pool, 'missing', 'drop' (claimed, or over with its status), or 'reject' with the reason and
--- whether the hash is the user's own. Sizes are asked before anything is read.
-local function look(id, user)
+-- Whether a batch still takes results of its rows.
+local function takes_results(batch)
+  local b = try('HMGET', K.job(batch), 'status', 'aborted_at')
+  return b and (b[1] == 'running' or b[1] == 'pending') and not b[2]
+end
+
+-- Removes a part of a batch that is not to be done, or not any more.
+local function drop_part(batch, id)
+  redis.call('SREM', K.batch_parts(batch), id)
+  redis.call('DEL', K.job(id))
+end
+
+-- Removes a job's record, and what else there is of a batch.
+local function remove_record(id)
+  redis.call('UNLINK', K.job(id), K.batch_rows(id), K.batch_blocks(id), K.batch_results(id), K.batch_parts(id))
+end
+
+-- Kinds of jobs that go to handlers where they name an application. Batches and their parts are SQL where they name none.
+local FOR_HANDLERS = {task = true, batch = true, part = true}
+
+-- What is read of a job to judge it, besides the fields of its kind.
+local JUDGED = {'user', 'fence', 'kind', 'app', 'op', 'started_at'}
+-- The names that are read of a job of each kind, and the limits of their sizes.
+local NAMES, LIMITS = {sql = {}, task = {}}, {sql = {}, task = {}}
+for kind, names in pairs(NAMES) do
+  for i = 1, #FIELDS, 3 do
+    if FIELDS[i + 2] == 'both' or FIELDS[i + 2] == kind then
+      names[#names + 1] = FIELDS[i]
+      LIMITS[kind][#names] = FIELDS[i + 1]
+    end
+  end
+  for _, name in ipairs(JUDGED) do names[#names + 1] = name end
+end
+-- How many of them a take hands out.
+local HANDED = {sql = #NAMES.sql - #JUDGED, task = #NAMES.task - #JUDGED}
+
+-- The fields of a job of a kind, by their names and in their order, or the name, size and limit of one that is too long.
+-- Values, where they are not given, are read only where the whole hash is small; else sizes are asked first.
+local function read(job, kind, values)
+  local names = NAMES[kind]
+  if not values and redis.call('HLEN', job) <= 64 then
+    local bytes = try('MEMORY', 'USAGE', job, 'SAMPLES', '0')
+    values = bytes and bytes <= 65536 and redis.call('HMGET', job, unpack(names)) or nil
+  end
+  for i, name in ipairs(names) do
+    local most = LIMITS[kind][i] or MAX_USER
+    local size = values and #(values[i] or '') or redis.call('HSTRLEN', job, name)
+    -- What is no fence counts as none.
+    if size > most and name ~= 'fence' then return nil, name, size, most end
+  end
+  values = values or redis.call('HMGET', job, unpack(names))
+  local h = {values = values}
+  for i, name in ipairs(names) do h[name] = values[i] or nil end
+  return h
+end
+
+-- What an id in a line is worth: 'ready' with its pool and its fields, 'missing', 'drop' (claimed, or over with its status),
+-- 'moves' with the line to which it belongs, or 'reject' with the reason and whether the hash is the user's own. Sizes are
+-- asked before anything is read.
+local function look(id, line)
+  local kind, user = parts_of(line)
   if not is_id(id) then return 'reject', 'its id is not made of letters, digits and _ . : -' end
   if redis.call('HEXISTS', K.claims(), id) == 1 then return 'drop' end
   local job = K.job(id)
-  local held = redis.call('TYPE', job).ok
-  if held == 'none' then return 'missing' end
-  if held ~= 'hash' then return 'reject', 'its key holds a ' .. held .. ', not a hash' end
-  if redis.call('HSTRLEN', job, 'user') > MAX_USER then return 'reject', 'its field user is too long' end
-  local owner = redis.call('HGET', job, 'user')
-  if owner and owner ~= '' and owner ~= user then return 'reject', 'it belongs to another user than its queue' end
-  local field, size, most = too_long(job)
-  if field then
+  local encoding = try('OBJECT', 'ENCODING', job)
+  if encoding == false then return 'missing' end
+  local of = kind == 'sql' and 'sql' or 'task'
+  -- So Redis keeps hashes of few and short fields, and short lists and sets.
+  local values = encoding == 'listpack' and try('HMGET', job, unpack(NAMES[of])) or nil
+  if not values and not try('HLEN', job) then
+    return 'reject', 'its key holds a ' .. redis.call('TYPE', job).ok .. ', not a hash'
+  end
+  local h, field, size, most = read(job, of, values)
+  if not h then
+    local owner = redis.call('HSTRLEN', job, 'user') <= MAX_USER and redis.call('HGET', job, 'user')
+    if field == 'user' then return 'reject', 'its field user is too long' end
+    if owner and owner ~= '' and owner ~= user then return 'reject', 'it belongs to another user than its queue' end
     return 'reject', 'its field ' .. field .. ' is ' .. size .. ' bytes long, at most ' .. most .. ' are allowed', true
   end
-  local h = redis.call('HMGET', job, 'status', 'fallback_status', 'database', 'host')
-  if is_over(h[1], h[2]) then return 'drop', h[1] end
-  if h[3] and h[3] ~= '' then return 'ready', 'db:' .. place_name(h[3]) end
-  return 'ready', 'sql:' .. place_name(h[4] or '')
+  if h.user and h.user ~= '' and h.user ~= user then return 'reject', 'it belongs to another user than its queue' end
+  if is_over(h.status, h.fallback_status) then return 'drop', h.status end
+  if h.kind == 'batch' and redis.call('HEXISTS', job, 'cursor') == 0 then return 'drop' end
+  local batch = h.kind == 'part' and string.match(h.part or '', '^rows (%S+)')
+  if batch and not takes_results(batch) then
+    drop_part(batch, id)
+    return 'drop'
+  end
+  if h.kind == 'task' or (FOR_HANDLERS[h.kind] and h.app) then
+    local pool, fault = pool_of_task(h.app, h.op)
+    if not pool then return 'reject', fault, true end
+    if pool ~= kind then return 'moves', line_of(pool, user) end
+    return 'ready', pool, h
+  end
+  if kind ~= 'sql' then return 'moves', 'sql:' .. user end
+  if h.kind and h.kind ~= '' and h.kind ~= 'sql' and not FOR_HANDLERS[h.kind] then return 'reject', 'its kind is none that is known', true end
+  if h.database and h.database ~= '' then return 'ready', 'db:' .. place_name(h.database), h end
+  return 'ready', 'sql:' .. place_name(h.host or ''), h
+end
+
+-- A job's band: 'high', 'low' or ''.
+local function band_of(id)
+  local band = (try('HSTRLEN', K.job(id), 'priority') or 0) <= 8 and try('HGET', K.job(id), 'priority')
+  return (band == 'high' or band == 'low') and band or ''
+end
+
+-- The list of a line in which its head stands, and whether it has others. While all bands have work, of 25 jobs that are taken 20 are of the high one,
+-- 4 of the middle one and 1 is of the low one: so none waits for ever.
+local function head_queue(line)
+  local middle = queue_of(line)
+  if redis.call('EXISTS', K.high(line), K.low(line)) == 0 then return middle, false end
+  local turn = tonumber(redis.call('HGET', K.bands(), line) or 0) % 25
+  local order = {K.high(line), middle, K.low(line)}
+  if turn == 24 then
+    order = {K.low(line), middle, K.high(line)}
+  elseif turn % 5 == 4 then
+    order = {middle, K.high(line), K.low(line)}
+  end
+  for _, queue in ipairs(order) do
+    if redis.call('EXISTS', queue) == 1 then return queue, true end
+  end
+  return middle, true
+end
+
+-- Sends a line's head behind the others of its band: it has more to give.
+local function pass_head(line, queue, has_bands)
+  redis.call('RPOPLPUSH', queue, queue)
+  if has_bands then redis.call('HINCRBY', K.bands(), line, 1) end
+end
+
+-- Takes a line's head out, for good; whether more waits behind it.
+local function pop_head(line, queue, has_bands)
+  redis.call('RPOP', queue)
+  if not has_bands then return redis.call('EXISTS', queue) == 1 end
+  redis.call('HINCRBY', K.bands(), line, 1)
+  return redis.call('EXISTS', queue_of(line), K.high(line), K.low(line)) > 0
+end
+
+-- The first of all FIELDS, of whatever kind.
+local STATUS_AT = 1
+
+-- The lines to which ids have moved from others, for `place` to see to.
+local moves = {}
+
+-- Pushes an id that stood in another line to its own.
+local function move(id, line)
+  if try('LPUSH', queue_of(line, band_of(id)), id) then
+    index(line)
+    moves[#moves + 1] = line
+  else
+    local _, user = parts_of(line)
+    set_aside(id, user, 'the key of its queue holds no list')
+  end
 end
 
 local missed = 0
 
--- The id at a user's head and its pool, after removing from the queue what can't run. Nil if nothing is left.
-local function head(user)
-  local queue = K.queue(user)
+-- The id at a line's head, its pool, its fields, its list and whether the line has others, after removing what can't run. Nil if
+-- nothing is left.
+local function head(line)
+  local kind, user = parts_of(line)
   for _ = 1, 100 do
+    local queue, has_bands = head_queue(line)
     local id = redis.pcall('LINDEX', queue, -1)
     if type(id) == 'table' then
-      try('SREM', K.queued_users(), user)
+      unindex(line)
       reject('-', user, 'its queue holds a ' .. redis.call('TYPE', queue).ok .. ', not a list')
       return nil
     end
     if not id then
-      try('SREM', K.queued_users(), user)
+      unindex(line)
       return nil
     end
-    local verdict, detail, own_hash = look(id, user)
-    if verdict == 'ready' then return id, detail end
+    local verdict, detail, more = look(id, line)
+    if verdict == 'ready' then return id, detail, more, queue, has_bands end
     redis.call('RPOP', queue)
     if verdict == 'reject' then
-      reject(id, user, detail, own_hash)
+      reject(id, user, detail, more)
+    elseif verdict == 'moves' then
+      move(id, detail)
     elseif verdict == 'drop' and detail and redis.call('PTTL', K.job(id)) == -1 then
       -- Somebody else ended it, and left it without a lifetime.
       file(id, user, detail, MAX_REJECTED_MS)
@@ -245,42 +477,138 @@ local function head(user)
     end
   end
   -- A hundred unfit ids: the leader's next scan goes on.
-  if redis.call('EXISTS', queue) == 0 then try('SREM', K.queued_users(), user) end
+  if redis.call('EXISTS', queue_of(line), K.high(line), K.low(line)) == 0 then unindex(line) end
   return nil
 end
 
--- Enters a user into a pool's ready-set unless it is there or at its limit. Start-time fair queueing: a user who owes nothing
--- starts at the pool's virtual time, each newcomer one unit behind the one before, so that ties go to who waited longest.
+-- What a call has moved on and writes at its end: the virtual times of pools, and the greatest turn.
+local moved_on = {v = {}, turn = 0}
+
+-- Enters a pool into those that may have something to take. Start-time fair queueing over pools: it starts where the turns
+-- are, or where its own last turn has left it.
+local function list_pool(pool)
+  if redis.call('ZSCORE', K.pools(), pool) then return end
+  local pass = tonumber(redis.call('HGET', K.pool(pool), 'pass') or 0) or 0
+  redis.call('ZADD', K.pools(), int(math.max(pass, moved_on.turn, tonumber(redis.call('GET', K.turn()) or 0) or 0)), pool)
+end
+
+-- A number that operators, or others, have written: nil where it is none within these bounds.
+local function number_in(text, least, most)
+  local number = tonumber(text)
+  if number and number >= least and number <= most then return number end
+  return nil
+end
+
+-- Most jobs of one user that may run at once in a pool.
+local function user_limit_of(pool, said) return number_in(said, 0, MAX_COUNT) or (is_sql(pool) and 1 or math.huge) end
+
+-- Enters a user into a pool's ready-set unless it is there, at its limit, or kept from its turn. Start-time fair queueing: a
+-- user who owes nothing starts at the pool's virtual time, each newcomer one unit behind the one before, so that ties go to
+-- who waited longest.
 local function ready(pool, user)
+  if redis.call('SISMEMBER', K.barred(user), line_of(pool, user)) == 1 then return false end
   local p = redis.call('HMGET', K.pool(pool), 'v', 'newest', 'user_limit')
-  if tonumber(redis.call('HGET', K.busy(pool), user) or 0) >= tonumber(p[3] or 1) then return false end
+  if tonumber(redis.call('HGET', K.busy(pool), user) or 0) >= user_limit_of(pool, p[3]) then return false end
   if redis.call('ZSCORE', K.ready(pool), user) then
     -- Scans make it right, should the pool have left the list.
-    redis.call('ZADD', K.pools(), 'NX', int(now_us), pool)
+    list_pool(pool)
     return false
   end
-  local v = tonumber(p[1] or 0)
+  local v = moved_on.v[pool] or tonumber(p[1] or 0)
   local start = tonumber(redis.call('ZSCORE', K.debt(pool), user) or 0)
   if start <= v then
     start = math.max(v, tonumber(p[2] or -1) + 1)
     redis.call('HSET', K.pool(pool), 'newest', int(start))
   end
   redis.call('ZADD', K.ready(pool), int(start), user)
-  redis.call('ZADD', K.pools(), 'NX', int(now_us), pool)
+  list_pool(pool)
   return true
 end
 
--- Puts a user where its head says. Returns the pool, and whether the user is new there.
-local function place(user)
-  local id, pool = head(user)
+-- Puts a line's user where its head says. Returns the pool, and whether the user is new there. A line of tasks has one pool, so its
+-- head is not looked at before its turn comes.
+local function place(line)
+  local kind, user = parts_of(line)
+  if kind ~= 'sql' then
+    if redis.call('ZSCORE', K.ready(kind), user) then return kind, false end
+    if redis.call('EXISTS', queue_of(line), K.high(line), K.low(line)) == 0 then
+      unindex(line)
+      return nil
+    end
+    return kind, ready(kind, user)
+  end
+  local id, pool = head(line)
+  -- What moved to other lines has its place there.
+  while #moves > 0 do
+    local moved_kind, moved_user = parts_of(table.remove(moves))
+    if moved_kind ~= 'sql' and ready(moved_kind, moved_user) then wake_one(moved_kind) end
+  end
   if not id then return nil end
   return pool, ready(pool, user)
 end
 
-local function weight_of(user)
-  local weight = tonumber(try('HGET', K.limits(user), 'weight') or 1) or 1
-  if weight ~= weight or weight < 0.001 or weight > 1000 then return 1 end
-  return weight
+-- The same for a line whose user may have become ready where nobody looks. Whether it has.
+local function place_and_wake(line)
+  local pool, new = place(line)
+  if new then wake_one(pool) end
+  return new
+end
+
+-- Gives lines of a user that were kept from their turn another one, `most` of them: the take sees whether the user's limits allow
+-- it. Returns the pools in which the user is ready now and was not.
+local function lift(user, most)
+  local pools = {}
+  for _, line in ipairs(redis.call('SPOP', K.barred(user), most)) do
+    local pool, new = place(line)
+    if new then pools[#pools + 1] = pool end
+  end
+  return pools
+end
+
+local function weight_in(text) return number_in(text, MIN_WEIGHT, MAX_WEIGHT) or 1 end
+local function weight_of(user) return weight_in(try('HGET', K.limits(user), 'weight')) end
+
+-- What limits a user or a pool, as the hash of either has it. What is no number within its bounds counts for nothing.
+local LIMITS_OF_BOTH = {'weight', 'concurrency', 'rate', 'period', 'paused'}
+local function limits_in(weight, concurrency, rate, period, paused)
+  period = number_in(period, 1, MAX_PERIOD_MS)
+  rate = period and number_in(rate, 1, MAX_RATE)
+  return {weight = weight_in(weight), concurrency = number_in(concurrency, 0, MAX_COUNT), rate = rate and math.floor(rate),
+    period = rate and math.floor(period), paused = paused and paused ~= '' and paused ~= '0'}
+end
+
+local function limits_of(user)
+  local h = try('HMGET', K.limits(user), 'timeout', unpack(LIMITS_OF_BOTH)) or {}
+  local own = limits_in(unpack(h, 2, 6))
+  own.timeout = number_in(h[1], 1, MAX_PERIOD_MS)
+  return own
+end
+
+-- A pool's limits, where it stands among them, and whether somebody else schedules it. An operator's concurrency comes before a
+-- configuration's capacity; where nobody says anything, the slots of the workers are the limit of a handler.
+local function limits_of_pool(pool, default_capacity)
+  local p = redis.call('HMGET', K.pool(pool), 'running', 'v', 'blocked', 'capacity', 'user_limit', unpack(LIMITS_OF_BOTH))
+  local own = limits_in(unpack(p, 6, 10))
+  own.per_user = user_limit_of(pool, p[5])
+  own.running, own.v, own.blocked = tonumber(p[1] or 0), tonumber(p[2] or 0), p[3]
+  own.concurrency = own.concurrency or number_in(p[4], 0, MAX_COUNT) or (is_sql(pool) and default_capacity or nil)
+  return own
+end
+
+-- What keeps `user:<user>` or `pool:<pool>` from its turn: 'paused', 'concurrency', or 'rate' and until when, in ms since 1970.
+-- Of a rate the last starts are kept, as many as it allows: so in no period of its length, whenever it begins, there are
+-- more. One in the future is from before the clock was set back.
+local function kept_by(whose, own, running)
+  if own.paused then return 'paused' end
+  if own.concurrency and running >= own.concurrency then return 'concurrency' end
+  local first = own.rate and tonumber(redis.call('LINDEX', K.starts(whose), own.rate - 1))
+  if first and first <= now_ms and first + own.period > now_ms then return 'rate', first + own.period end
+  return nil
+end
+
+local function user_kept_by(user, own)
+  local running = own.concurrency and tonumber(redis.call('HGET', K.active(), user) or 0)
+  return kept_by('user:' .. user, own, running)
 end
 
 local function claim_of(id)
@@ -308,39 +636,75 @@ local function recharge(claim, cost)
   end
 end
 
--- Ends a claim: all that the take did, undone. What becomes of the job is the caller's to write.
-local function release(id, claim)
+-- Gives pools the places back that ended claims held, and users what their limits allow again.
+local function make_room(pools, users)
+  for pool, count in pairs(pools) do
+    if redis.call('HINCRBY', K.pool(pool), 'running', -count) < 0 then redis.call('HSET', K.pool(pool), 'running', 0) end
+    if redis.call('EXISTS', K.ready(pool)) == 1 then list_pool(pool) end
+  end
+  for user in pairs(users) do
+    for _, pool in ipairs(lift(user, 100)) do
+      if not pools[pool] then wake_one(pool) end
+    end
+  end
+end
+
+-- The jobs that sessions run as suspects, and whether they are asked to cancel any, as this call has found them.
+local suspects, cancelling = {}, {}
+
+-- Ends a claim: all that the take did, undone. What becomes of the job is the caller's to write. `pools` and `users`, where they are
+-- given, gather what many ends have in common: the caller then makes room for all of them at once.
+local function release(id, claim, pools, users)
   redis.call('HDEL', K.claims(), id)
   redis.call('HDEL', K.work(claim.session), id)
-  redis.call('SREM', K.cancels(claim.session), id)
-  if redis.call('HGET', K.session(claim.session), 'suspect') == id then
-    redis.call('HDEL', K.session(claim.session), 'suspect')
+  local session = claim.session
+  if suspects[session] == nil then
+    suspects[session] = redis.call('HGET', K.session(session), 'suspect')
+    cancelling[session] = redis.call('EXISTS', K.cancels(session)) == 1
   end
-  if redis.call('HINCRBY', K.pool(claim.pool), 'running', -1) < 0 then
-    redis.call('HSET', K.pool(claim.pool), 'running', 0)
+  if cancelling[session] then redis.call('SREM', K.cancels(session), id) end
+  if suspects[session] == id then
+    redis.call('HDEL', K.session(session), 'suspect')
+    suspects[session] = false
   end
   if redis.call('HINCRBY', K.busy(claim.pool), claim.user, -1) <= 0 then
     redis.call('HDEL', K.busy(claim.pool), claim.user)
   end
-  try('LREM', K.wip(claim.user), 0, id)
-  if redis.call('EXISTS', K.wip(claim.user)) == 0 then try('SREM', K.wip_users(), claim.user) end
-  -- The pool has room again.
-  if redis.call('EXISTS', K.ready(claim.pool)) == 1 then redis.call('ZADD', K.pools(), 'NX', int(now_us), claim.pool) end
+  if redis.call('HINCRBY', K.active(), claim.user, -1) <= 0 then redis.call('HDEL', K.active(), claim.user) end
+  if is_sql(claim.pool) then
+    try('LREM', K.wip(claim.user), 0, id)
+    if redis.call('EXISTS', K.wip(claim.user)) == 0 then try('SREM', K.wip_users(), claim.user) end
+  end
+  if not pools then return make_room({[claim.pool] = 1}, {[claim.user] = true}) end
+  pools[claim.pool] = (pools[claim.pool] or 0) + 1
+  users[claim.user] = true
 end
 
--- Puts a job at the front of its user's queue.
-local function put_first(id, user)
-  if try('RPUSH', K.queue(user), id) then
-    try('SADD', K.queued_users(), user)
+-- Puts a job at the front of its line.
+local function put_first(id, line)
+  local queue = queue_of(line, band_of(id))
+  if try('RPUSH', queue, id) then
+    index(line)
     return true
   end
-  reject(id, user, 'its queue holds a ' .. redis.call('TYPE', K.queue(user)).ok .. ', not a list', true)
+  local _, user = parts_of(line)
+  reject(id, user, 'its queue holds a ' .. redis.call('TYPE', queue).ok .. ', not a list', true)
   return false
 end
 
--- Enters a user where its head says. Where that is not `pool`, somebody who serves it may be parked.
-local function place_on(user, pool)
-  local at, new = place(user)
+-- The line to which a job's hash says that it belongs, for a user.
+local function line_by_hash(id, user)
+  for _, name in ipairs({'kind', 'app', 'op'}) do
+    if (try('HSTRLEN', K.job(id), name) or 0) > MAX_USER then return 'sql:' .. user end
+  end
+  local h = try('HMGET', K.job(id), 'kind', 'app', 'op')
+  local pool = h and (h[1] == 'task' or (FOR_HANDLERS[h[1]] and h[2])) and pool_of_task(h[2], h[3])
+  return pool and line_of(pool, user) or 'sql:' .. user
+end
+
+-- Enters a line's user where its head says. Where that is not `pool`, somebody who serves it may be parked.
+local function place_on(line, pool)
+  local at, new = place(line)
   if new and at ~= pool then wake_one(at) end
 end
 
@@ -356,10 +720,11 @@ local function put_back(id, claim, extra)
     fields[#fields + 1] = 'status'
     fields[#fields + 1] = 'pending'
   end
-  if record(id, claim.user, 'user', claim.user, unpack(fields)) and put_first(id, claim.user) then
+  local line = line_of(claim.pool, claim.user)
+  if record(id, claim.user, 'user', claim.user, unpack(fields)) and put_first(id, line) then
     publish(claim.user, id, 'pending')
   end
-  place_on(claim.user, claim.pool)
+  place_on(line, claim.pool)
 end
 
 -- Gives a claimed job back to the front of its queue.
@@ -368,37 +733,45 @@ local function give_back(id, claim, extra)
   put_back(id, claim, extra)
 end
 
--- How often the job's worker was lost while it ran. What is not written as a count is none.
+-- How often a job's worker was lost while it ran. What is not written as a count is none.
+local function unclean_in(text) return text and #text <= 16 and string.find(text, '^%d+$') and tonumber(text) or 0 end
 local function unclean_of(id)
-  local text = redis.call('HSTRLEN', K.job(id), 'unclean') <= 16 and redis.call('HGET', K.job(id), 'unclean')
-  return text and string.find(text, '^%d+$') and tonumber(text) or 0
+  return redis.call('HSTRLEN', K.job(id), 'unclean') <= 16 and unclean_in(redis.call('HGET', K.job(id), 'unclean')) or 0
 end
 
--- A job's history with one more entry, the oldest dropped.
-local function history_with(id, entry)
-  local text = try('HSTRLEN', K.job(id), 'history') or 0
-  text = text <= MAX_HISTORY and try('HGET', K.job(id), 'history') or ''
+-- The history in a hash with one more entry, the oldest dropped.
+local function history_with(key, entry)
+  local text = try('HSTRLEN', key, 'history') or 0
+  text = text <= MAX_HISTORY and try('HGET', key, 'history') or ''
   text = text .. (text == '' and '' or '\n') .. cjson.encode(entry)
   while #text > MAX_HISTORY do text = string.sub(text, (string.find(text, '\n', 1, true) or #text) + 1) end
   return text
 end
+
+-- Ends a part of a batch that ended its workers before they could look at it, and says whether it did. Who has anything to do with
+-- parts has its text.
+local lost_part
 
 -- A claimed job whose worker is gone: an unclean end. It goes back to the front of its queue, for whoever takes it next to
 -- settle what was begun; but for one that ends its workers before they can even look at it.
 local function lose(id, claim)
   if redis.call('TYPE', K.job(id)).ok ~= 'hash' then return give_back(id, claim, {}) end
   local unclean = unclean_of(id) + 1
-  local fields = {'unclean', int(unclean), 'lost_worker', claim.session, 'history', history_with(id,
+  local fields = {'unclean', int(unclean), 'lost_worker', claim.session, 'history', history_with(K.job(id),
     {unclean = true, worker = claim.session, ended_at = now, error = 'its worker was lost'})}
   if unclean < MAX_UNCLEAN then return give_back(id, claim, fields) end
   release(id, claim)
+  local reason = 'it ended ' .. int(unclean) .. ' workers, the last one ' .. claim.session
+  if redis.call('HGET', K.job(id), 'kind') == 'part' and lost_part(id, claim.user, reason) then
+    return place_on(line_of(claim.pool, claim.user), claim.pool)
+  end
   local begun = (try('HGET', K.job(id), 'trace') or '') ~= ''
   if record(id, claim.user, 'user', claim.user, 'status', begun and 'unknown' or 'ignored', 'ended_at', now,
-    'failed_reason', 'it ended ' .. int(unclean) .. ' workers, the last one ' .. claim.session, unpack(fields)) then
+    'failed_reason', reason, unpack(fields)) then
     if try('HGET', K.job(id), 'fallback_status') then record(id, claim.user, 'fallback_status', 'skipped') end
     file(id, claim.user, begun and 'unknown' or 'ignored', MAX_REJECTED_MS)
   end
-  place_on(claim.user, claim.pool)
+  place_on(line_of(claim.pool, claim.user), claim.pool)
 end
 
 -- Whether somebody has cancelled a claimed job by writing its hash, the only way that foreign cancellers know. Nobody writes
@@ -408,7 +781,7 @@ local function cancelled_by_hash(id) return try('HGET', K.job(id), 'status') == 
 -- Refuses what is not, or no longer, the leader's to do.
 local function leads(session, term) return redis.call('GET', K.leader()) == session .. '\t' .. term end
 
--- A scheduled job is due: it joins the front of its user's queue, for it has waited longest.
+-- A scheduled job is due: it joins the front of its line, for it has waited longest.
 local function promote(id)
   unschedule(id)
   if redis.call('HEXISTS', K.claims(), id) == 1 then return end
@@ -427,10 +800,10 @@ local function promote(id)
     reject(id, h[1] or '', 'it was due, but its hash names no valid user', true)
     return
   end
-  if record(id, h[1], 'status', 'pending') and put_first(id, h[1]) then
+  local line = line_by_hash(id, h[1])
+  if record(id, h[1], 'status', 'pending') and put_first(id, line) then
     publish(h[1], id, 'pending')
-    local pool, new = place(h[1])
-    if new then wake_one(pool) end
+    place_and_wake(line)
   end
 end
 

@@ -5,11 +5,14 @@
 --           'next':  more statements are to come; back to the front of the queue
 --           'back':  given back untouched, to the front
 --           'later': scheduled, due in ms
+--           'part':  of a batch: it has done what it was to do, and the fields say what came of it; ms as for a final one
 -- Reply: for each job 'ended', 'repeated' (this same finish was applied before), or 'stale' (the claim is another's or
 --   nobody's: nothing was written)
 local PACE_MS = 7 * 86400000
 local session, wake = ARGV[1], ARGV[2] == '1'
 local replies = {}
+-- What the claims that are ended for good have held.
+local pools, users = {}, {}
 
 -- Corrects what the take charged, where the pool is fair by time.
 local function settle(claim, ran_us)
@@ -31,13 +34,15 @@ while i <= #ARGV do
     replies[#replies + 1] = try('HGET', K.job(id), 'settled') == fence and 'repeated' or 'stale'
   else
     local pool = claim.pool
+    local says = {}
     -- Whoever wrote `cancelled` into the hash was told that it is: it ends so, and the statements tell what was done.
     if cancelled_by_hash(id) then
-      if verdict ~= 'final' then verdict, ms = 'final', MAX_REJECTED_MS end
+      if verdict ~= 'final' and verdict ~= 'part' then verdict, ms = 'final', MAX_REJECTED_MS end
       for f = 1, #fields, 2 do
         if fields[f] == 'status' then fields[f + 1] = 'cancelled' end
       end
     end
+    for f = 1, #fields, 2 do says[fields[f]] = fields[f + 1] end
     -- A cancel that was asked for meanwhile does not wait for a retry to be due: the next take hears of it.
     if verdict == 'later' and redis.call('SISMEMBER', K.cancels(session), id) == 1 then ms = 0 end
     if verdict == 'back' then
@@ -47,11 +52,13 @@ while i <= #ARGV do
       fields[#fields + 1] = fence
       give_back(id, claim, fields)
     else
-      release(id, claim)
+      release(id, claim, pools, users)
       settle(claim, ran_us)
-      if verdict == 'next' then
+      if verdict == 'part' then
+        end_part(id, claim.user, says, ran_us, ms)
+      elseif verdict == 'next' then
         if record(id, claim.user, 'user', claim.user, 'status', 'pending', 'settled', fence, unpack(fields))
-          and put_first(id, claim.user) then
+          and put_first(id, line_of(pool, claim.user)) then
           publish(claim.user, id, 'pending')
         end
       elseif verdict == 'later' then
@@ -61,13 +68,14 @@ while i <= #ARGV do
         end
       else
         if record(id, claim.user, 'user', claim.user, 'ended_at', now, 'settled', fence, unpack(fields)) then
-          file(id, claim.user, redis.call('HGET', K.job(id), 'status'), ms)
+          file(id, claim.user, says.status or redis.call('HGET', K.job(id), 'status'), ms, not is_sql(pool))
         end
       end
-      place_on(claim.user, pool)
+      place_on(line_of(pool, claim.user), pool)
     end
     if wake then wake_one(pool) end
     replies[#replies + 1] = 'ended'
   end
 end
+make_room(pools, users)
 return replies

@@ -13,7 +13,7 @@ for i = 4, #ARGV do
   if holder == false or (holder and string.sub(holder, 1, 8) == 'drayman:') then
     redis.call('SET', lock, 'drayman:' .. session, 'PX', ttl_ms)
     if redis.call('HDEL', K.pool(pool), 'blocked') == 1 then
-      redis.call('ZADD', K.pools(), 'NX', int(now_us), pool)
+      list_pool(pool)
       wake_one(pool)
     end
   else

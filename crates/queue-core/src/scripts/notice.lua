@@ -12,12 +12,21 @@ for _, user in ipairs(ARGV) do
       set_aside(id, user, 'its queue belongs to no valid user name')
     end
   else
-    if redis.call('TYPE', K.queue(user)).ok == 'list' then try('SADD', K.queued_users(), user) end
-    local pool, new = place(user)
-    if new then
-      count = count + 1
-      wake_one(pool)
+    local line = 'sql:' .. user
+    if redis.call('TYPE', K.queue(user)).ok == 'list' then index(line) end
+    -- Tasks that were pushed last need not wait for the SQL jobs before them: each goes to the line of its handler.
+    local pushed = {}
+    for _ = 1, 1000 do
+      local id = redis.pcall('LINDEX', K.queue(user), 0)
+      if type(id) ~= 'string' or not is_id(id) or line_by_hash(id, user) == line then break end
+      local verdict, moved = look(id, line)
+      if verdict ~= 'moves' then break end
+      redis.call('LPOP', K.queue(user))
+      pushed[#pushed + 1] = {id, moved}
     end
+    -- The one pushed first stands last here.
+    for at = #pushed, 1, -1 do move(pushed[at][1], pushed[at][2]) end
+    if place_and_wake(line) then count = count + 1 end
   end
 end
 return count

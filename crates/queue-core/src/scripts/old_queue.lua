@@ -11,13 +11,12 @@ for _ = 1, 1000 do
   local user = try('HGET', K.job(id), 'user')
   if not user or not is_user(user) then
     reject(id, user or '', 'it stood in the old queue of host ' .. ARGV[3] .. ', but no hash tells its user')
-  elseif put_first(id, user) then
+  elseif put_first(id, 'sql:' .. user) then
     users[user] = true
     moved = moved + 1
   end
 end
 for user in pairs(users) do
-  local pool, new = place(user)
-  if new then wake_one(pool) end
+  place_and_wake('sql:' .. user)
 end
 return {redis.call('EXISTS', old) == 1 and 'more' or 'empty', moved}

@@ -4,9 +4,9 @@
 -- ARGV: 'check' (changes nothing) or 'repair', leader's session and term (both '' where no leader calls), how long the record
 --   of a finished job is kept in ms, what to look at, then its items:
 --   'keys':     key and the type that it must have, in turn ('' if no key of ours has such a name)
---   'sessions', 'claims', 'due', 'missing', 'jobs', 'finished', 'wip', 'pools', 'parked', 'queues': sessions, ids, ids,
---               entries, ids, ids, users, pools, services, users
---   'leader', 'sums': nothing
+--   'sessions', 'claims', 'due', 'missing', 'jobs', 'finished', 'wip', 'pools', 'parked', 'lines', 'barred', 'uniques':
+--               sessions, ids, ids, entries, ids, ids, users, pools, services, lines, users, unique keys
+--   'leader', 'sums', 'active': nothing
 -- Reply: 'not_leader', or for each finding {kind, what, sentence, 'reported', 'repairable' or 'repaired'}
 local repairing, session, term, retention_ms, aspect = ARGV[1] == 'repair', ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
 if session ~= '' and not leads(session, term) then return 'not_leader' end
@@ -48,9 +48,15 @@ local function sound_claim(id)
   return nil
 end
 
+local function in_list(queue, id)
+  local length = try('LLEN', queue)
+  return not length or length > LONGEST_SEARCHED or try('LPOS', queue, id)
+end
+
+-- Whether a job stands in the line of its user, or in the list where foreign producers push all of theirs.
 local function in_queue(id, user)
-  local length = try('LLEN', K.queue(user))
-  return not length or length > LONGEST_SEARCHED or try('LPOS', K.queue(user), id)
+  local line = line_by_hash(id, user)
+  return in_list(queue_of(line, band_of(id)), id) or (K.queue(user) ~= queue_of(line) and in_list(K.queue(user), id))
 end
 
 -- Fields that say: an execution began, and nobody knows its end.
@@ -65,7 +71,8 @@ local function is_unsettled(fence, settled) return fence and fence ~= '' and fen
 local function return_lost(id, user, fields)
   try('LREM', K.wip(user), 0, id)
   if redis.call('EXISTS', K.wip(user)) == 0 then try('SREM', K.wip_users(), user) end
-  put_back(id, {user = user}, fields)
+  local kind = parts_of(line_by_hash(id, user))
+  put_back(id, {user = user, pool = kind == 'sql' and 'sql:' or kind}, fields)
 end
 
 local function end_claim(id, claim)
@@ -75,7 +82,7 @@ local function end_claim(id, claim)
   else
     release(id, claim)
     set_aside(id, claim.user, 'it was claimed, but its key holds ' .. (held == 'none' and 'nothing' or 'a ' .. held))
-    place_on(claim.user, claim.pool)
+    place_on(line_of(claim.pool, claim.user), claim.pool)
   end
   wake_one(claim.pool)
 end
@@ -199,6 +206,27 @@ function LOOK.missing(items)
   end
 end
 
+-- A batch that the scan found in no place. It stands in its line while rows are left to deal; then its parts are all there is of it.
+local function look_at_batch(id, user, status)
+  local b = redis.call('HMGET', K.job(id), 'cursor', 'left')
+  if status == 'held' or in_queue(id, user) then return end
+  if b[1] then
+    found('batch-lost', id, 'the batch has rows to deal, but stands in no line; it goes to the front of its own', function()
+      local line = line_by_hash(id, user)
+      if put_first(id, line) then place_and_wake(line) end
+    end)
+  elseif redis.call('EXISTS', K.batch_parts(id)) == 0 then
+    if tonumber(b[2] or 0) > 0 then
+      found('batch-parts-lost', id, 'the batch waits for rows that nobody has; abort it')
+    else
+      found('batch-unsettled', id, 'all rows of the batch have ended, and it has not', function()
+        redis.call('HSET', K.job(id), 'status', 'running')
+        settle_batch(id, retention_ms)
+      end)
+    end
+  end
+end
+
 -- A job that the scan found in no place. `quiet` was asked before the first read, which counts as a touch.
 local function look_at_job(id, quiet)
   local job = K.job(id)
@@ -206,7 +234,8 @@ local function look_at_job(id, quiet)
     or redis.call('ZSCORE', K.due(), id) then
     return
   end
-  local h = short(id, 'user', 'status', 'fallback_status', 'fence', 'settled', 'enqueued_at', 'updated_at', 'worker', 'host')
+  local h = short(id, 'user', 'status', 'fallback_status', 'fence', 'settled', 'enqueued_at', 'updated_at', 'worker', 'host',
+    'kind')
   if not h then return end
   local user, status, fallback_status, fence, settled = h[1], h[2], h[3], h[4], h[5]
   local ours = fence or h[6]
@@ -225,6 +254,7 @@ local function look_at_job(id, quiet)
     if ours then found('job-ownerless', id, 'the job has not ended, and its hash names no valid user') end
     return
   end
+  if h[10] == 'batch' then return look_at_batch(id, user, status) end
   if in_queue(id, user) or redis.call('ZSCORE', K.missing(), id .. ' ' .. user) then return end
   local ran = status == 'running' or (FINAL[status] and fallback_status == 'running')
   local holder = h[9] and try('GET', K.host_lock(h[9]))
@@ -264,28 +294,28 @@ function LOOK.sums()
   if redis.call('HLEN', K.delayed()) <= LONGEST_SEARCHED then
     local counts, delayed = {}, redis.call('HGETALL', K.delayed())
     for i = 1, #delayed, 2 do
-      local id, user = delayed[i], delayed[i + 1]
+      local id, line = delayed[i], delayed[i + 1]
       -- One whose place in the schedule is lost gets another one.
       local h = holds(K.job(id), 'hash') and short(id, 'status')
       if redis.call('ZSCORE', K.due(), id) or (h and h[1] == 'scheduled') then
-        counts[user] = (counts[user] or 0) + 1
+        counts[line] = (counts[line] or 0) + 1
       else
         found('delayed-stray', id, 'the job counts as delayed, but is not scheduled',
           function() redis.call('HDEL', K.delayed(), id) end)
       end
     end
     local said = redis.call('HGETALL', K.delays())
-    local users = {}
-    for i = 1, #said, 2 do users[said[i]] = said[i + 1] end
-    for user, count in pairs(counts) do users[user] = users[user] or '0' end
-    for user, text in pairs(users) do
-      if text ~= int(counts[user] or 0) then
-        found('sum-wrong', user, 'the user is said to have ' .. text .. ' delayed jobs and has ' .. int(counts[user] or 0),
+    local lines = {}
+    for i = 1, #said, 2 do lines[said[i]] = said[i + 1] end
+    for line in pairs(counts) do lines[line] = lines[line] or '0' end
+    for line, text in pairs(lines) do
+      if text ~= int(counts[line] or 0) then
+        found('sum-wrong', line, 'the line is said to have ' .. text .. ' delayed jobs and has ' .. int(counts[line] or 0),
           function()
-            if counts[user] then
-              redis.call('HSET', K.delays(), user, int(counts[user]))
+            if counts[line] then
+              redis.call('HSET', K.delays(), line, int(counts[line]))
             else
-              redis.call('HDEL', K.delays(), user)
+              redis.call('HDEL', K.delays(), line)
             end
           end)
       end
@@ -358,7 +388,7 @@ function LOOK.wip(items)
   local claimed, claimant = {}, {}
   for _, id in ipairs(redis.call('HKEYS', K.claims())) do
     local claim = sound_claim(id)
-    if claim then
+    if claim and is_sql(claim.pool) then
       claimed[claim.user] = claimed[claim.user] or {}
       claimed[claim.user][id] = true
       claimant[id] = claim.user
@@ -399,8 +429,16 @@ function LOOK.wip(items)
   end
 end
 
+-- Whether what was kept from its turn will get another one: by the end of a pause or of a job, or by a take at the time that its
+-- rate was told to have.
+local function waits(whose, why, until_ms)
+  if why == 'paused' or why == 'concurrency' then return true end
+  local told = tonumber(redis.call('ZSCORE', K.throttled(), whose))
+  return told ~= nil and told <= (until_ms or now_ms)
+end
+
 -- Numbers of a pool that scripts compare.
-local NUMBERS = {'running', 'capacity', 'user_limit', 'v', 'newest'}
+local NUMBERS = {'running', 'capacity', 'user_limit', 'v', 'newest', 'pass', 'concurrency', 'rate', 'period', 'weight'}
 
 function LOOK.pools(items)
   local running, busy = {}, {}
@@ -416,9 +454,9 @@ function LOOK.pools(items)
     local key, again = K.pool(pool), {}
     local p, spoilt = redis.call('HMGET', key, unpack(NUMBERS)), {}
     for i, name in ipairs(NUMBERS) do
-      if p[i] and not tonumber(p[i]) then
+      if p[i] and not number_in(p[i], -math.huge, math.huge) then
         spoilt[name] = true
-        found('pool-malformed', pool, 'the pool\'s ' .. name .. ' is no number, so that no job of it can be taken',
+        found('pool-malformed', pool, 'the pool\'s ' .. name .. ' is no number',
           function() redis.call('HDEL', key, name) end)
       end
     end
@@ -441,7 +479,7 @@ function LOOK.pools(items)
             again[#again + 1] = user
           end)
       end
-      if has >= (number(3) or 1) and redis.call('ZSCORE', K.ready(pool), user) then
+      if has >= user_limit_of(pool, number(3)) and redis.call('ZSCORE', K.ready(pool), user) then
         found('ready-beyond-limit', user, 'the user is ready in pool ' .. pool .. ', but has as many running jobs as it may',
           function() redis.call('ZREM', K.ready(pool), user) end)
       end
@@ -455,14 +493,16 @@ function LOOK.pools(items)
         end)
     end
     for _, user in ipairs(again) do
-      if is_user(user) then place_on(user) end
+      if is_user(user) then place_and_wake(line_of(pool, user)) end
     end
-    -- A full pool leaves the list until one of its jobs ends; one in which nothing runs would wait for ever.
+    -- What is kept from its turn leaves the list until it is given another one. How many may run where the pool does not say
+    -- so, only its workers know; but one in which nothing runs would wait for ever.
+    local own = limits_of_pool(pool, math.max(count, 1))
     if redis.call('EXISTS', K.ready(pool)) == 1 and not redis.call('ZSCORE', K.pools(), pool)
-      and (count == 0 or count < (number(2) or 0)) then
+      and not waits('pool:' .. pool, kept_by('pool:' .. pool, own, count)) then
       found('pool-unlisted', pool, 'users are ready in the pool, but it does not stand among the pools with something to take',
         function()
-          redis.call('ZADD', K.pools(), 'NX', int(now_us), pool)
+          list_pool(pool)
           wake_one(pool)
         end)
     end
@@ -484,20 +524,71 @@ function LOOK.parked(items)
   end
 end
 
-function LOOK.queues(items)
+local function lift_and_wake(user)
+  redis.call('ZREM', K.throttled(), 'user:' .. user)
+  for _, pool in ipairs(lift(user, 1000)) do wake_one(pool) end
+end
+
+-- Users of whom lines are kept from their turn.
+function LOOK.barred(items)
   for _, user in ipairs(items) do
-    local queue = K.queue(user)
-    if is_user(user) and holds(queue, 'list') and is_quiet(queue) then
-      local verdict, pool = look(redis.call('LINDEX', queue, -1), user)
-      if verdict == 'ready' and not redis.call('ZSCORE', K.ready(pool), user)
-        and (tonumber(redis.call('HGET', K.busy(pool), user) or 0) or 0)
-          < (tonumber(redis.call('HGET', K.pool(pool), 'user_limit') or 1) or 1) then
-        found('queue-unnoticed', user, 'the user has waiting jobs, but has not been ready in pool ' .. pool .. ' for a minute',
-          function()
-            try('SADD', K.queued_users(), user)
-            place_on(user)
-          end)
+    if redis.call('EXISTS', K.barred(user)) == 1 and not waits('user:' .. user, user_kept_by(user, limits_of(user))) then
+      found('line-barred', user, 'lines of the user are kept from their turn by limits that allow it',
+        function() lift_and_wake(user) end)
+    end
+  end
+end
+
+-- Lines: of SQL jobs, and of tasks.
+function LOOK.lines(items)
+  for _, line in ipairs(items) do
+    local kind, user = parts_of(line)
+    if user and is_user(user) then
+      local queue = head_queue(line)
+      if redis.call('SISMEMBER', K.barred(user), line) == 0 and holds(queue, 'list') and is_quiet(queue) then
+        local verdict, pool = look(redis.call('LINDEX', queue, -1), line)
+        if verdict == 'ready' and not redis.call('ZSCORE', K.ready(pool), user)
+          and (tonumber(redis.call('HGET', K.busy(pool), user) or 0) or 0)
+            < user_limit_of(pool, redis.call('HGET', K.pool(pool), 'user_limit')) then
+          found('queue-unnoticed', kind == 'sql' and user or line,
+            'the user has waiting jobs, but has not been ready in pool ' .. pool .. ' for a minute',
+            function()
+              index(line)
+              place_and_wake(line)
+            end)
+        end
       end
+    end
+  end
+end
+
+-- How many jobs each user has running, over all pools.
+function LOOK.active()
+  local counts, said = {}, redis.call('HGETALL', K.active())
+  for _, id in ipairs(redis.call('HKEYS', K.claims())) do
+    local claim = sound_claim(id)
+    if claim then counts[claim.user] = (counts[claim.user] or 0) + 1 end
+  end
+  local users = {}
+  for i = 1, #said, 2 do users[said[i]] = said[i + 1] end
+  for user in pairs(counts) do users[user] = users[user] or '0' end
+  for user, text in pairs(users) do
+    local has = counts[user] or 0
+    if text ~= int(has) then
+      found('user-miscount', user, 'the user counts ' .. text .. ' running jobs over all pools and has ' .. int(has), function()
+        if has == 0 then redis.call('HDEL', K.active(), user) else redis.call('HSET', K.active(), user, has) end
+        lift_and_wake(user)
+      end)
+    end
+  end
+end
+
+-- Unique keys whose holder is gone or has ended.
+function LOOK.uniques(items)
+  for _, key in ipairs(items) do
+    if try('GET', K.unique(key)) and not holder_of(key) then
+      found('unique-stray', key, 'the unique key names a job that does not hold it any more',
+        function() redis.call('DEL', K.unique(key)) end)
     end
   end
 end

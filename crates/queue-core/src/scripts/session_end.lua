@@ -8,13 +8,10 @@ if how == 'reclaim' then
   local stands = redis.call('HGET', K.session(session), 'beat')
   if stands and stands ~= beat then return 'alive' end
 end
-local service = redis.call('HGET', K.session(session), 'service')
+local s = redis.call('HMGET', K.session(session), 'service', 'parked')
 -- From here on the session can neither beat nor take, however many calls the rest needs.
 redis.call('HSET', K.session(session), 'dead', now)
-if service then
-  redis.call('ZREM', K.parked(service), session)
-  if redis.call('EXISTS', K.parked(service)) == 0 then redis.call('SREM', K.services(), service) end
-end
+if s[1] then unpark(session, s[2] or s[1]) end
 
 local jobs = {}
 for _, id in ipairs(redis.call('HKEYS', K.work(session))) do

@@ -9,6 +9,6 @@ redis.call('HSET', K.session(session), 'host', host, 'pid', pid, 'service', serv
 redis.call('SADD', K.sessions(), session)
 for i = 7, #ARGV, 2 do
   redis.call('HSET', K.pool(ARGV[i]), 'capacity', ARGV[i + 1])
-  redis.call('ZADD', K.pools(), 'NX', int(now_us), ARGV[i])
+  list_pool(ARGV[i])
 end
 return 'open'

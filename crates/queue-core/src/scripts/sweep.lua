@@ -11,17 +11,20 @@ for i = 4, #ARGV do
   local id = ARGV[i]
   local job = K.job(id)
   if redis.call('TYPE', job).ok == 'hash' and (try('OBJECT', 'IDLETIME', job) or 0) >= least_idle_s then
-    local h = redis.call('HMGET', job, 'updated_at', 'created_at', 'status', 'fallback_status', 'user')
+    local h = redis.call('HMGET', job, 'updated_at', 'created_at', 'status', 'fallback_status', 'user', 'kind')
     local touched = h[1] or h[2] or ''
     -- ISO times compare as texts; what is no time at all is left alone.
     local old = string.match(touched, '^%d%d%d%d%-%d%d%-%d%dT') and touched < before
     if old and redis.call('HEXISTS', K.claims(), id) == 0 then
       -- Without a user nobody can say which queue it may stand in, and a long queue is not searched.
-      local queue = h[5] and h[5] ~= '' and K.queue(h[5])
+      local queue = h[5] and h[5] ~= '' and queue_of(line_by_hash(id, h[5]), band_of(id))
       local referenced = not queue or redis.call('ZSCORE', K.due(), id) or (try('LLEN', queue) or 0) > 1000
         or try('LPOS', queue, id)
+        -- A batch whose rows are all dealt stands nowhere. One that was held for so long is nobody's.
+        or (h[6] == 'batch' and h[3] ~= 'held')
       if is_over(h[3], h[4]) or not referenced then
-        redis.call('DEL', job)
+        give_up_unique(id, 'queued', 'done')
+        remove_record(id)
         forget({id})
         removed = removed + 1
       end

@@ -29,7 +29,7 @@ for _, entry in ipairs(redis.call('ZREVRANGE', K.missing(), -1000, -1)) do
   end
 end
 
-for user in pairs(users) do place_on(user) end
+for user in pairs(users) do place_and_wake('sql:' .. user) end
 
 -- What others have begun anew is no record: it must not expire while it waits. Looked at well before its time.
 local begun = {}
@@ -63,7 +63,7 @@ if too_much() then
     -- One that somebody has begun anew is no record.
     if redis.call('TYPE', job).ok == 'hash' and redis.call('HEXISTS', K.claims(), id) == 0 then
       local h = redis.call('HMGET', job, 'status', 'fallback_status')
-      if is_over(h[1], h[2]) then redis.call('UNLINK', job) end
+      if is_over(h[1], h[2]) then remove_record(id) end
     end
     evicted[#evicted + 1] = id
     count, bytes = count - 1, bytes - (tonumber(sizes[i]) or 0)

@@ -244,7 +244,8 @@ impl World<'_> {
             Step::AskAgain { session } => {
                 let Worker { session, take, .. } = &self.workers[usize::from(*session)];
                 if *take > 0 {
-                    let reply = rig.store.take(session.id(), "sql:*", *take, 4, CAPACITY as u32, "jobs").await.unwrap();
+                    let reply =
+                        rig.store.take(session.id(), "sql:*", *take, 4, CAPACITY as u32, "jobs", &[]).await.unwrap();
                     let TakeReply::Taken { jobs, .. } = reply else { panic!("the session lives") };
                     let same: BTreeSet<String> = jobs.iter().map(|job| job.id.to_string()).collect();
                     assert_eq!(same, self.reference.taken_by(session.id().as_str(), *take));
@@ -296,7 +297,7 @@ impl World<'_> {
     async fn submit(&mut self, id: &str, user: &str, host: &str, delayed: bool) {
         let mut job = submission(user, id, host);
         job.delay_ms = if delayed { FAR.as_millis() as u64 } else { 0 };
-        let replies = self.rig.store.enqueue(1_000, 16_384, &[job]).await.unwrap();
+        let replies = self.rig.store.enqueue(&most(1_000, 16_384), &[job]).await.unwrap();
         let queued = self.reference.enqueue(id, user, host, delayed);
         assert_eq!(replies, [if queued { Enqueued::Queued } else { Enqueued::Exists }]);
     }
@@ -348,6 +349,7 @@ impl World<'_> {
                 running: number("running").unwrap_or(0) as usize,
                 v: number("v").unwrap_or(0),
                 newest: number("newest"),
+                pass: number("pass").unwrap_or(0),
                 ready: self.scores(&format!("drayman:ready:{pool}")),
                 debt: self.scores(&format!("drayman:debt:{pool}")),
                 busy: busy.into_iter().map(|(user, count)| (user, count.parse().unwrap())).collect(),

@@ -19,7 +19,7 @@ const HOUR_MS: u64 = 3_600_000;
 async fn ended(rig: &Rig, session: &Session, id: &str, bytes: usize) {
     let mut job = submission("alice", id, "h");
     job.fields = job.fields.and(Fields::new().with("onerror", "x".repeat(bytes)));
-    assert_eq!(rig.store.enqueue(64, 1 << 20, &[job]).await.unwrap(), [Enqueued::Queued]);
+    assert_eq!(rig.store.enqueue(&most(64, 1 << 20), &[job]).await.unwrap(), [Enqueued::Queued]);
     end(take_one(session).await, "done").await;
 }
 
@@ -104,13 +104,13 @@ async fn records_that_expire_by_themselves_leave_the_books_as_they_go() {
     let session = rig.session("sql:*", 4).await;
     let leadership = rig.lead().await;
     for (id, keep_ms) in [("short", 20), ("long", HOUR_MS), ("again", 20)] {
-        rig.store.enqueue(64, 16_384, &[submission(id, id, "h")]).await.unwrap();
+        rig.store.enqueue(&most(64, 16_384), &[submission(id, id, "h")]).await.unwrap();
         let fields = Fields::new().with("status", "done");
         take_one(&session).await.finish(Verdict::Final { keep_ms }, Duration::ZERO, fields, false).await.unwrap();
     }
     // Ended once more, by a cancel, it has one entry of the new size.
     rig.redis(&["DEL", &job_key("again")]);
-    rig.store.enqueue(64, 16_384, &[submission("again", "again", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("again", "again", "h")]).await.unwrap();
     let canceller = Canceller::new(rig.store.clone(), Duration::from_secs(3_600));
     assert_eq!(canceller.cancel(&JobId::new("again").unwrap()).await.unwrap(), Cancelled::AtOnce);
     rig.balanced();
@@ -138,7 +138,7 @@ async fn above_the_mark_nothing_new_is_accepted_until_there_is_some_room_below_i
     let producer = Producer::new(rig.store.clone(), Limits::default());
     let job = |id: &str| NewJob {
         id: JobId::new(id).unwrap(),
-        ..NewJob::new(User::new("alice").unwrap(), Database::Named("main".into()), "select 1")
+        ..NewJob::sql(User::new("alice").unwrap(), Database::Named("main".into()), "select 1")
     };
     producer.enqueue(job("before")).await.unwrap();
     let at = async |used| {
@@ -183,7 +183,7 @@ async fn delayed_jobs_count_as_queued_until_they_are_due_or_cancelled() {
     let jobs = [job("d1", HOUR_MS), job("d2", HOUR_MS), job("q1", 0), job("q2", 0), job("d3", HOUR_MS)];
     let full = Enqueued::Full(3);
     let queued = Enqueued::Queued;
-    let replies = rig.store.enqueue(3, 16_384, &jobs).await.unwrap();
+    let replies = rig.store.enqueue(&most(3, 16_384), &jobs).await.unwrap();
     assert_eq!(replies, [queued.clone(), queued.clone(), queued.clone(), full.clone(), full.clone()]);
     rig.balanced();
 
@@ -196,7 +196,7 @@ async fn delayed_jobs_count_as_queued_until_they_are_due_or_cancelled() {
     put(claim, Verdict::Later { after_ms: HOUR_MS }).await;
     rig.balanced();
     assert_eq!(
-        rig.store.enqueue(3, 16_384, &[job("q3", 0), job("q4", 0)]).await.unwrap(),
+        rig.store.enqueue(&most(3, 16_384), &[job("q3", 0), job("q4", 0)]).await.unwrap(),
         [queued.clone(), full.clone()]
     );
     rig.redis(&["ZADD", "drayman:due", "XX", "1", "d1"]);
@@ -206,10 +206,10 @@ async fn delayed_jobs_count_as_queued_until_they_are_due_or_cancelled() {
     let canceller = Canceller::new(rig.store.clone(), LIMIT);
     assert_eq!(canceller.cancel(&JobId::new("d2").unwrap()).await.unwrap(), Cancelled::AtOnce);
     rig.balanced();
-    assert_eq!(rig.store.enqueue(3, 16_384, &[job("q5", 0), job("q6", 0)]).await.unwrap(), [queued, full]);
+    assert_eq!(rig.store.enqueue(&most(3, 16_384), &[job("q5", 0), job("q6", 0)]).await.unwrap(), [queued, full]);
 
     // A hash that is gone when its job is due is gone from the count, too.
-    rig.store.enqueue(64, 16_384, &[job("lost", HOUR_MS)]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[job("lost", HOUR_MS)]).await.unwrap();
     rig.redis(&["DEL", &job_key("lost")]);
     rig.redis(&["ZADD", "drayman:due", "XX", "1", "lost"]);
     rig.lead().await.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();
@@ -222,10 +222,10 @@ async fn no_caller_exceeds_the_hard_limit_on_payloads() {
     let rig = Rig::start().await;
     let mut job = submission("alice", "big", "h");
     job.fields = Fields::new().with("query", "x".repeat(1 << 20));
-    let replies = rig.store.enqueue(u64::MAX, u64::MAX, &[job.clone()]).await.unwrap();
-    assert_eq!(replies, [Enqueued::TooLarge(1 << 20)]);
+    let replies = rig.store.enqueue(&most(u64::MAX, u64::MAX), &[job.clone()]).await.unwrap();
+    assert_eq!(replies, [Enqueued::TooLarge { bytes: (1 << 20) + 5, most: 1 << 20 }]);
     job.fields = Fields::new().with("query", "x".repeat((1 << 20) - 5));
-    assert_eq!(rig.store.enqueue(64, u64::MAX, &[job]).await.unwrap(), [Enqueued::Queued]);
+    assert_eq!(rig.store.enqueue(&most(64, u64::MAX), &[job]).await.unwrap(), [Enqueued::Queued]);
 }
 
 /// Without the right to ask for sizes, records count by their number.
@@ -237,7 +237,7 @@ async fn who_may_not_measure_still_ends_jobs() {
     let url = rig.server.url_db(DB).replace("redis://", "redis://worker:secret@");
     let store = queue_core::Store::connect(&config(url)).await.unwrap();
     let session = open(&store, service("sql:*", 4)).await;
-    rig.store.enqueue(64, 16_384, &[submission("alice", "a1", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     end(take_one(&session).await, "done").await;
     assert_eq!(rig.redis(&["HGET", "drayman:kept", "a1"]).text(), "0");
     let leader = queue_core::ids::SessionId::new("leader:1:a").unwrap();
@@ -253,7 +253,7 @@ fn delayed(id: &str, user: &str, delay_ms: u64) -> Submission {
 #[tokio::test]
 async fn a_delayed_job_whose_hash_others_removed_counts_once_when_it_is_submitted_again() {
     let rig = Rig::start().await;
-    let submit = async |job| rig.store.enqueue(1, 16_384, &[job]).await.unwrap();
+    let submit = async |job| rig.store.enqueue(&most(1, 16_384), &[job]).await.unwrap();
     submit(delayed("d", "alice", HOUR_MS)).await;
     rig.redis(&["DEL", &job_key("d")]);
     assert_eq!(submit(delayed("d", "bob", HOUR_MS)).await, [Enqueued::Queued]);
@@ -268,20 +268,23 @@ async fn a_delayed_job_whose_hash_others_removed_counts_once_when_it_is_submitte
 async fn a_delayed_job_that_others_queue_before_its_time_is_delayed_no_more() {
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 8).await;
-    rig.store.enqueue(1, 16_384, &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
+    rig.store.enqueue(&most(1, 16_384), &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
     rig.redis(&["LPUSH", &queue_key("alice"), "d"]);
     rig.redis(&["SADD", "batch:indexes:queue", "alice"]);
     rig.notice(&["alice"]).await;
     end(take_one(&session).await, "done").await;
     assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:delayed", "drayman:delays"]).int(), 0);
-    assert_eq!(rig.store.enqueue(1, 16_384, &[submission("alice", "e", "h")]).await.unwrap(), [Enqueued::Queued]);
+    assert_eq!(
+        rig.store.enqueue(&most(1, 16_384), &[submission("alice", "e", "h")]).await.unwrap(),
+        [Enqueued::Queued]
+    );
     rig.balanced();
 }
 
 #[tokio::test]
 async fn a_delayed_job_that_others_ended_and_somebody_runs_again_is_delayed_no_more() {
     let rig = Rig::start().await;
-    rig.store.enqueue(1, 16_384, &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
+    rig.store.enqueue(&most(1, 16_384), &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
     rig.redis(&["HSET", &job_key("d"), "status", "cancelled", "database", "main"]);
     let retried = Retrier::new(rig.store.clone()).retry(&[JobId::new("d").unwrap()]).await.unwrap();
     assert_eq!(rig.queue("alice"), ["d"], "{retried:?}");
@@ -294,7 +297,7 @@ async fn a_record_that_others_begin_anew_does_not_expire_while_it_waits() {
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 8).await;
     let leadership = rig.lead().await;
-    rig.store.enqueue(9, 16_384, &[submission("alice", "d", "h")]).await.unwrap();
+    rig.store.enqueue(&most(9, 16_384), &[submission("alice", "d", "h")]).await.unwrap();
     let fields = Fields::new().with("status", "done");
     take_one(&session).await.finish(Verdict::Final { keep_ms: 20_000 }, Duration::ZERO, fields, false).await.unwrap();
     leadership.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();

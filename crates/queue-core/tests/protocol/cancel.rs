@@ -48,7 +48,7 @@ async fn a_job_deep_in_a_long_queue_is_dropped_when_its_turn_comes() {
     let session = rig.session("sql:*", 4).await;
     let jobs: Vec<_> = (0..1_050).map(|i| submission("alice", &format!("j{i}"), "h")).collect();
     for chunk in jobs.chunks(100) {
-        rig.store.enqueue(10_000, 16_384, chunk).await.unwrap();
+        rig.store.enqueue(&most(10_000, 16_384), chunk).await.unwrap();
     }
     assert_eq!(canceller(&rig).cancel(&job_id("j1")).await.unwrap(), Cancelled::AtOnce);
     assert_eq!(rig.queue("alice").len(), 1_050, "a long queue is not searched");
@@ -187,7 +187,7 @@ async fn a_scheduled_job_is_cancelled_and_does_not_come_back() {
     let session = rig.session("sql:*", 4).await;
     let mut job = submission("alice", "a1", "h");
     job.delay_ms = 3_600_000;
-    rig.store.enqueue(64, 16_384, &[job]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[job]).await.unwrap();
     assert_eq!(rig.status("a1"), "scheduled");
     assert_eq!(canceller(&rig).cancel(&job_id("a1")).await.unwrap(), Cancelled::AtOnce);
     assert_eq!(rig.redis(&["EXISTS", "drayman:due"]).int(), 0);
@@ -244,7 +244,7 @@ async fn a_waiting_job_that_a_lost_worker_may_have_carried_out_is_settled_before
 
 async fn submit_chain(rig: &Rig, query: Value) -> JobId {
     let producer = Producer::new(rig.store.clone(), Limits::default());
-    let job = NewJob::new(User::new("alice").unwrap(), Database::Named("main".into()), query.to_string());
+    let job = NewJob::sql(User::new("alice").unwrap(), Database::Named("main".into()), query.to_string());
     producer.enqueue(job).await.unwrap().id().clone()
 }
 

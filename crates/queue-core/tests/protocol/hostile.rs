@@ -304,7 +304,7 @@ async fn foreign_keys_of_a_wrong_type_stop_nobody() {
         for claim in take(&session, 4).await {
             put(claim, Verdict::Next).await;
         }
-        rig.store.enqueue(64, 16_384, &[submission("alice", "native", "h")]).await.unwrap();
+        rig.store.enqueue(&most(64, 16_384), &[submission("alice", "native", "h")]).await.unwrap();
         let canceller = Canceller::new(rig.store.clone(), Duration::from_secs(60));
         assert_eq!(canceller.cancel(&JobId::new("native").unwrap()).await.unwrap(), Cancelled::AtOnce, "{key}");
         ran.extend(run_all(&session).await);
@@ -395,7 +395,7 @@ async fn a_job_whose_keys_are_spoiled_while_it_runs_still_ends_its_claim() {
                 }
                 _ => {
                     // The answer of its take was lost, and with it the only one who could end it: the heartbeat tells.
-                    let reply = rig.store.take(session.id(), "sql:* db:*", 1, 1, 4, "jobs").await.unwrap();
+                    let reply = rig.store.take(session.id(), "sql:* db:*", 1, 1, 4, "jobs", &[]).await.unwrap();
                     assert!(matches!(reply, queue_core::scripts::TakeReply::Taken { .. }), "{what}");
                     let fence = claim.job().fence;
                     drop(claim);
@@ -431,13 +431,13 @@ async fn a_scheduled_job_whose_hash_is_spoiled_is_set_aside_when_it_is_due() {
     for (id, spoil) in [("gone", &["DEL", "batch:jobs:gone"][..]), ("text", &["SET", "batch:jobs:text", "x"])] {
         let mut job = submission("mallory", id, "h");
         job.delay_ms = 1;
-        rig.store.enqueue(64, 16_384, &[job]).await.unwrap();
+        rig.store.enqueue(&most(64, 16_384), &[job]).await.unwrap();
         rig.redis(spoil);
     }
     for id in ["no-user", "odd-user"] {
         let mut job = submission("mallory", id, "h");
         job.delay_ms = 1;
-        rig.store.enqueue(64, 16_384, &[job]).await.unwrap();
+        rig.store.enqueue(&most(64, 16_384), &[job]).await.unwrap();
     }
     rig.redis(&["HDEL", "batch:jobs:no-user", "user"]);
     rig.redis(&["HSET", "batch:jobs:odd-user", "user", "tab\tin"]);

@@ -17,7 +17,7 @@ async fn a_listing_shows_each_job_once_wherever_it_stands_and_no_secret() {
     }
     let mut scheduled = submission("carol", "scheduled", "other");
     scheduled.delay_ms = 3_600_000;
-    rig.store.enqueue(64, 16_384, &[scheduled]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[scheduled]).await.unwrap();
     rig.notice(&["bob"]).await;
     end(take_one(&session).await, "failed").await;
     rig.notice(&["alice"]).await;
@@ -65,7 +65,10 @@ async fn listeners_hear_every_move_of_a_users_jobs_and_no_others() {
     let session = rig.session("sql:*", 4).await;
     let mut of_alice = Events::listen(&rig.store, &["alice"]).await.unwrap();
     let mut of_all = Events::listen(&rig.store, &[]).await.unwrap();
-    rig.store.enqueue(64, 16_384, &[submission("bob: x", "b1", "h"), submission("alice", "a1", "h")]).await.unwrap();
+    rig.store
+        .enqueue(&most(64, 16_384), &[submission("bob: x", "b1", "h"), submission("alice", "a1", "h")])
+        .await
+        .unwrap();
     for verdict in [Verdict::Next, Verdict::Back, Verdict::Later { after_ms: 0 }] {
         let claims = take(&session, 4).await;
         for claim in claims {

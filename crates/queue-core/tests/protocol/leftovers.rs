@@ -12,12 +12,13 @@ use crate::support::*;
 /// What may stay when no job and no session is left, and why.
 const MAY_STAY: &[&str] = &[
     "drayman:version", // one value
-    "drayman:term",    // one value
-    "drayman:pool:",   // a few numbers a pool
-    "drayman:debt:",   // one number for each user that was served last: what it owes
-    "drayman:pace:",   // expires
-    "batch:rejected",  // trimmed
-    "limits:batch:",   // the operators'
+    "drayman:term",
+    "drayman:turn",   // one value
+    "drayman:pool:",  // a few numbers a pool
+    "drayman:debt:",  // one number for each user that was served last: what it owes
+    "drayman:pace:",  // expires
+    "batch:rejected", // trimmed
+    "limits:batch:",  // the operators'
 ];
 
 #[tokio::test]
@@ -37,7 +38,7 @@ async fn nothing_is_left_of_jobs_that_ended_and_were_kept_long_enough() {
     }
     let mut delayed = submission("erin", "e1", "h");
     delayed.delay_ms = 1;
-    store.enqueue(64, 16_384, &[delayed, submission("frank", "f1", "other")]).await.unwrap();
+    store.enqueue(&most(64, 16_384), &[delayed, submission("frank", "f1", "other")]).await.unwrap();
     rig.redis(&["LPUSH", "batch:queue:gus", "no such hash", "late", "never"]);
     leadership.scan_queues().await.unwrap().unwrap();
     rig.redis(&["HSET", "batch:jobs:late", "user", "gus", "host", "h"]);
@@ -89,4 +90,46 @@ async fn nothing_is_left_of_jobs_that_ended_and_were_kept_long_enough() {
     for key in rig.redis(&["KEYS", "drayman:pace:*"]).texts() {
         assert!(rig.redis(&["PTTL", &key]).int() > 0, "{key} has an end");
     }
+}
+
+#[tokio::test]
+async fn nothing_is_left_of_limits_and_bands_when_their_jobs_have_ended() {
+    let rig = Rig::start().await;
+    let session = rig.session("*", 8).await;
+    let limits = ["concurrency", "2", "rate", "3", "period", "40"];
+    rig.redis(&[&["HSET", "limits:batch:ann"], &limits[..]].concat());
+    rig.redis(&[&["HSET", "drayman:pool:app.x"], &limits[..]].concat());
+    let mut jobs = Vec::new();
+    for (number, band) in ["high", "low", "", "high", "low", ""].iter().enumerate() {
+        for user in ["ann", "bob"] {
+            let mut task = submission(user, &format!("{user}-t{number}"), "h");
+            task.fields = Fields::new().with("kind", "task").with("app", "app").with("op", "x").with("priority", band);
+            let mut sql = submission(user, &format!("{user}-s{number}"), "h");
+            sql.fields = sql.fields.with("priority", band);
+            jobs.extend([task, sql]);
+        }
+    }
+    rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
+    let canceller = Canceller::new(rig.store.clone(), Duration::from_millis(1));
+    for id in ["ann-t5", "bob-s3", "bob-t0", "bob-t3"] {
+        canceller.cancel(&JobId::new(id).unwrap()).await.unwrap();
+    }
+    let mut ended = 0;
+    testkit::eventually("all jobs to end", LIMIT, async || {
+        for claim in take(&session, 8).await {
+            ended += 1;
+            end(claim, "done").await;
+        }
+        (ended == jobs.len() - 4).then_some(())
+    })
+    .await;
+    testkit::eventually("what is kept of limits to go", LIMIT, async || {
+        assert!(take(&session, 8).await.is_empty());
+        let left =
+            ["barred:*", "throttled", "starts:*", "bands", "active", "high:*", "low:*", "lines", "ready:*", "busy:*"];
+        let left = left.iter().flat_map(|name| rig.redis(&["KEYS", &format!("drayman:{name}")]).texts());
+        left.collect::<Vec<_>>().is_empty().then_some(())
+    })
+    .await;
+    rig.balanced();
 }

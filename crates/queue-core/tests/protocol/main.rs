@@ -1,21 +1,32 @@
 //! The protocol against a real Redis, each test on a server of its own. One program, so that it is linked once.
 
 mod anything;
+mod batch;
 mod budgets;
 mod cancel;
 mod fairness;
 mod foreign;
+mod handle;
 mod hostile;
 mod inspect;
 mod leftovers;
+mod limits;
+mod overview;
 mod producer;
 mod reconcile;
 mod reference;
 mod replicas;
 mod retry;
+mod schedule;
 mod scripts;
 mod sessions;
+mod slow_query;
+mod submit;
 mod support;
 mod take_finish;
+mod tasks;
+mod tracker;
+mod tracker_anything;
 mod trouble;
+mod vectors;
 mod wakeups;

@@ -10,7 +10,7 @@ use testkit::{Proxy, eventually};
 use crate::support::*;
 
 fn job(user: &str, query: &str) -> NewJob {
-    NewJob::new(User::new(user).unwrap(), Database::Named("main".into()), query)
+    NewJob::sql(User::new(user).unwrap(), Database::Named("main".into()), query)
 }
 
 fn producer(rig: &Rig) -> Producer {
@@ -57,12 +57,12 @@ async fn a_query_that_is_none_never_reaches_redis() {
     let producer = producer(&rig);
     let before = rig.dump();
     for query in ["", "  ", "[]", "{}", "[1]", "{"] {
-        assert!(matches!(producer.enqueue(job("alice", query)).await, Err(EnqueueError::Invalid(_))), "{query:?}");
+        assert!(matches!(producer.enqueue(job("alice", query)).await, Err(EnqueueError::InvalidSql(_))), "{query:?}");
     }
     assert_eq!(rig.dump(), before);
     let mixed = vec![job("alice", ""), job("alice", "select 1"), job("bob", "[]")];
     let results = producer.enqueue_many(mixed).await;
-    assert!(matches!(results[..], [Err(EnqueueError::Invalid(_)), Ok(_), Err(EnqueueError::Invalid(_))]));
+    assert!(matches!(results[..], [Err(EnqueueError::InvalidSql(_)), Ok(_), Err(EnqueueError::InvalidSql(_))]));
 }
 
 #[tokio::test]

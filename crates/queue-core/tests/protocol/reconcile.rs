@@ -69,7 +69,7 @@ impl Scene {
 async fn native(rig: &Rig, user: &str, id: &str, delay_ms: u64) -> String {
     let mut job = submission(user, id, "h");
     job.delay_ms = delay_ms;
-    let enqueued = rig.store.enqueue(1_000, 16_384, &[job]).await.unwrap();
+    let enqueued = rig.store.enqueue(&most(1_000, 16_384), &[job]).await.unwrap();
     format!("{enqueued:?}")
 }
 
@@ -181,6 +181,8 @@ const REPAIRED: &[(&[Kind], &[&str])] = &[
     ),
     (&[Kind::ParkedStray], &["ZADD drayman:parked:sql:* 1 nobody:1:x"]),
     (&[Kind::ServiceUnlisted], &["SREM drayman:services sql:*"]),
+    (&[Kind::LineBarred], &["SADD drayman:barred:alice sql:alice"]),
+    (&[Kind::UniqueStray], &["SET drayman:unique:key nonsense"]),
     (&[Kind::QueueUnnoticed], &["HSET batch:jobs:zz user zoe host z", "LPUSH batch:queue:zoe zz"]),
 ];
 
@@ -372,7 +374,7 @@ async fn many_keys_are_compared_in_pages() {
         jobs.push(submission(&format!("u{number}"), &format!("j{number}"), &format!("h{}", number % 300)));
     }
     for page in jobs.chunks(100) {
-        rig.store.enqueue(64, 16_384, page).await.unwrap();
+        rig.store.enqueue(&most(64, 16_384), page).await.unwrap();
     }
     assert_eq!(reconcile::repair(&rig.store, KEEP).await.unwrap(), []);
     for number in 0..1_100 {
@@ -437,7 +439,7 @@ impl<'a> Busy<'a> {
             Step::Submit { user, host, delayed } => {
                 let mut job = submission(&format!("u{user}"), &next, &format!("h{host}"));
                 job.delay_ms = if *delayed { 60_000 } else { 0 };
-                rig.store.enqueue(1_000, 16_384, &[job]).await.unwrap();
+                rig.store.enqueue(&most(1_000, 16_384), &[job]).await.unwrap();
                 self.jobs.push(next);
             }
             Step::SubmitForeign { user, host } => {

@@ -58,6 +58,8 @@ pub struct Pool {
     pub running: usize,
     pub v: i64,
     pub newest: Option<i64>,
+    /// Where its last job has left its turn.
+    pub pass: i64,
     /// Start tags.
     pub ready: BTreeMap<String, i64>,
     /// Finish tags.
@@ -101,9 +103,10 @@ pub struct Reference {
     pub missing: BTreeSet<(String, String)>,
     pub finished: BTreeSet<String>,
     pub rejected: Vec<(String, String)>,
-    /// Pools that may have something to take, by their last turn: the call and the place in it.
-    turns: BTreeMap<String, (u64, u64)>,
-    calls: u64,
+    /// Pools that may have something to take, by their turns.
+    turns: BTreeMap<String, i64>,
+    /// The greatest turn so far.
+    turn: i64,
 }
 
 /// `common.lua`
@@ -113,7 +116,8 @@ impl Reference {
     }
 
     fn list(&mut self, pool: &str) {
-        self.turns.entry(pool.to_owned()).or_insert((self.calls, 0));
+        let start = self.pool(pool).pass.max(self.turn);
+        self.turns.entry(pool.to_owned()).or_insert(start);
     }
 
     /// The pools that may have something to take, whose turn it is first.
@@ -242,7 +246,6 @@ impl Reference {
 impl Reference {
     /// `enqueue.lua`, of one job. Whether it is queued: else its id exists.
     pub fn enqueue(&mut self, id: &str, user: &str, host: &str, delayed: bool) -> bool {
-        self.calls += 1;
         if self.jobs.contains_key(id) {
             return false;
         }
@@ -266,7 +269,6 @@ impl Reference {
     /// `notice.lua`: how many users became ready. Of users who enter a pool together, the one with the least of `tags` did so
     /// first.
     pub fn notice(&mut self, users: &BTreeSet<String>, tags: &BTreeMap<(String, String), i64>) -> u64 {
-        self.calls += 1;
         self.place_all(users, tags)
     }
 
@@ -278,37 +280,29 @@ impl Reference {
 
     /// `take.lua` with a new number: ids with their users and pools, in their order.
     pub fn take(&mut self, session: &str, number: u64, n: usize, due: &[String]) -> Vec<(String, String, String)> {
-        self.calls += 1;
         self.promote_due(due);
         let (mut taken, mut opened) = (Vec::new(), Vec::new());
-        let mut pools = self.listed();
-        let mut listed: BTreeSet<String> = pools.iter().cloned().collect();
-        while !pools.is_empty() && taken.len() < n {
-            let mut still = Vec::new();
-            for pool in pools {
-                if taken.len() >= n {
-                    still.push(pool);
-                    continue;
+        // The pools that are still to be asked.
+        let mut pools: BTreeSet<(i64, String)> = self.turns.iter().map(|(pool, turn)| (*turn, pool.clone())).collect();
+        while taken.len() < n
+            && let Some((pass, pool)) = pools.pop_first()
+        {
+            match self.take_one(session, number, &pool, &mut opened) {
+                One::Taken(job) => {
+                    taken.push(job);
+                    self.turn = self.turn.max(pass);
+                    self.pool(&pool).pass = pass + COST;
+                    self.turns.insert(pool.clone(), pass + COST);
+                    pools.insert((pass + COST, pool));
                 }
-                match self.take_one(session, number, &pool, &mut opened) {
-                    One::Taken(job) => {
-                        taken.push(job);
-                        self.turns.insert(pool.clone(), (self.calls, taken.len() as u64));
-                        still.push(pool);
-                    }
-                    One::Nothing => {
-                        self.turns.remove(&pool);
-                        listed.remove(&pool);
-                    }
-                    One::SuspectsOnly => drop(listed.remove(&pool)),
-                }
+                One::Nothing => drop(self.turns.remove(&pool)),
+                One::SuspectsOnly => {}
             }
             for pool in opened.drain(..) {
-                if listed.insert(pool.clone()) {
-                    still.push(pool);
+                if pools.iter().all(|(_, listed)| *listed != pool) {
+                    pools.insert((self.turns[&pool], pool));
                 }
             }
-            pools = still;
         }
         taken
     }
@@ -357,6 +351,8 @@ impl Reference {
         if self.is_suspect(id) {
             self.sessions.get_mut(session).expect("a session").suspect = Some(id.to_owned());
         }
+        // Others may have queued it before it was due.
+        self.due.remove(id);
         self.set_status(id, "running");
         let p = self.pool(pool);
         p.running += 1;
@@ -381,7 +377,6 @@ impl Reference {
 
     /// `finish.lua` by the holder, with no fields but the status.
     pub fn finish(&mut self, id: &str, end: End) {
-        self.calls += 1;
         if end == End::Back {
             self.recharge(&self.claims[id].clone());
             return self.give_back(id);
@@ -404,7 +399,6 @@ impl Reference {
 
     /// `cancel.lua`, of one job.
     pub fn cancel(&mut self, id: &str) -> Cancel {
-        self.calls += 1;
         let job = self.jobs.get_mut(id).expect("a job");
         if let Some(claim) = self.claims.get(id) {
             job.cancel_requested = true;
@@ -434,7 +428,6 @@ impl Reference {
 
     /// `session_end.lua`: how many jobs are given back or, where their worker was lost once too often, set aside.
     pub fn session_end(&mut self, session: &str, lost: bool) -> u64 {
-        self.calls += 1;
         let mut ids: Vec<String> = self.taken_of(session);
         // The one taken last goes back first.
         ids.sort_by_key(|id| std::cmp::Reverse(self.jobs[id].fence));
@@ -470,7 +463,6 @@ impl Reference {
         missed: &[(String, String)],
         tags: &BTreeMap<(String, String), i64>,
     ) -> u64 {
-        self.calls += 1;
         self.promote_due(due);
         let (mut found, mut users) = (0, BTreeSet::new());
         for (id, user) in missed {

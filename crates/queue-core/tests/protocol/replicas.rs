@@ -15,7 +15,7 @@ const PATIENCE: Duration = Duration::from_millis(2_500);
 
 fn job(id: &str) -> NewJob {
     let user = User::new("alice").unwrap();
-    NewJob { id: JobId::new(id).unwrap(), ..NewJob::new(user, Database::Named("main".into()), "select 1") }
+    NewJob { id: JobId::new(id).unwrap(), ..NewJob::sql(user, Database::Named("main".into()), "select 1") }
 }
 
 /// A primary with two replicas.
@@ -92,10 +92,15 @@ async fn a_submission_says_how_many_replicas_have_it_and_too_few_is_no_plain_yes
 async fn many_submissions_share_one_confirmation_and_keep_their_own_errors() {
     let set = Set::start();
     let producer = set.producer(2).await;
-    let jobs = vec![job("a"), NewJob { query: " ".into(), ..job("none") }, job("a"), job("b")];
+    let jobs = vec![
+        job("a"),
+        NewJob::sql(User::new("alice").unwrap(), Database::Named("main".into()), " "),
+        job("a"),
+        job("b"),
+    ];
     let results = producer.enqueue_many(jobs).await;
     assert!(matches!(&results[0], Ok(Confirmed::Enough { submitted: Submitted::Queued(_), by: 2 })));
-    assert!(matches!(&results[1], Err(EnqueueError::Invalid(_))));
+    assert!(matches!(&results[1], Err(EnqueueError::InvalidSql(_))));
     assert!(matches!(&results[2], Ok(Confirmed::Enough { submitted: Submitted::AlreadyThere(_), by: 2 })));
     assert!(matches!(&results[3], Ok(Confirmed::Enough { submitted: Submitted::Queued(_), by: 2 })));
     // Asked for one by one, they go together while one is waited for.

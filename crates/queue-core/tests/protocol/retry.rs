@@ -11,7 +11,7 @@ use queue_core::scripts::{Fields, Finished, RetryOrder, RetryReply};
 use crate::support::*;
 
 fn job(id: &str) -> NewJob {
-    let mut job = NewJob::new(User::new("alice").unwrap(), Database::Named("main".into()), "select 1");
+    let mut job = NewJob::sql(User::new("alice").unwrap(), Database::Named("main".into()), "select 1");
     job.id = JobId::new(id).unwrap();
     job
 }

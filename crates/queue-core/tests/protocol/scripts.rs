@@ -28,7 +28,7 @@ async fn scripts_that_the_server_forgot_between_any_two_calls_run_all_the_same()
     flush();
     let session = rig.session("sql:*", 4).await;
     flush();
-    let enqueued = rig.store.enqueue(64, 16_384, &[submission("alice", "a1", "h")]).await.unwrap();
+    let enqueued = rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     assert_eq!(enqueued, [Enqueued::Queued]);
     flush();
     let claim = take_one(&session).await;
@@ -98,6 +98,7 @@ async fn who_does_not_lead_is_told_so_and_changes_nothing() {
         assert_eq!(store.old_queue(who, term, b"h").await.unwrap(), Err(NotLeader));
         assert_eq!(store.sweep(who, term, 0, &[b"old".to_vec()]).await.unwrap(), Err(NotLeader));
         assert_eq!(store.wip(who, term, b"alice").await.unwrap(), Err(NotLeader));
+        assert_eq!(store.schedule_due(who, term, 0, 1).await.unwrap(), Err(NotLeader));
         assert_eq!(store.session_reclaim(session.id().as_str(), beat, who, term).await.unwrap(), Err(NotLeader));
     }
     assert_eq!(rig.dump(), before);
@@ -139,10 +140,11 @@ async fn every_documented_reply_is_given_and_read() {
     // enqueue
     rig.redis(&["SET", "batch:queue:odd", "text"]);
     let jobs = ["a1", "a1", "a2", "a3"].map(|id| submission("alice", id, "h"));
-    let replies = store.enqueue(2, 16_384, &jobs).await.unwrap();
+    let replies = store.enqueue(&most(2, 16_384), &jobs).await.unwrap();
     assert_eq!(replies, [Enqueued::Queued, Enqueued::Exists, Enqueued::Queued, Enqueued::Full(2)]);
-    let replies = store.enqueue(2, 3, &[submission("bob", "b1", "h"), submission("odd", "o1", "h")]).await.unwrap();
-    assert_eq!(replies[0], Enqueued::TooLarge(9));
+    let replies =
+        store.enqueue(&most(2, 3), &[submission("bob", "b1", "h"), submission("odd", "o1", "h")]).await.unwrap();
+    assert_eq!(replies[0], Enqueued::TooLarge { bytes: 9, most: 3 });
     assert!(matches!(&replies[1], Enqueued::Refused(reason) if reason.contains("holds a string")), "{replies:?}");
 
     // take, mark, cancel, finish
@@ -190,7 +192,7 @@ async fn every_documented_reply_is_given_and_read() {
     assert_eq!(store.session_reclaim(name, 0, &leader, 1).await.unwrap(), Ok(SessionEnd::Alive), "it has beaten since");
     assert_eq!(store.session_reclaim(name, 1, &leader, 1).await.unwrap(), Ok(SessionEnd::Ended(0)));
     assert_eq!(session.beat().await.unwrap(), Beat::Lost);
-    let reply = store.take(session.id(), "sql:*", 9, 1, 4, "jobs").await.unwrap();
+    let reply = store.take(session.id(), "sql:*", 9, 1, 4, "jobs", &[]).await.unwrap();
     assert!(matches!(reply, TakeReply::Lost));
     leader::resign(store, &leader).await.unwrap();
 }

@@ -123,7 +123,7 @@ async fn a_reclaimed_session_is_told_so_by_everything_it_asks_and_changes_nothin
     assert_eq!(doomed.beat().await.unwrap(), Beat::Lost);
     assert!(doomed.take(8).await.unwrap().is_err());
     for number in [1, 7] {
-        let reply = rig.store.take(doomed.id(), "sql:*", number, 8, 8, "jobs").await.unwrap();
+        let reply = rig.store.take(doomed.id(), "sql:*", number, 8, 8, "jobs", &[]).await.unwrap();
         assert!(matches!(reply, TakeReply::Lost));
     }
     for claim in claims {
@@ -149,7 +149,7 @@ async fn thousands_of_jobs_go_back_in_several_calls_and_in_one_order() {
     rig.redis(&["HSET", "drayman:pool:sql:h", "user_limit", "10000"]);
     let jobs: Vec<_> = (0..2_500).map(|i| submission("alice", &format!("j{i:04}"), "h")).collect();
     for chunk in jobs.chunks(100) {
-        rig.store.enqueue(10_000, 16_384, chunk).await.unwrap();
+        rig.store.enqueue(&most(10_000, 16_384), chunk).await.unwrap();
     }
     let before = rig.queue("alice");
     let mut claims = Vec::new();

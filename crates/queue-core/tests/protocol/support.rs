@@ -8,7 +8,8 @@ use queue_core::Store;
 use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{JobId, PoolPattern, SessionId, User};
 use queue_core::leader::{self, Leadership};
-use queue_core::scripts::{Fields, Finished, Submission, Verdict};
+use queue_core::model::batch::{RowEnd, unpack_results};
+use queue_core::scripts::{Fields, Finished, QueueLimits, Submission, Verdict};
 use queue_core::session::{Claim, Fairness, Service, Session};
 use testkit::{Proxy, RedisServer, Value};
 
@@ -128,6 +129,7 @@ impl Rig {
         let claims = self.redis(&["HGETALL", "drayman:claims"]).map();
         let mut running: BTreeMap<String, i64> = BTreeMap::new();
         let mut busy: BTreeMap<(String, String), i64> = BTreeMap::new();
+        let mut active: BTreeMap<String, u64> = BTreeMap::new();
         let mut work: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         let mut wip: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for (id, claim) in &claims {
@@ -136,8 +138,15 @@ impl Rig {
             *running.entry(pool.into()).or_default() += 1;
             *busy.entry((pool.into(), user.into())).or_default() += 1;
             work.entry(session.into()).or_default().insert(id.clone());
-            wip.entry(user.into()).or_default().insert(id.clone());
+            *active.entry(user.into()).or_default() += 1;
+            if pool.starts_with("sql:") || pool.starts_with("db:") {
+                wip.entry(user.into()).or_default().insert(id.clone());
+            }
         }
+        let said = self.redis(&["HGETALL", "drayman:active"]).map();
+        let said: BTreeMap<String, u64> =
+            said.into_iter().map(|(user, count)| (user, count.parse().unwrap())).collect();
+        assert_eq!(said, active, "running jobs of users over all pools");
         for (key, _) in self.keys("drayman:pool:*") {
             let pool = key.strip_prefix("drayman:pool:").unwrap();
             let counted = match self.redis(&["HGET", &key, "running"]) {
@@ -183,6 +192,15 @@ impl Rig {
         }
         assert!(delays.is_empty(), "users of whom nothing is delayed: {delays:?}");
 
+        let tasks: BTreeSet<String> = ["tasks", "high", "low"]
+            .iter()
+            .flat_map(|list| self.keys(&format!("drayman:{list}:*")))
+            .filter_map(|(key, _)| key.splitn(3, ':').nth(2).map(str::to_owned))
+            .filter(|line| !line.starts_with("sql:"))
+            .collect();
+        let lines = self.redis(&["SMEMBERS", "drayman:lines"]).texts().into_iter().collect();
+        assert_eq!(tasks, lines, "the lines of tasks that are not empty and their index");
+
         let index_kind = self.redis(&["TYPE", "batch:indexes:queue"]).text();
         if index_kind != "string" {
             let queued: BTreeSet<String> = (self.keys("batch:queue:*").into_iter())
@@ -203,6 +221,124 @@ impl Rig {
             assert_eq!(lists, wip, "the lists of work in progress and the claims");
             let users: BTreeSet<String> = self.redis(&["SMEMBERS", "batch:wip:users"]).texts().into_iter().collect();
             assert_eq!(users, wip.into_keys().collect(), "the index of work in progress");
+        }
+        self.batches_balanced(&claims, &due);
+    }
+
+    /// Checks that each batch counts what its blocks, its chunks and its results say.
+    #[track_caller]
+    fn batches_balanced(&self, claims: &BTreeMap<String, String>, due: &BTreeSet<String>) {
+        let listed: BTreeSet<String> =
+            self.redis(&["ZRANGE", "drayman:batches", "0", "-1"]).texts().into_iter().collect();
+        let mut parts: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
+        let mut batches: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
+        let mut counts: BTreeMap<String, u64> = BTreeMap::new();
+        for (key, _) in self.keys("batch:jobs:*").into_iter().filter(|(_, kind)| kind == "hash") {
+            let id = key["batch:jobs:".len()..].to_owned();
+            match self.redis(&["HGET", &key, "kind"]) {
+                Value::Bulk(kind) if kind == b"batch" => {
+                    batches.insert(id, self.redis(&["HGETALL", &key]).map());
+                }
+                Value::Bulk(kind) if kind == b"part" => {
+                    let part = self.redis(&["HGET", &key, "part"]).text();
+                    let words: Vec<&str> = part.split(' ').collect();
+                    if words[0] != "done" {
+                        counts.insert(id.clone(), words.get(4).map_or(0, |count| count.parse().unwrap()));
+                        parts.entry(words[1].to_owned()).or_default().insert(id);
+                    }
+                }
+                _ => {}
+            }
+        }
+        assert_eq!(listed, batches.keys().cloned().collect(), "the batches and their list");
+        for (id, batch) in batches {
+            let number = |name: &str| -> u64 { batch[name].parse().unwrap_or_else(|_| panic!("{name} of {id}")) };
+            let status = batch["status"].as_str();
+            let (rows, left) = (number("rows"), number("left"));
+            let (done, failed, aborted) = (number("done"), number("failed"), number("aborted"));
+            assert_eq!(rows, left + done + failed + aborted, "rows of {id}: {batch:?}");
+            assert!(number("skipped") <= done, "{id}");
+            let said: BTreeSet<String> =
+                self.redis(&["SMEMBERS", &format!("drayman:batch_parts:{id}")]).texts().into_iter().collect();
+            let is_over = ["done", "failed", "cancelled"].contains(&status);
+            let is_aborted = batch.contains_key("aborted_at");
+            if is_over || is_aborted || status == "held" {
+                assert!(!batch.contains_key("cursor"), "{id} is {status} and has rows to deal");
+            }
+            let there = parts.remove(&id).unwrap_or_default();
+            if is_over {
+                assert!(said.is_empty() && left == 0, "{id} is over: {said:?}, {left}");
+                assert!(self.redis(&["PTTL", &job_key(&id)]).int() > 0, "{id} has an end");
+            } else if is_aborted {
+                assert_eq!(said, [format!("{id}:files")].into(), "{id} waits for its files");
+            } else {
+                assert_eq!(said, there, "the parts of {id}");
+            }
+            // What an aborted batch has left is dropped where somebody meets it: so it must stand somewhere.
+            for part in there.iter().chain(&said) {
+                let user = &batch["user"];
+                let pool = format!("{}.{}", batch["app"], batch["op"]);
+                let waits = ["high", "tasks", "low"].iter().any(|list| {
+                    let key = format!("drayman:{list}:{pool}:{user}");
+                    self.redis(&["LRANGE", &key, "0", "-1"]).texts().contains(part)
+                });
+                let places = [claims.contains_key(part), due.contains(part), waits];
+                assert!(places.contains(&true), "{part} stands nowhere");
+            }
+            let undealt = self.undealt(&id, batch.get("cursor"));
+            let (mut ended, mut wrong) = (0, 0);
+            for (field, packed) in self.results(&id) {
+                let results =
+                    unpack_results(&packed).unwrap_or_else(|error| panic!("results {field} of {id}: {error}"));
+                let some: Vec<_> = results.into_iter().flatten().collect();
+                ended += some.len() as u64;
+                wrong += some.iter().filter(|result| result.end == RowEnd::Failed).count() as u64;
+            }
+            assert_eq!((ended, wrong), (done + failed, failed), "the results of {id} and its counts");
+            match status {
+                "held" => assert!(said.is_empty() && left == rows, "{id} is held"),
+                "pending" | "running" if !is_aborted => {
+                    let at_work: u64 = there.iter().map(|part| counts[part]).sum();
+                    assert_eq!(left, undealt + at_work, "what is left of {id}");
+                    assert!(left > 0 || said.contains(&format!("{id}:files")), "{id} is {status} and nothing is left");
+                }
+                _ => {}
+            }
+        }
+    }
+
+    /// How many rows of a batch stand at its cursor or behind it.
+    fn undealt(&self, id: &str, cursor: Option<&String>) -> u64 {
+        let Some(cursor) = cursor else { return 0 };
+        let cursor: Vec<u64> = cursor.split(' ').map(|word| word.parse().unwrap()).collect();
+        let blocks = self.redis(&["HGETALL", &format!("drayman:batch_blocks:{id}")]).map();
+        let behind = blocks.iter().filter_map(|(field, said)| {
+            let (load, place) = field.split_once('.')?;
+            let at: (u64, u64) = (load.parse().ok()?, place.parse().ok()?);
+            let rows: u64 = said.split(' ').next()?.parse().ok()?;
+            (blocks.contains_key(load) && at > (cursor[0], cursor[1])).then_some(rows)
+        });
+        behind.sum::<u64>() + cursor[3] - cursor[2]
+    }
+
+    /// The packed results of a batch, by block and first row.
+    fn results(&self, id: &str) -> Vec<(String, Vec<u8>)> {
+        let Value::Array(flat) = self.redis(&["HGETALL", &format!("drayman:batch_results:{id}")]) else {
+            panic!("no hash")
+        };
+        let pairs = flat.chunks_exact(2).map(|pair| (pair[0].text(), pair[1].bytes().to_vec()));
+        pairs.filter(|(field, _)| field.contains(':')).collect()
+    }
+
+    /// Makes what waits one that nobody has touched for a while, so that a comparison of keys looks at it.
+    pub fn age(&self) {
+        for key in self.redis(&["KEYS", "batch:jobs:*"]).texts() {
+            if self.redis(&["PTTL", &key]).int() == -1 {
+                if self.redis(&["HEXISTS", &key, "updated_at"]).int() == 1 {
+                    self.redis(&["HSET", &key, "updated_at", "2020-01-01T00:00:00.000Z"]);
+                }
+                self.idle(&key, 100);
+            }
         }
     }
 }
@@ -233,6 +369,11 @@ pub fn job_key(id: &str) -> String {
 
 pub fn queue_key(user: &str) -> String {
     format!("batch:queue:{user}")
+}
+
+/// So many jobs may wait in a line, of so many bytes.
+pub fn most(jobs: u64, bytes: u64) -> QueueLimits {
+    QueueLimits { sql_jobs: jobs, tasks: jobs, sql_bytes: bytes, task_bytes: bytes }
 }
 
 /// A native submission of a statement for a host.

@@ -16,7 +16,7 @@ async fn the_same_take_number_again_returns_the_same_jobs_and_takes_no_more() {
         rig.submit(&format!("u{i}"), &format!("j{i}"), "h");
         rig.notice(&[&format!("u{i}")]).await;
     }
-    let take = async |number| match rig.store.take(session.id(), "sql:*", number, 5, 10, "jobs").await.unwrap() {
+    let take = async |number| match rig.store.take(session.id(), "sql:*", number, 5, 10, "jobs", &[]).await.unwrap() {
         TakeReply::Taken { jobs, .. } => {
             jobs.iter().map(|job| (job.id.to_string(), job.fence, job.bytes("query").map(<[u8]>::to_vec))).collect()
         }
@@ -70,7 +70,8 @@ async fn a_finish_whose_answer_was_lost_is_sent_again_and_recorded_once() {
         let session = open(&rig.store, service("sql:*", 10)).await.id().clone();
         rig.submit("alice", "a1", "h");
         rig.notice(&["alice"]).await;
-        let TakeReply::Taken { jobs, .. } = rig.store.take(&session, "sql:*", 1, 1, 4, "jobs").await.unwrap() else {
+        let TakeReply::Taken { jobs, .. } = rig.store.take(&session, "sql:*", 1, 1, 4, "jobs", &[]).await.unwrap()
+        else {
             panic!("the session lives");
         };
         let finish = Finish {
@@ -135,7 +136,7 @@ async fn finishes_asked_for_during_a_round_trip_go_out_together() {
     let proxy = Proxy::start(rig.server.addr());
     let session = open(&rig.connect_through(&proxy).await, service("sql:*", 1_000)).await;
     let jobs: Vec<_> = (0..100).map(|i| submission(&format!("u{i}"), &format!("j{i}"), "h")).collect();
-    rig.store.enqueue(64, 16_384, &jobs).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     let claims = take(&session, 100).await;
     assert_eq!(claims.len(), 100);
     proxy.delay(Duration::from_millis(100));
@@ -208,8 +209,8 @@ async fn users_whose_jobs_were_cancelled_do_not_hide_those_behind_them() {
     let session = rig.session("sql:*", 4).await;
     let users: Vec<String> = (0..250).map(|i| format!("u{i}")).collect();
     let jobs: Vec<_> = users.iter().map(|user| submission(user, user, "h")).collect();
-    rig.store.enqueue(64, 16_384, &jobs).await.unwrap();
-    rig.store.enqueue(64, 16_384, &[submission("last", "last", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("last", "last", "h")]).await.unwrap();
     let canceller = queue_core::cancel::Canceller::new(rig.store.clone(), LIMIT);
     let gone: Vec<_> = jobs.iter().map(|job| job.id.clone()).collect();
     canceller.cancel_many(&gone).await.unwrap();

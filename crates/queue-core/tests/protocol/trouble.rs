@@ -20,7 +20,7 @@ use testkit::{Direction, Proxy, RedisServer, Sentinel, Value, eventually};
 use crate::support::*;
 
 fn job(user: &str) -> NewJob {
-    NewJob::new(User::new(user).unwrap(), Database::Named("main".into()), "select 1")
+    NewJob::sql(User::new(user).unwrap(), Database::Named("main".into()), "select 1")
 }
 
 fn impatient(url: String) -> RedisConfig {
@@ -321,7 +321,18 @@ async fn while_memory_is_full_work_ends_and_drains_and_nothing_new_comes_in() {
     goes_on(&producer, &rig.server, "new").await;
     for script in queue_core::scripts::TABLE {
         // What only looks needs no room.
-        let refused = ["enqueue", "notice", "compare"].contains(&script.name);
+        let refused = [
+            "enqueue",
+            "batch_load",
+            "notice",
+            "compare",
+            "limited",
+            "lines",
+            "tracker_create",
+            "schedule_put",
+            "schedule_tick",
+        ]
+        .contains(&script.name);
         assert_eq!(script.when_full == WhenFull::Refused, refused, "{}", script.name);
     }
 }
@@ -333,7 +344,7 @@ async fn a_clock_that_is_set_back_or_ahead_breaks_no_order_of_holders_and_keeps_
     let rig = Rig { server, store };
     let session = rig.session("sql:*", 8).await;
     let store = &rig.store;
-    store.enqueue(64, 16_384, &[submission("alice", "a1", "h")]).await.unwrap();
+    store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     let first = take_one(&session).await;
     let first_fence = first.job().fence;
     put(first, queue_core::scripts::Verdict::Back).await;
@@ -345,7 +356,7 @@ async fn a_clock_that_is_set_back_or_ahead_breaks_no_order_of_holders_and_keeps_
     assert!(second.job().fence > first_fence, "a later holder has the greater fence");
     put(second, queue_core::scripts::Verdict::Back).await;
     let jobs = [submission("bob", "b1", "other"), submission("carol", "c1", "other")];
-    store.enqueue(64, 16_384, &jobs).await.unwrap();
+    store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     let mut pools = BTreeSet::new();
     for _ in 0..3 {
         let claim = take_one(&session).await;

@@ -1,7 +1,10 @@
 //! Messages make things sooner; looking makes them right.
 
 use queue_core::Store;
-use queue_core::config::RedisConfig;
+use queue_core::config::{Limits, RedisConfig};
+use queue_core::ids::{App, Op, PoolPattern, User};
+use queue_core::model::task::Payload;
+use queue_core::producer::{NewJob, Producer};
 use queue_core::session::Session;
 use queue_core::store::Message;
 use testkit::eventually;
@@ -10,7 +13,7 @@ use tokio::sync::mpsc::Receiver;
 use crate::support::*;
 
 /// A session that found nothing, and what it hears.
-async fn parked(rig: &Rig, pools: &str) -> (Session, Receiver<Message>) {
+pub async fn parked(rig: &Rig, pools: &str) -> (Session, Receiver<Message>) {
     let session = rig.session(pools, 4).await;
     let ear = rig.store.subscribe(&[rig.store.keys().wake(session.id().as_str())], &[]).await.unwrap();
     assert!(take(&session, 4).await.is_empty());
@@ -18,7 +21,7 @@ async fn parked(rig: &Rig, pools: &str) -> (Session, Receiver<Message>) {
 }
 
 /// How often a session was woken until now: whatever was said before the question has come before the answer.
-async fn woken(rig: &Rig, session: &Session, ear: &mut Receiver<Message>) -> usize {
+pub async fn woken(rig: &Rig, session: &Session, ear: &mut Receiver<Message>) -> usize {
     let channel = rig.store.keys().wake(session.id().as_str());
     assert_eq!(rig.redis(&["PUBLISH", &channel, "the test asks"]).int(), 1);
     let mut count = 0;
@@ -38,13 +41,13 @@ async fn one_job_wakes_one_of_those_who_serve_it_and_the_one_who_waits_longest()
     let (second, mut second_ear) = parked(&rig, "sql:*").await;
     let (other, mut other_ear) = parked(&rig, "db:*").await;
     rig.redis(&["ZADD", "drayman:parked:sql:*", "1", first.id().as_str()]);
-    rig.store.enqueue(64, 16_384, &[submission("alice", "a1", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     assert_eq!(woken(&rig, &first, &mut first_ear).await, 1);
     assert_eq!(woken(&rig, &second, &mut second_ear).await, 0);
     // A second job of a user at the front already is no new work for anybody.
-    rig.store.enqueue(64, 16_384, &[submission("alice", "a2", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a2", "h")]).await.unwrap();
     assert_eq!(woken(&rig, &second, &mut second_ear).await, 0);
-    rig.store.enqueue(64, 16_384, &[submission("bob", "b1", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("bob", "b1", "h")]).await.unwrap();
     assert_eq!(woken(&rig, &second, &mut second_ear).await, 1);
     assert_eq!(woken(&rig, &other, &mut other_ear).await, 0);
 }
@@ -59,7 +62,7 @@ async fn who_takes_all_it_can_wakes_the_next_while_there_is_more() {
         rig.redis(&["ZADD", "drayman:parked:sql:*", score, session.id().as_str()]);
     }
     let jobs = ["u1", "u2", "u3"].map(|user| submission(user, user, "h"));
-    rig.store.enqueue(64, 16_384, &jobs).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     assert_eq!(woken(&rig, &first, &mut first_ear).await, 1);
     assert_eq!(woken(&rig, &second, &mut second_ear).await, 0, "three jobs, one call, one hint");
     assert_eq!(take(&first, 2).await.len(), 2);
@@ -74,7 +77,7 @@ async fn a_head_that_comes_to_another_pool_wakes_who_serves_that() {
     let first = rig.session("sql:h1", 4).await;
     let (second, mut ear) = parked(&rig, "sql:h2").await;
     let jobs = [submission("alice", "a1", "h1"), submission("alice", "a2", "h2"), submission("alice", "a3", "h1")];
-    rig.store.enqueue(64, 16_384, &jobs).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     assert_eq!(woken(&rig, &second, &mut ear).await, 0);
     let claim = take_one(&first).await;
     assert_eq!(woken(&rig, &second, &mut ear).await, 1, "by the take");
@@ -84,7 +87,10 @@ async fn a_head_that_comes_to_another_pool_wakes_who_serves_that() {
 
     // The same when the head is cancelled.
     let canceller = queue_core::cancel::Canceller::new(rig.store.clone(), LIMIT);
-    rig.store.enqueue(64, 16_384, &[submission("bob", "b1", "h1"), submission("bob", "b2", "h2")]).await.unwrap();
+    rig.store
+        .enqueue(&most(64, 16_384), &[submission("bob", "b1", "h1"), submission("bob", "b2", "h2")])
+        .await
+        .unwrap();
     assert_eq!(woken(&rig, &second, &mut ear).await, 0);
     canceller.cancel(&"b1".parse().unwrap()).await.unwrap();
     assert_eq!(woken(&rig, &second, &mut ear).await, 1, "by the cancel");
@@ -95,7 +101,7 @@ async fn what_becomes_free_wakes_another_where_the_finisher_will_not_take() {
     let rig = Rig::start().await;
     let leaving = rig.session("sql:*", 1).await;
     let jobs = [submission("alice", "a1", "h"), submission("bob", "b1", "h")];
-    rig.store.enqueue(64, 16_384, &jobs).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     let claim = take_one(&leaving).await;
     let narrow = rig.session("sql:*", 1).await;
     let mut ear = rig.store.subscribe(&[rig.store.keys().wake(narrow.id().as_str())], &[]).await.unwrap();
@@ -129,7 +135,7 @@ async fn who_may_not_publish_still_submits_takes_cancels_and_finishes() {
     let url = rig.server.url_db(DB).replace("redis://", "redis://mute:secret@");
     let store = Store::connect(&RedisConfig { ..config(url) }).await.unwrap();
     let jobs = [submission("alice", "a1", "h"), submission("bob", "b1", "h")];
-    store.enqueue(64, 16_384, &jobs).await.unwrap();
+    store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     assert_eq!(woken(&rig, &session, &mut ear).await, 0, "no hint came");
     let mute = open(&store, service("sql:*", 4)).await;
     let claim = take_one(&mute).await;
@@ -149,7 +155,7 @@ async fn a_hint_to_sessions_that_are_gone_goes_on_to_one_that_hears() {
         rig.redis(&["ZADD", "drayman:parked:sql:*", &i.to_string(), &format!("gone:{i}:x")]);
     }
     let (session, mut ear) = parked(&rig, "sql:*").await;
-    rig.store.enqueue(64, 16_384, &[submission("alice", "a1", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     assert_eq!(woken(&rig, &session, &mut ear).await, 1);
 }
 
@@ -158,8 +164,26 @@ async fn a_closed_session_is_woken_no_more() {
     let rig = Rig::start().await;
     let (closed, mut ear) = parked(&rig, "sql:*").await;
     closed.close().await.unwrap();
-    rig.store.enqueue(64, 16_384, &[submission("alice", "a1", "h")]).await.unwrap();
+    rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     assert_eq!(woken(&rig, &closed, &mut ear).await, 0);
     let worker = rig.session("sql:*", 4).await;
     assert_eq!(eventually("the job", LIMIT, async || take(&worker, 1).await.pop()).await.job().id.as_str(), "a1");
+}
+
+#[tokio::test]
+async fn a_session_whose_change_of_pools_was_not_answered_is_not_woken_for_the_old_ones() {
+    let rig = Rig::start().await;
+    let (session, mut ear) = parked(&rig, "app.old").await;
+    // Done, and the answer got lost: the session takes once more as it did, before it asks again.
+    assert!(rig.store.session_serve(session.id(), "app.new").await.unwrap());
+    assert!(take(&session, 4).await.is_empty());
+    session.serve(&[PoolPattern::new("app.new").unwrap()]).await.unwrap().unwrap();
+    assert_eq!(rig.redis(&["EXISTS", "drayman:parked:app.old", "drayman:services"]).int(), 0);
+    let (other, mut other_ear) = parked(&rig, "app.old").await;
+    rig.redis(&["ZADD", "drayman:parked:app.old", "XX", "9e15", other.id().as_str()]);
+    let (user, app, op) = (User::new("ann").unwrap(), App::new("app").unwrap(), Op::new("old").unwrap());
+    let job = NewJob::task(user, app, op, Payload::json(&()).unwrap());
+    Producer::new(rig.store.clone(), Limits::default()).enqueue(job).await.unwrap();
+    assert_eq!(woken(&rig, &session, &mut ear).await, 0);
+    assert_eq!(woken(&rig, &other, &mut other_ear).await, 1);
 }

@@ -29,7 +29,13 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     let seed = cli.seed.unwrap_or(now.as_nanos() as u64 % 1_000_000);
-    let options = Options { seed, duration: cli.duration, workers: cli.workers as usize, users: cli.users as usize };
+    let options = Options {
+        seed,
+        duration: cli.duration,
+        workers: cli.workers as usize,
+        users: cli.users as usize,
+        worker: None,
+    };
     println!("seed {seed}: work and faults are a function of it, their timing is not");
     let report = run(&options);
     println!("{report}");

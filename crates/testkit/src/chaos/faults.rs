@@ -5,6 +5,9 @@ use std::time::Duration;
 use super::random::Random;
 use crate::proxy::Direction;
 
+/// What tasks that need not be to blame are failed by.
+pub const HANDLERS_KILLED: &str = "handlers' processes killed";
+
 /// A fault, with how long it lasts where it lasts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
@@ -14,6 +17,8 @@ pub enum Fault {
     EndWorker(usize, Duration),
     /// SIGSTOP to a worker, and when it gets SIGCONT.
     StopWorker(usize, Duration),
+    /// SIGKILL to the processes of a worker's handlers.
+    KillHandlers(usize),
     /// SIGKILL to whoever leads.
     KillLeader(Duration),
     /// SIGSTOP to whoever leads.
@@ -53,6 +58,7 @@ impl Fault {
             Fault::KillWorker(..) => "worker killed",
             Fault::EndWorker(..) => "worker told to stop",
             Fault::StopWorker(..) => "worker paused",
+            Fault::KillHandlers(..) => HANDLERS_KILLED,
             Fault::KillLeader(..) => "leader killed",
             Fault::StopLeader(..) => "leader paused",
             Fault::KillCanceller(..) => "canceller killed",
@@ -95,7 +101,7 @@ impl Iterator for Schedule {
         let worker = random.between(0, self.workers as u64) as usize;
         let proxy = random.between(0, self.workers as u64 + 1) as usize;
         let direction = if random.chance(50) { Direction::ToServer } else { Direction::ToClient };
-        let fault = match random.weighted(&[12, 6, 7, 5, 3, 3, 3, 4, 3, 2, 5, 9, 6, 5, 4, 6, 5, 1]) {
+        let fault = match random.weighted(&[12, 6, 7, 5, 3, 3, 3, 4, 3, 2, 5, 9, 6, 5, 4, 6, 5, 1, 7]) {
             0 => Fault::KillWorker(worker, random.ms(0, 3_000)),
             1 => Fault::EndWorker(worker, random.ms(0, 1_000)),
             2 => Fault::StopWorker(worker, random.ms(100, 6_000)),
@@ -113,7 +119,8 @@ impl Iterator for Schedule {
             14 => Fault::Delay(proxy, random.ms(200, 3_000), random.ms(5, 1_500)),
             15 => Fault::Terminate(random.between(1, 4)),
             16 => Fault::CutDatabase(direction, random.between(0, 2_500)),
-            _ => Fault::RestartDatabase,
+            17 => Fault::RestartDatabase,
+            _ => Fault::KillHandlers(worker),
         };
         Some((pause, fault))
     }
@@ -130,6 +137,6 @@ mod tests {
         let first: Vec<_> = Schedule::of(9, 4).take(2_000).collect();
         assert_eq!(first, Schedule::of(9, 4).take(2_000).collect::<Vec<_>>());
         assert_ne!(first, Schedule::of(10, 4).take(2_000).collect::<Vec<_>>());
-        assert_eq!(first.iter().map(|(_, fault)| fault.kind()).collect::<BTreeSet<_>>().len(), 18);
+        assert_eq!(first.iter().map(|(_, fault)| fault.kind()).collect::<BTreeSet<_>>().len(), 19);
     }
 }

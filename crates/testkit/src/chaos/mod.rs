@@ -1,13 +1,15 @@
 //! Random work under random faults, and what must be true all the same.
 //!
-//! Several users hand in jobs of every form, by plain commands and by `drayman submit`; some fail, some wait, some are
-//! cancelled. Meanwhile workers, leaders, cancellers and producers are killed or stopped, Redis and PostgreSQL are killed and
-//! started again, and connections are cut, refused and delayed. Then the faults end, what is left is worked off, and the
-//! records, the database and every key are looked at from outside.
+//! Several users hand in jobs of every form, SQL and tasks, by plain commands and by `drayman submit`; some fail, some wait,
+//! some are cancelled; others hand in batches of rows. Meanwhile workers, processes of handlers, leaders, cancellers and producers are killed or stopped, Redis
+//! and PostgreSQL are killed and started again, and connections are cut, refused and delayed. Then the faults end, what is
+//! left is worked off, and the records, the database, what tasks have done, the processes and every key are looked at from
+//! outside.
 //!
 //! What is handed in by whom, and which faults come in which order with which pauses, are functions of the seed. Which job a
 //! fault meets is a matter of time, so a seed makes a failure likely again and not certain.
 
+mod batches;
 mod faults;
 mod random;
 mod report;
@@ -23,17 +25,19 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+pub use batches::Counts as BatchCounts;
 pub use faults::{Fault, Schedule};
 pub use random::Random;
 pub use report::Report;
 pub use verdict::{KeyRule, LAYOUT, Violation};
-pub use workload::{Job, Route};
+pub use workload::{Handler, Job, Route};
 
 use crate::process::{Daemon, Signal, bin};
 use crate::redis::{RawClient, Value};
+use batches::Batches;
 use stage::{Stage, ask, connect_to};
 use watch::Watch;
-use workload::HOSTS;
+use workload::{APP, HOSTS};
 
 /// How long what is left may take once the faults have ended.
 const DRAIN_LIMIT: Duration = Duration::from_secs(60);
@@ -55,6 +59,9 @@ pub struct Options {
     pub workers: usize,
     /// How many users hand in jobs.
     pub users: usize,
+    /// The command line of a worker that has a handler in Rust besides, for `rust` of `chaos`. It does as `task.py` does, and
+    /// reads its configuration from the environment, as `drayman-worker` does, which it is if absent.
+    pub worker: Option<Vec<String>>,
 }
 
 /// What all threads of a run share.
@@ -69,8 +76,11 @@ struct Run<'a> {
     over: AtomicBool,
     violations: Mutex<Vec<Violation>>,
     crashes: Mutex<Vec<(Instant, Instant)>>,
+    /// When faults of which kind began.
+    struck: Mutex<Vec<(Instant, &'static str)>>,
     faults: Mutex<BTreeMap<&'static str, usize>>,
     drained: Mutex<Duration>,
+    batches: Batches,
 }
 
 /// Runs, and tells what it has shown.
@@ -81,15 +91,17 @@ struct Run<'a> {
 pub fn run(options: &Options) -> Report {
     let run = Run {
         options,
-        stage: Stage::build(options.workers),
+        stage: Stage::build(options.workers, options.worker.as_deref()),
         watch: Watch::default(),
         closed: AtomicBool::new(false),
         calm: AtomicBool::new(false),
         over: AtomicBool::new(false),
         violations: Mutex::default(),
         crashes: Mutex::default(),
+        struck: Mutex::default(),
         faults: Mutex::default(),
         drained: Mutex::default(),
+        batches: Batches::default(),
     };
     run.stage.start_workers();
     thread::scope(|scope| {
@@ -102,8 +114,16 @@ pub fn run(options: &Options) -> Report {
                 })
             })
             .collect();
+        let batch_users: Vec<_> = (0..batches::USERS)
+            .map(|user| {
+                scope.spawn({
+                    let run = &run;
+                    move || run.batch_user(user, scope)
+                })
+            })
+            .collect();
         run.rage();
-        for user in users {
+        for user in users.into_iter().chain(batch_users) {
             user.join().expect("a user's thread does not panic");
         }
         run.drain();
@@ -115,6 +135,10 @@ pub fn run(options: &Options) -> Report {
 impl Run<'_> {
     fn complain(&self, violation: Violation) {
         self.violations.lock().expect("no thread panics").push(violation);
+    }
+
+    fn is_closed(&self) -> bool {
+        self.closed.load(Ordering::SeqCst)
     }
 
     fn is_calm(&self) -> bool {
@@ -138,6 +162,7 @@ impl Run<'_> {
             if at <= Instant::now() {
                 *self.faults.lock().expect("no thread panics").entry(next.kind()).or_default() += 1;
                 let begin = Instant::now();
+                self.struck.lock().expect("no thread panics").push((begin, next.kind()));
                 if let Some((name, when)) = self.stage.strike(next, &mut ends) {
                     self.watch.killed(&name, when);
                 }
@@ -166,7 +191,8 @@ impl Run<'_> {
         let begin = Instant::now();
         while begin.elapsed() < DRAIN_LIMIT {
             self.supervise();
-            if self.watch.open().is_empty() && self.leftovers().is_ok_and(|found| found.is_empty()) {
+            let all_over = self.watch.open().is_empty() && self.batches.open(&self.stage).is_ok_and(|open| open == 0);
+            if all_over && self.leftovers().is_ok_and(|found| found.is_empty()) {
                 break;
             }
             thread::sleep(Duration::from_millis(100));
@@ -175,12 +201,13 @@ impl Run<'_> {
     }
 
     fn leftovers(&self) -> io::Result<Vec<Violation>> {
-        let jobs: BTreeSet<String> = self.watch.lives().into_iter().map(|life| life.job.id).collect();
+        let jobs = self.watch.lives().into_iter().map(|life| life.job.id);
+        let jobs: BTreeSet<String> = jobs.chain(self.batches.ids()).collect();
         verdict::of_keys(&self.stage.redis, &jobs, &self.stage.names())
     }
 
     fn judge(self) -> Report {
-        let Self { options, stage, watch, violations, crashes, faults, drained, .. } = &self;
+        let Self { options, stage, watch, violations, crashes, struck, faults, drained, .. } = &self;
         let mut violations = violations.lock().expect("no thread panics").clone();
         let crashes = crashes.lock().expect("no thread panics").clone();
         // All records once more.
@@ -189,11 +216,17 @@ impl Run<'_> {
         for page in ids.chunks(100) {
             watch.read(&mut redis, page).expect("nothing fails any more");
         }
-        let (found, counts) = verdict::of_jobs(stage, watch, &crashes).expect("nothing fails any more");
+        let struck = struck.lock().expect("no thread panics").clone();
+        let seen = verdict::Seen { crashes: &crashes, struck: &struck };
+        let (found, counts) = verdict::of_jobs(stage, watch, &seen).expect("nothing fails any more");
         violations.extend(found);
+        let (found, batches) = self.judge_batches();
+        violations.extend(found);
+        violations.extend(verdict::of_processes(stage));
         violations.extend(self.leftovers().expect("nothing fails any more"));
         // Workers that stop in order take their registrations with them.
         stage.stop_workers(PROGRAM_LIMIT);
+        violations.extend(verdict::of_processes(stage));
         violations.extend(self.leftovers().expect("nothing fails any more"));
         let mut concerned: Vec<String> = violations.iter().filter_map(|violation| violation.job.clone()).collect();
         concerned.dedup();
@@ -214,6 +247,7 @@ impl Run<'_> {
             drained: *drained.lock().expect("no thread panics"),
             routes,
             counts,
+            batches,
             faults: faults.lock().expect("no thread panics").clone(),
             recoveries: watch.recoveries(),
             violations,
@@ -224,13 +258,15 @@ impl Run<'_> {
     /// Hands in one user's jobs, one after the other.
     fn user<'scope>(&'scope self, user: usize, scope: &'scope thread::Scope<'scope, '_>) {
         let mut client = None;
+        let rust = self.options.worker.as_ref().map(|_| Handler::Rust);
+        let handlers: Vec<Handler> = [Handler::Program, Handler::Command].into_iter().chain(rust).collect();
         for number in 0.. {
-            let job = Job::plan(self.options.seed, user, number);
+            let job = Job::plan(self.options.seed, user, number, &handlers);
             self.wait(job.pause);
-            while self.watch.open_of(&job.user) >= OPEN_PER_USER && !self.closed.load(Ordering::SeqCst) {
+            while self.watch.open_of(&job.user) >= OPEN_PER_USER && !self.is_closed() {
                 thread::sleep(Duration::from_millis(50));
             }
-            if self.closed.load(Ordering::SeqCst) {
+            if self.is_closed() {
                 return;
             }
             self.prepare(&job);
@@ -256,7 +292,7 @@ impl Run<'_> {
 
     fn wait(&self, pause: Duration) {
         let end = Instant::now() + pause;
-        while Instant::now() < end && !self.closed.load(Ordering::SeqCst) {
+        while Instant::now() < end && !self.is_closed() {
             thread::sleep(pause.min(Duration::from_millis(20)));
         }
     }
@@ -291,10 +327,16 @@ impl Run<'_> {
     fn push(&self, job: &Job, redis: &mut RawClient) -> io::Result<()> {
         let (key, queue) = (format!("batch:jobs:{}", job.id), format!("batch:queue:{}", job.user));
         let target = self.stage.database(job.proxied);
-        let (host, port, query) = (HOSTS[job.host].to_owned(), target.port().to_string(), job.query());
-        let mut hash: Vec<String> = ["HSET", &key, "user", &job.user, "status", "pending", "query", &query]
+        let (host, port, query, input) = (HOSTS[job.host], target.port().to_string(), job.query(), job.input());
+        let op = job.task().map(Handler::op);
+        let connection = ["host", host, "port", &port, "dbname", stage::DATABASE, "dbuser", "postgres", "pass", ""];
+        let work = match op {
+            Some(op) => vec!["kind", "task", "app", APP, "op", op, "input", &input],
+            None => [&["query", &query], &connection[..]].concat(),
+        };
+        let mut hash: Vec<String> = ["HSET", &key, "user", &job.user, "status", "pending"]
             .into_iter()
-            .chain(["host", &host, "port", &port, "dbname", stage::DATABASE, "dbuser", "postgres", "pass", ""])
+            .chain(work)
             .chain(["created_at", "2026-01-01T00:00:00.000Z", "updated_at", "2026-01-01T00:00:00.000Z"])
             .map(str::to_owned)
             .collect();
@@ -362,9 +404,15 @@ impl Run<'_> {
     fn submit(&self, job: &Job) -> bool {
         let target = self.stage.database(job.proxied);
         let (port, url) = (target.port().to_string(), self.stage.clients_url());
+        let work = match job.task() {
+            Some(handler) => vec!["--app", APP, "--op", handler.op()],
+            None => {
+                vec!["--host", HOSTS[job.host], "--port", &port, "--dbname", stage::DATABASE, "--dbuser", "postgres"]
+            }
+        };
         let mut args: Vec<String> = ["submit", "--redis-url", &url, "--user", &job.user, "--id", &job.id]
             .into_iter()
-            .chain(["--host", HOSTS[job.host], "--port", &port, "--dbname", stage::DATABASE, "--dbuser", "postgres"])
+            .chain(work)
             .map(str::to_owned)
             .collect();
         for (name, text) in job.fields() {
@@ -376,7 +424,7 @@ impl Run<'_> {
         if let Some(delay) = job.delay {
             args.extend(["--delay".into(), format!("{}ms", delay.as_millis())]);
         }
-        args.push(job.query());
+        args.push(if job.task().is_some() { job.input() } else { job.query() });
         let env = [("DRAYMAN_REDIS__COMMAND_TIMEOUT", "2s"), ("DRAYMAN_REDIS__CONNECT_TIMEOUT", "2s")];
         let program = Daemon::spawn(bin("drayman"), &args, &env);
         let status = self.until_it_ends(&program, self.stage.take_kill(1));

@@ -19,6 +19,8 @@ pub struct Report {
     pub routes: BTreeMap<String, usize>,
     /// What was counted.
     pub counts: Counts,
+    /// What was counted of batches.
+    pub batches: super::BatchCounts,
     /// Faults by kind.
     pub faults: BTreeMap<&'static str, usize>,
     /// From a worker's death to its job being taken again.
@@ -43,7 +45,7 @@ impl fmt::Display for Report {
         };
         let owned = |map: &BTreeMap<String, usize>| list(&mut map.iter().map(|(what, count)| (what.clone(), *count)));
         let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
-        let Counts { jobs, by_status, effects, unknown, unknown_bare, failed_by_faults } = &self.counts;
+        let Counts { jobs, by_status, effects, unknown, unknown_bare, tasks, runs, failed_by_faults } = &self.counts;
         writeln!(
             f,
             "seed {}, {} of work and faults, {} to drain",
@@ -53,6 +55,24 @@ impl fmt::Display for Report {
         )?;
         writeln!(f, "jobs {jobs} ({})", owned(&self.routes))?;
         writeln!(f, "  ended: {}; statements that took effect: {effects}", owned(by_status))?;
+        let kinds = list(&mut tasks.iter().map(|(what, count)| (what.to_string(), *count)));
+        let all: usize = tasks.values().sum();
+        writeln!(f, "  tasks among them {all} ({kinds}), begun {} times, done {} times", runs.begun, runs.done)?;
+        let batches = &self.batches;
+        writeln!(
+            f,
+            "batches {} ({} aborted) with {} rows done, {} failed ({} by faults), {} aborted; begun {} times by the program; \
+             {} files; ends told {} times",
+            batches.batches,
+            batches.aborted,
+            batches.done,
+            batches.failed,
+            batches.failed_by_faults,
+            batches.rows_aborted,
+            batches.begun,
+            batches.files,
+            batches.told
+        )?;
         let faults: usize = self.faults.values().sum();
         let kinds = list(&mut self.faults.iter().map(|(what, count)| (what.to_string(), *count)));
         writeln!(f, "faults {faults} ({kinds})")?;
@@ -68,7 +88,7 @@ impl fmt::Display for Report {
             "unknown after a crash of the database: {unknown} statements; outside of transactions: {unknown_bare}"
         )?;
         if !failed_by_faults.is_empty() {
-            writeln!(f, "statements that a fault failed:")?;
+            writeln!(f, "statements and tasks that a fault failed:")?;
             for (reason, count) in failed_by_faults {
                 writeln!(f, "  {count:4} {reason}")?;
             }

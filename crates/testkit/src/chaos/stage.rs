@@ -1,16 +1,24 @@
 //! The servers, the proxies between them, and the workers as processes.
 
+use std::collections::BTreeSet;
+use std::fs;
 use std::io;
 use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use nix::sys::signal::kill;
+use nix::unistd::Pid;
+
+use super::batches::OP;
 use super::faults::Fault;
-use super::workload::{self, CAPACITY};
+use super::workload::{self, APP, CAPACITY};
 use crate::postgres::{Postgres, Rows};
 use crate::process::{Daemon, Signal, bin};
 use crate::proxy::Proxy;
 use crate::redis::{RawClient, RedisServer, Value};
+use crate::scratch::Scratch;
 
 /// The database of Redis that the programs use when nothing else is said.
 pub const DB: u8 = 5;
@@ -18,6 +26,10 @@ pub const DB: u8 = 5;
 pub const DATABASE: &str = "chaos";
 /// How long a silent worker keeps its jobs: short, so that a run sees many that lose theirs.
 pub const SESSION_LIFETIME: Duration = Duration::from_secs(3);
+/// Where the workers' handlers find the file that their tasks write to. Processes that have it are theirs.
+const EFFECTS_VARIABLE: &str = "CHAOS_EFFECTS";
+/// How many workers a job may end. None of them does: we do.
+pub const MAX_UNCLEAN: usize = 10;
 /// How soon a supervisor starts a program again that has ended by itself.
 const RESTART_AFTER: Duration = Duration::from_millis(500);
 
@@ -33,6 +45,10 @@ pub struct Stage {
     /// The proxy to PostgreSQL.
     pub to_postgres: Proxy,
     slots: Vec<Mutex<Slot>>,
+    /// The handlers' program, the workers' configuration, and what tasks write.
+    scratch: Scratch,
+    /// The command line of a worker.
+    worker: Vec<String>,
     /// Milliseconds after which the next canceller, the next producer is killed.
     pub kill_next: [Mutex<Option<Duration>>; 2],
     /// What ended workers have said.
@@ -57,7 +73,7 @@ pub type Killed = (String, Instant);
 
 impl Stage {
     /// Starts the servers, and no worker yet.
-    pub fn build(workers: usize) -> Self {
+    pub fn build(workers: usize, worker: Option<&[String]>) -> Self {
         let redis = RedisServer::with_config(&[("appendonly", "yes"), ("appendfsync", "always")]);
         let postgres = Postgres::with_config(&[("log_statement", "none"), ("log_min_messages", "panic")]);
         let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
@@ -69,8 +85,12 @@ impl Stage {
         let proxies = (0..=workers).map(|_| Proxy::start(redis.addr())).collect();
         let to_postgres = Proxy::start(postgres.addr());
         let slots = (0..workers).map(|_| Mutex::default()).collect();
+        let worker = worker.map_or_else(|| vec![bin("drayman-worker").display().to_string()], <[String]>::to_vec);
+        let scratch = Scratch::new("chaos");
+        fs::write(scratch.path().join("task.py"), include_str!("task.py")).expect("it can be written");
+        fs::write(scratch.path().join("worker.toml"), handlers(&scratch)).expect("it can be written");
         let (kill_next, past, begin) = (Default::default(), Mutex::default(), Instant::now());
-        Self { redis, postgres, runtime, proxies, to_postgres, slots, kill_next, past, begin }
+        Self { redis, postgres, runtime, proxies, to_postgres, slots, scratch, worker, kill_next, past, begin }
     }
 
     /// When everything began: times in accounts count from here.
@@ -120,14 +140,71 @@ impl Stage {
             ("DRAYMAN_REDIS__CONNECT_TIMEOUT", "1s"),
             ("DRAYMAN_RETRY__DELAY", "200ms"),
             ("DRAYMAN_RETRY__DELAY_MAX", "1s"),
-            // None of the jobs ends its worker: we do.
-            ("DRAYMAN_WORKER__MAX_UNCLEAN", "10"),
+            ("DRAYMAN_WORKER__MAX_UNCLEAN", &MAX_UNCLEAN.to_string()),
             ("DRAYMAN_SQL__CONNECT_TIMEOUT", "3s"),
             // Longer than any run: the records are looked at in the end.
             ("DRAYMAN_RETENTION__FINISHED", "7d"),
+            ("DRAYMAN_OBJECTS__URL", &self.objects_url()),
+            ("DRAYMAN_REDIS__URL", &self.proxies[at].redis_url(DB)),
+            ("DRAYMAN_CONFIG", &self.scratch.path().join("worker.toml").display().to_string()),
+            (EFFECTS_VARIABLE, &self.effects_file().display().to_string()),
         ];
-        let url = self.proxies[at].redis_url(DB);
-        slot.worker = Some(Daemon::spawn(bin("drayman-worker"), &["--redis-url", &url], &env));
+        slot.worker = Some(Daemon::spawn(&self.worker[0], &self.worker[1..], &env));
+    }
+
+    /// Where output files lie.
+    pub fn objects_url(&self) -> String {
+        format!("file://{}/objects", self.scratch.path().display())
+    }
+
+    /// A folder for files of the run.
+    pub fn folder(&self) -> &Path {
+        self.scratch.path()
+    }
+
+    fn effects_file(&self) -> PathBuf {
+        self.scratch.path().join("effects")
+    }
+
+    /// The lines that tasks have written.
+    pub fn task_effects(&self) -> Vec<String> {
+        self.effects(|line| !is_of_a_batch(line))
+    }
+
+    /// The lines that rows of batches, and those who are told of their ends, have written.
+    pub fn batch_effects(&self) -> Vec<String> {
+        self.effects(is_of_a_batch)
+    }
+
+    fn effects(&self, wanted: fn(&str) -> bool) -> Vec<String> {
+        let text = fs::read_to_string(self.effects_file()).unwrap_or_default();
+        text.lines().filter(|line| wanted(line)).map(str::to_owned).collect()
+    }
+
+    /// The process of a place's worker.
+    fn pid(&self, at: usize) -> Option<i32> {
+        self.slot(at).worker.as_ref().map(|worker| worker.pid() as i32)
+    }
+
+    /// The processes of handlers, each with its parent.
+    fn processes(&self) -> Vec<(i32, i32)> {
+        let mark = format!("{EFFECTS_VARIABLE}={}", self.effects_file().display());
+        let workers: BTreeSet<i32> = (0..self.slots.len()).filter_map(|at| self.pid(at)).collect();
+        let of_a_handler = |entry: fs::DirEntry| {
+            let pid: i32 = entry.file_name().to_str()?.parse().ok()?;
+            let variables = fs::read(entry.path().join("environ")).ok()?;
+            let has_mark = variables.split(|byte| *byte == 0).any(|variable| variable == mark.as_bytes());
+            let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+            let parent = stat.rsplit_once(") ")?.1.split(' ').nth(1)?.parse().ok()?;
+            (has_mark && !workers.contains(&pid)).then_some((pid, parent))
+        };
+        fs::read_dir("/proc").expect("it can be read").flatten().filter_map(of_a_handler).collect()
+    }
+
+    /// Processes of handlers whose worker is gone.
+    pub fn orphans(&self) -> Vec<i32> {
+        let workers: BTreeSet<i32> = (0..self.slots.len()).filter_map(|at| self.pid(at)).collect();
+        self.processes().into_iter().filter(|(_, parent)| !workers.contains(parent)).map(|(pid, _)| pid).collect()
     }
 
     /// Ends a process and keeps what it said.
@@ -171,6 +248,13 @@ impl Stage {
         }
         match fault {
             Fault::KillWorker(worker, down) => return self.kill(worker, down),
+            Fault::KillHandlers(worker) => {
+                let worker = self.pid(worker)?;
+                for (pid, _) in self.processes().into_iter().filter(|(_, parent)| *parent == worker) {
+                    // It may have ended by itself.
+                    let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+                }
+            }
             Fault::KillLeader(down) => return self.kill(self.leader()?, down),
             Fault::EndWorker(worker, down) => {
                 let mut slot = self.slot(worker);
@@ -339,6 +423,26 @@ impl Stage {
             self.bury(&mut slot);
         }
     }
+}
+
+fn is_of_a_batch(line: &str) -> bool {
+    line.starts_with("row ") || line.starts_with("end ")
+}
+
+/// The workers' configuration file.
+fn handlers(scratch: &Scratch) -> String {
+    let program = scratch.path().join("task.py");
+    // Without what it loads for people at a prompt, it starts in half the time.
+    let python = format!("'python3', '-I', '-S', '{}'", program.display());
+    let common = format!("app = '{APP}'\nenv = ['PATH', '{EFFECTS_VARIABLE}']\nkill_grace = '100ms'");
+    format!(
+        "[[handlers]]\n{common}\nop = 'program'\nkind = 'program'\ncommand = [{python}]\nsize = 2\n\
+         cancel_grace = '100ms'\n\n\
+         [[handlers]]\n{common}\nop = '{OP}'\nkind = 'program'\ncommand = [{python}]\nsize = 2\n\
+         cancel_grace = '100ms'\nrows = 50\nmark_done = true\n\n\
+         [[handlers]]\n{common}\nop = 'command'\nkind = 'command'\n\
+         command = [{python}, '{{job}}', '{{attempt}}', '{{{{\"deed\":\"{{input.deed}}\",\"ms\":{{input.ms}}}}}}']\n"
+    )
 }
 
 /// The end of a fault that lasts.

@@ -3,13 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::fmt::Write as _;
 use std::io;
-use std::time::Instant;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::Value as Json;
 
-use super::stage::{Stage, ask, connect};
+use super::faults::HANDLERS_KILLED;
+use super::stage::{MAX_UNCLEAN, Stage, ask, connect};
 use super::watch::{Life, Watch};
-use super::workload::{Deed, HOSTS};
+use super::workload::{APP, Deed, HOSTS, Handler};
 use crate::redis::{RawClient, RedisServer, Value};
 
 /// Something that must not be.
@@ -45,9 +47,42 @@ const CANCELLED: &str = "what somebody was told is cancelled is recorded so";
 const CAPACITY: &str = "no pool exceeds its capacity";
 const TURNS: &str = "a user's jobs start first in the order in which they were handed in";
 const KEYS: &str = "every key that is left has an owner";
+const DONE: &str = "a task that is recorded as done was done at least once, and ends as it says";
+const ATTEMPTS: &str = "a task is begun once, and again for each error and at most once for each fault";
+const PROCESSES: &str = "no process of a handler outlives its worker";
 
-/// The database's crashes, as seen by whom caused them.
-pub type Crashes = [(Instant, Instant)];
+/// How long before a job was acknowledged a fault still meets it: some of them last.
+const REACH: Duration = Duration::from_secs(10);
+
+/// What whoever caused the faults knows of them.
+#[derive(Clone, Copy, Debug)]
+pub struct Seen<'a> {
+    /// The database's crashes.
+    pub crashes: &'a [(Instant, Instant)],
+    /// When faults of which kind began.
+    pub struck: &'a [(Instant, &'static str)],
+}
+
+impl Seen<'_> {
+    /// The kinds of the faults that may have met a job.
+    fn in_its_life(&self, acknowledged: Instant, ended: Instant) -> Vec<&'static str> {
+        let met = |(at, _): &&(Instant, &str)| *at + REACH >= acknowledged && *at <= ended;
+        self.struck.iter().filter(met).map(|(_, kind)| *kind).collect()
+    }
+}
+
+/// The processes of handlers whose worker is gone.
+pub fn of_processes(stage: &Stage) -> Option<Violation> {
+    // The kernel kills them in its own time.
+    let end = Instant::now() + REACH;
+    while !stage.orphans().is_empty() {
+        if Instant::now() > end {
+            return Some(Violation::new(PROCESSES, format!("{:?} run", stage.orphans())));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    None
+}
 
 /// What the database holds of the run.
 #[derive(Debug, Default)]
@@ -102,10 +137,18 @@ pub fn hash(redis: &mut RawClient, id: &str) -> io::Result<Hash> {
 }
 
 /// Looks at all jobs.
-pub fn of_jobs(stage: &Stage, watch: &Watch, crashes: &Crashes) -> io::Result<(Vec<Violation>, Counts)> {
+pub fn of_jobs(stage: &Stage, watch: &Watch, seen: &Seen<'_>) -> io::Result<(Vec<Violation>, Counts)> {
     let effects = Effects::read(stage).map_err(io::Error::other)?;
     let mut redis = connect(&stage.redis)?;
     let mut violations: Vec<Violation> = Vec::new();
+    let mut runs: HashMap<String, Runs> = HashMap::new();
+    for line in stage.task_effects() {
+        match line.split(' ').collect::<Vec<_>>()[..] {
+            [job, _, "begun"] => runs.entry(job.to_owned()).or_default().begun += 1,
+            [job, _, "done"] => runs.entry(job.to_owned()).or_default().done += 1,
+            _ => violations.push(Violation::new(DONE, format!("a task wrote {line:?}"))),
+        }
+    }
     let mut counts = Counts { effects: effects.count(), ..Counts::default() };
     for text in watch.changed() {
         let job = text.split(':').next().unwrap_or_default().to_owned();
@@ -126,8 +169,13 @@ pub fn of_jobs(stage: &Stage, watch: &Watch, crashes: &Crashes) -> io::Result<(V
             continue;
         }
         *counts.by_status.entry(hash.get("status").cloned().unwrap_or_default()).or_default() += 1;
-        let crashed = crashes.iter().any(|(_, up)| *up >= acknowledged);
-        of_statements(life, &hash, &effects, crashed, &mut violations, &mut counts);
+        if life.job.task().is_some() {
+            let runs = runs.get(id).copied().unwrap_or_default();
+            of_task(life, &hash, runs, seen, &mut violations, &mut counts);
+        } else {
+            let crashed = seen.crashes.iter().any(|(_, up)| *up >= acknowledged);
+            of_statements(life, &hash, &effects, crashed, &mut violations, &mut counts);
+        }
         // Of a job that had ended but for its own fallback, that fallback is what was cancelled.
         let cancelled =
             ["status", "fallback_status"].iter().any(|field| hash.get(*field).is_some_and(|s| s == "cancelled"));
@@ -137,7 +185,7 @@ pub fn of_jobs(stage: &Stage, watch: &Watch, crashes: &Crashes) -> io::Result<(V
         if let Some(started) = hash.get("started_at")
             && !life.job.out_of_line()
         {
-            starts.entry(life.job.user.clone()).or_default().push((acknowledged, started.clone(), id.clone()));
+            starts.entry(life.job.line()).or_default().push((acknowledged, started.clone(), id.clone()));
         }
     }
     for (_, mut starts) in starts {
@@ -175,8 +223,67 @@ pub struct Counts {
     pub unknown: usize,
     /// Statements outside of transactions that ended so.
     pub unknown_bare: usize,
-    /// Statements that were to succeed and were failed by a fault.
+    /// Tasks, by what runs them.
+    pub tasks: BTreeMap<&'static str, usize>,
+    /// How often tasks were begun, and done.
+    pub runs: Runs,
+    /// Statements and tasks that were to succeed and were failed by a fault.
     pub failed_by_faults: BTreeMap<String, usize>,
+}
+
+/// How often something was begun and done.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Runs {
+    /// Begun.
+    pub begun: usize,
+    /// Done.
+    pub done: usize,
+}
+
+fn of_task(
+    life: &Life,
+    hash: &Hash,
+    runs: Runs,
+    seen: &Seen<'_>,
+    violations: &mut Vec<Violation>,
+    counts: &mut Counts,
+) {
+    let (id, deed) = (&life.job.id, life.job.deed());
+    *counts.tasks.entry(life.job.task().map_or("", Handler::op)).or_default() += 1;
+    counts.runs.begun += runs.begun;
+    counts.runs.done += runs.done;
+    let text = |name: &str| hash.get(name).map_or("", String::as_str);
+    let number = |name: &str| text(name).parse().unwrap_or(0);
+    let reason = text("failed_reason");
+    let planned = reason.contains("planned");
+    let faults = match (life.acknowledged, &life.ended) {
+        (Some(acknowledged), Some((_, ended))) => seen.in_its_life(acknowledged, *ended),
+        _ => Vec::new(),
+    };
+    let is_killed = ["the program was ended by SIGKILL", "the command was ended by SIGKILL"];
+    let killed = is_killed.iter().any(|words| reason.starts_with(words)) && faults.contains(&HANDLERS_KILLED);
+    let right = match (text("status"), deed) {
+        ("done", Deed::Fail) => false,
+        ("done", _) => runs.done >= 1,
+        ("failed", Deed::Fail) => planned || killed,
+        // It had one attempt.
+        ("failed", _) => killed && life.job.max_attempts.is_none(),
+        ("ignored", _) => reason.starts_with("set aside") && number("unclean") >= MAX_UNCLEAN,
+        ("cancelled", _) => life.job.cancel_after.is_some(),
+        _ => false,
+    };
+    if !right || (deed == Deed::Fail && runs.done > 0) {
+        let found = format!("it is {:?} because of {reason:?}, and was done {} times", text("status"), runs.done);
+        violations.push(Violation::of(id, DONE, found));
+    }
+    if killed {
+        *counts.failed_by_faults.entry(reason.chars().take(90).collect()).or_default() += 1;
+    }
+    let (errors, faults) = (number("attempts"), faults.len());
+    if runs.begun > 1 + errors + faults {
+        let found = format!("it was begun {} times, with {errors} errors and {faults} faults", runs.begun);
+        violations.push(Violation::of(id, ATTEMPTS, found));
+    }
 }
 
 /// The statuses of a job's statements by step, as the record has them.
@@ -273,6 +380,24 @@ pub const LAYOUT: &[KeyRule] = &[
     ("batch:queues:{}", "list"),
     ("batch:rejected", "stream"),
     ("drayman:version", "string"),
+    ("drayman:tasks:{}", "list"),
+    ("drayman:high:{}", "list"),
+    ("drayman:low:{}", "list"),
+    ("drayman:bands", "hash"),
+    ("drayman:lines", "set"),
+    ("drayman:unique:{}", "string"),
+    ("drayman:active", "hash"),
+    ("drayman:barred:{}", "set"),
+    ("drayman:throttled", "zset"),
+    ("drayman:starts:{}", "list"),
+    ("drayman:paused", "string"),
+    ("drayman:turn", "string"),
+    ("drayman:track:{}", "hash"),
+    ("drayman:track_status:{}", "zset"),
+    ("drayman:track_locks:{}", "zset"),
+    ("drayman:track_expiring:{}", "zset"),
+    ("drayman:schedule:{}", "hash"),
+    ("drayman:schedules", "zset"),
     ("drayman:pool:{}", "hash"),
     ("drayman:ready:{}", "zset"),
     ("drayman:debt:{}", "zset"),
@@ -295,6 +420,11 @@ pub const LAYOUT: &[KeyRule] = &[
     ("drayman:kept", "hash"),
     ("drayman:delayed", "hash"),
     ("drayman:delays", "hash"),
+    ("drayman:batches", "zset"),
+    ("drayman:batch_rows:{}", "hash"),
+    ("drayman:batch_blocks:{}", "hash"),
+    ("drayman:batch_results:{}", "hash"),
+    ("drayman:batch_parts:{}", "set"),
     ("drayman:full", "string"),
     ("drayman:confirming", "string"),
 ];
@@ -315,7 +445,9 @@ pub fn of_keys(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String])
     let mut members =
         |key: &str| -> io::Result<Vec<String>> { Ok(ask(&mut redis, &["ZRANGE", key, "0", "-1"])?.texts()) };
     let finished: BTreeSet<String> = members("drayman:finished")?.into_iter().collect();
-    let pools: BTreeSet<String> = HOSTS.iter().map(|host| format!("sql:{host}")).collect();
+    let handlers = [Handler::Program, Handler::Command, Handler::Rust].map(|handler| format!("{APP}.{}", handler.op()));
+    let handlers = handlers.into_iter().chain([format!("{APP}.{}", super::batches::OP)]);
+    let pools: BTreeSet<String> = HOSTS.iter().map(|host| format!("sql:{host}")).chain(handlers).collect();
     if finished != *jobs {
         let odd: Vec<_> = finished.symmetric_difference(jobs).take(5).collect();
         found.push(format!("drayman:finished and the ended jobs differ: {odd:?}"));
@@ -353,14 +485,17 @@ pub fn of_keys(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String])
                 let idle = field("running")?.text() == "0" && field("blocked")?.is_nil();
                 pools.contains(parameter) && idle
             }
+            "drayman:batch_rows:{}" | "drayman:batch_blocks:{}" | "drayman:batch_results:{}" => {
+                jobs.contains(parameter)
+            }
             "drayman:debt:{}" => pools.contains(parameter),
             "drayman:parked:{}" => {
                 let parked = ask(&mut redis, &["ZRANGE", &key, "0", "-1"])?.texts();
                 parked.iter().all(|session| sessions.contains(session))
             }
             "drayman:services" => !sessions.is_empty(),
-            "drayman:sessions" | "drayman:version" | "drayman:term" | "drayman:pools" | "drayman:finished"
-            | "drayman:expiring" | "drayman:kept" => true,
+            "drayman:sessions" | "drayman:version" | "drayman:term" | "drayman:pools" | "drayman:turn"
+            | "drayman:batches" | "drayman:finished" | "drayman:expiring" | "drayman:kept" => true,
             // Queues, claims, work lists, the due, the busy, the lost and the rejected: nothing is left to do.
             _ => false,
         };
@@ -409,6 +544,9 @@ pub fn account(stage: &Stage, watch: &Watch, id: &str) -> String {
             }
         }
         Err(error) => drop(writeln!(text, "    its hash can't be read: {error}")),
+    }
+    for line in stage.task_effects().iter().filter(|line| line.starts_with(&format!("{id} "))) {
+        let _ = writeln!(text, "    task: {line}");
     }
     match stage.sql(&format!("SELECT step, name FROM effects WHERE job = '{id}'")) {
         Ok(rows) => drop(writeln!(text, "    effects: {rows:?}")),

@@ -1,4 +1,4 @@
-//! What is submitted: a function of the seed, the user and the job's number.
+//! What is submitted: a function of the seed, the user, the job's number, and of which handlers there are.
 
 use std::time::Duration;
 
@@ -11,6 +11,31 @@ pub const CAPACITY: usize = 2;
 
 /// The pools, each by the host that its jobs name.
 pub const HOSTS: [&str; 2] = ["127.0.0.1", "localhost"];
+
+/// The application whose operations tasks call.
+pub const APP: &str = "chaos";
+
+/// What a task's handler is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Handler {
+    /// A program that stays.
+    Program,
+    /// A command.
+    Command,
+    /// A function of the worker.
+    Rust,
+}
+
+impl Handler {
+    /// The operation.
+    pub fn op(self) -> &'static str {
+        match self {
+            Handler::Program => "program",
+            Handler::Command => "command",
+            Handler::Rust => "rust",
+        }
+    }
+}
 
 /// How a job is handed in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,14 +50,15 @@ pub enum Route {
     Native,
 }
 
-/// What a statement does beside entering itself into the table of effects.
+/// What a statement does beside entering itself into the table of effects, or a task beside its lines in the file of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Deed {
     /// It takes a place of its pool in the database for so long.
     Work(Duration),
     /// It raises an error after its effect.
     Fail,
-    /// It raises a serialization failure the first time, after its effect.
+    /// It raises a serialization failure the first time, after its effect. A task wants another attempt after its first, or its
+    /// process ends.
     FailOnce,
     /// It sleeps for longer than a session may be silent, without a place.
     Linger(Duration),
@@ -57,7 +83,7 @@ pub struct Entry {
     onerror: Option<Step>,
 }
 
-/// The form of a job's query.
+/// The form of a job's query, or what runs its task.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Form {
     /// One text.
@@ -66,6 +92,8 @@ pub enum Form {
     List,
     /// Entries with fallbacks of their own, and the job's.
     Fallback,
+    /// A task, whose one step is what it does.
+    Task(Handler),
 }
 
 /// One job to submit.
@@ -98,7 +126,7 @@ pub struct Job {
 
 impl Job {
     /// The `number`-th job of a user.
-    pub fn plan(seed: u64, user: usize, number: u64) -> Self {
+    pub fn plan(seed: u64, user: usize, number: u64, handlers: &[Handler]) -> Self {
         let mut random = Random::of(seed, &[1, user as u64, number]);
         let id = format!("u{user}-{number}");
         let route = match random.weighted(&[3, 3, 1, 3]) {
@@ -111,8 +139,9 @@ impl Job {
             2 => Route::HashLast,
             _ => Route::Native,
         };
-        let form = [Form::Single, Form::List, Form::Fallback][random.weighted(&[5, 3, 3])];
-        let count = if form == Form::Single { 1 } else { random.between(1, 4) };
+        let handler = handlers[random.between(0, handlers.len() as u64) as usize];
+        let form = [Form::Single, Form::List, Form::Fallback, Form::Task(handler)][random.weighted(&[5, 3, 3, 9])];
+        let count = if matches!(form, Form::Single | Form::Task(_)) { 1 } else { random.between(1, 4) };
         let fallbacks = form == Form::Fallback;
         let entries: Vec<Entry> = (0..count)
             .map(|at| Entry {
@@ -122,7 +151,7 @@ impl Job {
             })
             .collect();
         // Beside a single text they stand in fields of their own.
-        let own = if form == Form::List { 0 } else { 30 };
+        let own = if matches!(form, Form::List | Form::Task(_)) { 0 } else { 30 };
         let onsuccess = random.chance(own).then(|| step("onsuccess".into(), &mut random));
         let onerror = random.chance(own).then(|| step("onerror".into(), &mut random));
         let mut job = Self {
@@ -140,10 +169,42 @@ impl Job {
             onsuccess,
             onerror,
         };
+        if job.task().is_some() {
+            // Longer than most statements: a task has nothing but its time in which faults can meet it.
+            job.entries[0].main.deed = match random.weighted(&[5, 1, 2, 2]) {
+                0 => Deed::Work(random.ms(0, 1_200)),
+                1 => Deed::Fail,
+                2 => Deed::FailOnce,
+                _ => Deed::Linger(random.ms(1_500, 5_000)),
+            };
+        }
         if job.steps().any(|step| step.deed == Deed::FailOnce) {
             job.max_attempts = Some(12);
         }
         job
+    }
+
+    /// What runs it, if it is a task.
+    pub fn task(&self) -> Option<Handler> {
+        match self.form {
+            Form::Task(handler) => Some(handler),
+            _ => None,
+        }
+    }
+
+    /// What a task is to do.
+    pub fn deed(&self) -> Deed {
+        self.entries[0].main.deed
+    }
+
+    /// The field `input` of a task.
+    pub fn input(&self) -> String {
+        let (deed, time) = match self.deed() {
+            Deed::Work(time) | Deed::Linger(time) => ("work", time),
+            Deed::Fail => ("fail", Duration::ZERO),
+            Deed::FailOnce | Deed::Vacuum => ("once", Duration::ZERO),
+        };
+        json!({ "deed": deed, "ms": time.as_millis() as u64 }).to_string()
     }
 
     /// All its statements.
@@ -158,12 +219,18 @@ impl Job {
 
     /// Whether jobs of the same user that were handed in earlier may start later: then it says nothing about turns.
     pub fn out_of_line(&self) -> bool {
-        self.delay.is_some() || self.route == Route::HashLast
+        // A task that others pushed waits in their list until it is noticed, while new ones come into its line.
+        self.delay.is_some() || self.route == Route::HashLast || (self.task().is_some() && self.route != Route::Native)
+    }
+
+    /// Where it waits for its turn.
+    pub fn line(&self) -> String {
+        format!("{} {}", self.user, self.task().map_or("sql", Handler::op))
     }
 
     /// The sequences that its statements need in the database.
     pub fn sequences(&self) -> Vec<String> {
-        let once = self.steps().filter(|step| step.deed == Deed::FailOnce);
+        let once = self.steps().filter(|step| step.deed == Deed::FailOnce && self.task().is_none());
         once.map(|step| sequence(&self.id, &step.name)).collect()
     }
 
@@ -171,7 +238,7 @@ impl Job {
     pub fn query(&self) -> String {
         let sql = |step: &Step| self.sql(step);
         match self.form {
-            Form::Single => sql(&self.entries[0].main),
+            Form::Single | Form::Task(_) => sql(&self.entries[0].main),
             Form::List => self.entries.iter().map(|entry| sql(&entry.main)).collect::<Value>().to_string(),
             Form::Fallback => {
                 let entries = self.entries.iter().map(|entry| {
@@ -272,6 +339,14 @@ pub fn schema() -> String {
          CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED
            FOR EACH ROW EXECUTE FUNCTION slow_commit();
          CREATE FUNCTION refuse() RETURNS void LANGUAGE plpgsql AS $$ BEGIN RAISE 'it''s \"planned\"'; END $$;
+         CREATE TABLE rows (batch text, n int);
+         CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT ON rows DEFERRABLE INITIALLY DEFERRED
+           FOR EACH ROW WHEN (NEW.n % 40 = 0) EXECUTE FUNCTION slow_commit();
+         CREATE FUNCTION row_of(batch text, n int, deed text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
+           INSERT INTO public.rows VALUES (batch, n);
+           PERFORM pg_sleep(0.002);
+           IF deed = 'fail' THEN RAISE 'planned'; END IF;
+         END $$;
          CREATE FUNCTION fail_once(name text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
            IF nextval(name::regclass) = 1 THEN RAISE 'once' USING ERRCODE = '40001'; END IF;
          END $$"
@@ -284,10 +359,12 @@ mod tests {
 
     #[test]
     fn a_seed_and_a_number_are_one_job_and_every_kind_comes_up() {
-        let jobs: Vec<Job> = (0..300).map(|number| Job::plan(3, 1, number)).collect();
-        let again = Job::plan(3, 1, 17);
+        let handlers = [Handler::Program, Handler::Command, Handler::Rust];
+        let jobs: Vec<Job> = (0..300).map(|number| Job::plan(3, 1, number, &handlers)).collect();
+        let again = Job::plan(3, 1, 17, &handlers);
         assert_eq!(format!("{again:?}"), format!("{:?}", jobs[17]));
-        for form in [Form::Single, Form::List, Form::Fallback] {
+        let tasks = handlers.map(Form::Task);
+        for form in [&[Form::Single, Form::List, Form::Fallback], &tasks[..]].concat() {
             assert!(jobs.iter().any(|job| job.form == form));
         }
         assert!(jobs.iter().any(|job| job.delay.is_some()) && jobs.iter().any(|job| job.cancel_after.is_some()));

@@ -5,9 +5,17 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use queue_core::ids::{Fence, JobId, User};
+use queue_core::model::batch::RowResult;
 use tokio_util::sync::CancellationToken;
 
+pub mod command;
+pub mod function;
+pub mod handlers;
+pub mod process;
+pub mod program;
+pub mod rows;
 pub mod sql;
+pub mod task;
 
 /// One statement to run, once.
 #[derive(Debug, Clone)]
@@ -124,12 +132,65 @@ pub struct Failure {
     pub undone: bool,
 }
 
+/// One statement to run for each of some rows of a batch, all in one transaction.
+#[derive(Debug, Clone)]
+pub struct RowsWork {
+    /// The statement, as it runs for each row: its text names the row's values as parameters, its time is that of one row. The
+    /// job is the chunk that the rows are.
+    pub each: Work,
+    /// The rows, in the order in which they run.
+    pub rows: Vec<SqlRow>,
+}
+
+/// One row for a statement.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SqlRow {
+    /// Its place in the chunk, to name it in the answer.
+    pub place: usize,
+    /// The values of the parameters: a JSON array for those with numbers, a JSON object for those with names.
+    pub input: Vec<u8>,
+}
+
+/// What an executor may ask of the claim to a chunk of rows.
+#[async_trait]
+pub trait RowsLedger: Send + Sync {
+    /// As that of a [`Ledger`].
+    async fn confirm(&self) -> Result<(), ClaimLost>;
+    /// Stores a trace and the answers to rows with the chunk, in one step, under the claim. Who finds later that the transaction
+    /// was committed has the answers.
+    async fn note(&self, trace: Trace, answers: &RowAnswers) -> Result<(), ClaimLost>;
+}
+
+/// What became of rows, by their places.
+pub type RowAnswers = Vec<(usize, RowResult)>;
+
+/// How a statement for rows ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SqlRowsEnd {
+    /// The transaction is committed. It holds what these rows did; rows without an answer were not begun.
+    Committed(RowAnswers),
+    /// The transaction of an earlier execution is committed, and nothing was run now: the answers that were noted with it stand.
+    EarlierCommitted,
+    /// Nothing took effect, of no row.
+    Failed(Failure),
+    /// Nothing took effect, because `stop` was asked for.
+    Stopped,
+    /// The claim was lost on the way: nothing may be recorded.
+    ClaimLost,
+    /// Whether the transaction took effect can't be known.
+    Unknown(String),
+}
+
 /// Runs work of one kind.
 #[async_trait]
 pub trait Executor: Send + Sync {
     /// Runs `work` to its end. When `stop` fires, interrupts it, waits until that is settled, and tells what really
     /// happened: a statement that got through first is [`End::Done`].
     async fn execute(&self, work: Work, ledger: &dyn Ledger, stop: CancellationToken) -> End;
+
+    /// Runs a statement for rows. Each row takes effect or fails by itself, and what took effect is committed once, with all the
+    /// other rows' effects. When `stop` fires, nothing is committed any more.
+    async fn execute_rows(&self, work: RowsWork, ledger: &dyn RowsLedger, stop: CancellationToken) -> SqlRowsEnd;
 
     /// How SQL is to be quoted for a target.
     fn dialect(&self, target: &Target) -> sql::template::Dialect;

@@ -3,6 +3,7 @@
 mod cluster;
 mod commit_proxy;
 mod postgres;
+mod rows;
 mod sqlite;
 mod support;
 mod tls;

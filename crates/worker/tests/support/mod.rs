@@ -2,6 +2,8 @@
 
 #![allow(dead_code)] // each test file uses its part
 
+pub mod collector;
+pub mod handlers;
 pub mod house;
 
 use std::time::Duration;
@@ -49,7 +51,7 @@ impl Running {
     pub fn start(config: Config) -> Self {
         let shutdown = Shutdown::new();
         let (limits, limits_now) = watch::channel(worker::app::limits(&config));
-        let handle = tokio::spawn(worker::app::run(config, limits_now, shutdown.clone()));
+        let handle = tokio::spawn(worker::app::run(config, Vec::new(), limits_now, shutdown.clone()));
         Self { shutdown, limits, handle }
     }
 

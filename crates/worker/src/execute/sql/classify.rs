@@ -32,6 +32,36 @@ pub(super) fn shape(sql: &str) -> Shape {
     }
 }
 
+/// Why a text can't be run for each of some rows in one transaction of ours, if it can't. That it is no more than one statement
+/// the database itself sees to.
+pub(super) fn refusal_for_rows(sql: &str, dialect: super::template::Dialect) -> Option<&'static str> {
+    // PostgreSQL would refuse it, SQLite read no further.
+    if sql.contains('\0') {
+        return Some("it holds a NUL byte");
+    }
+    let dialect: &dyn Dialect = match dialect {
+        super::template::Dialect::Postgres => &PostgreSqlDialect {},
+        super::template::Dialect::Sqlite => &SQLiteDialect {},
+    };
+    let Some(statements) = statements(sql, dialect) else { return Some("a quote or comment in it has no end") };
+    let ours = ["SAVEPOINT", "RELEASE", "ROLLBACK", "DEALLOCATE", "DISCARD"];
+    let statements: Vec<_> = statements.into_iter().filter(|words| !words.is_empty()).collect();
+    if statements.len() > 1 {
+        return Some("it is more than one statement");
+    }
+    statements.first().and_then(|words| {
+        if copies_with_client(words) {
+            Some("it copies from or to the client, and there is no client")
+        } else if controls_transactions(words) || ours.iter().any(|word| is(words, word)) {
+            Some("it would end or undo the transaction of all rows")
+        } else if refuses_transaction(words) {
+            Some("it can't run in a transaction")
+        } else {
+            None
+        }
+    })
+}
+
 /// The command tag of one SQLite statement, in PostgreSQL's manner, e.g. `UPDATE 3`.
 pub(super) fn sqlite_tag(statement: &str, changed: u64, rows: u64) -> Option<String> {
     let statements = statements(statement, &SQLiteDialect {})?;

@@ -3,6 +3,7 @@
 mod classify;
 pub mod databases;
 mod postgres;
+mod rows;
 mod sqlite;
 pub mod template;
 
@@ -14,7 +15,10 @@ use tokio_util::sync::CancellationToken;
 
 use self::databases::{DatabaseSettings, Databases, PostgresSettings, SettingFault, SqlSettings, SqliteSettings};
 use self::postgres::{Address, Server, Tls};
-use super::{End, Executor, Failure, Ledger, Report, Target, Work};
+use super::{
+    ClaimLost, End, Executor, Failure, Ledger, Report, RowAnswers, RowsLedger, RowsWork, SqlRowsEnd, Target, Trace,
+    Work,
+};
 
 /// How many notices of one statement are kept.
 pub const NOTICES_MAX: usize = 20;
@@ -95,15 +99,22 @@ impl SqlExecutor {
         })
     }
 
-    async fn on_named(&self, name: &str, work: &Work, ledger: &dyn Ledger, stop: &CancellationToken) -> End {
+    /// Where the work is to be done.
+    fn place(&self, work: &Work) -> Result<Place, String> {
+        let name = match &work.target {
+            Target::Host { host, port, dbname, dbuser, pass } => {
+                return self.named_by_job(host, *port, dbname, dbuser, pass).map(Place::Postgres);
+            }
+            Target::Named(name) => name,
+        };
         match self.databases.get(name) {
-            None => refused(format!("database '{name}' is not known to this worker (databases.{name})")),
+            None => Err(format!("database '{name}' is not known to this worker (databases.{name})")),
             Some(Database::Postgres(settings, tls)) => {
                 // Where the password is kept is the operator's business, not the job's.
-                let Ok(password) = settings.password() else {
-                    return refused(format!("the password of database '{name}' can't be read by this worker"));
-                };
-                let server = Server {
+                let password = settings
+                    .password()
+                    .map_err(|_| format!("the password of database '{name}' can't be read by this worker"))?;
+                Ok(Place::Postgres(Server {
                     name: format!("database '{name}'"),
                     address: Address::new(&settings.host, settings.port),
                     tls: tls.clone(),
@@ -111,16 +122,41 @@ impl SqlExecutor {
                     role: settings.role_of(&work.user),
                     password,
                     connect_timeout: self.sql.connect_timeout,
-                };
-                postgres::execute(&server, self.sql.lost_statement, work, ledger, stop).await
+                }))
             }
-            Some(Database::Sqlite(settings)) => match settings.path_of(&work.user) {
-                Err(reason) => refused(reason.into()),
-                Ok(path) => {
-                    let file = sqlite::File { path, create: settings.create };
-                    sqlite::execute(file, self.sql.lost_statement, work, ledger, stop).await
-                }
-            },
+            Some(Database::Sqlite(settings)) => {
+                Ok(Place::Sqlite(sqlite::File { path: settings.path_of(&work.user)?, create: settings.create }))
+            }
+        }
+    }
+}
+
+/// A database that work can be done on.
+enum Place {
+    Postgres(Server),
+    Sqlite(sqlite::File),
+}
+
+/// What an execution asks of its claim, for a single statement or for rows.
+#[derive(Clone, Copy)]
+enum Book<'a> {
+    Statement(&'a dyn Ledger),
+    Rows(&'a dyn RowsLedger),
+}
+
+impl Book<'_> {
+    async fn confirm(self) -> Result<(), ClaimLost> {
+        match self {
+            Book::Statement(ledger) => ledger.confirm().await,
+            Book::Rows(ledger) => ledger.confirm().await,
+        }
+    }
+
+    /// A single statement has no answers.
+    async fn note(self, trace: Trace, answers: &RowAnswers) -> Result<(), ClaimLost> {
+        match self {
+            Book::Statement(ledger) => ledger.note(trace).await,
+            Book::Rows(ledger) => ledger.note(trace, answers).await,
         }
     }
 }
@@ -132,14 +168,36 @@ impl Executor for SqlExecutor {
         if work.sql.contains('\0') {
             return refused("the SQL text holds a NUL byte".into());
         }
-        match &work.target {
-            Target::Host { host, port, dbname, dbuser, pass } => {
-                match self.named_by_job(host, *port, dbname, dbuser, pass) {
-                    Ok(server) => postgres::execute(&server, self.sql.lost_statement, &work, ledger, &stop).await,
-                    Err(reason) => refused(reason),
-                }
-            }
-            Target::Named(name) => self.on_named(name, &work, ledger, &stop).await,
+        let (book, lost) = (Book::Statement(ledger), self.sql.lost_statement);
+        match self.place(&work) {
+            Ok(Place::Postgres(server)) => postgres::execute(&server, lost, &work, book, &stop).await,
+            Ok(Place::Sqlite(file)) => sqlite::execute(file, lost, &work, book, &stop).await,
+            Err(reason) => refused(reason),
+        }
+    }
+
+    async fn execute_rows(&self, work: RowsWork, ledger: &dyn RowsLedger, stop: CancellationToken) -> SqlRowsEnd {
+        let RowsWork { each: work, rows } = work;
+        let (book, lost) = (Book::Rows(ledger), self.sql.lost_statement);
+        let ended = match self.place(&work) {
+            Ok(Place::Postgres(server)) => postgres::execute_rows(&server, lost, &work, &rows, book, &stop).await,
+            Ok(Place::Sqlite(file)) => sqlite::execute_rows(file, lost, &work, rows, book, &stop).await,
+            Err(reason) => Err(refused(reason)),
+        };
+        match ended {
+            Ok(answers) => SqlRowsEnd::Committed(answers),
+            Err(End::Done(_)) => SqlRowsEnd::EarlierCommitted,
+            Err(End::Failed(failure)) => SqlRowsEnd::Failed(failure),
+            Err(End::Stopped) => SqlRowsEnd::Stopped,
+            // It was SQL of ours that somebody cancelled. A row's statement fails its row.
+            Err(End::CancelledElsewhere) => SqlRowsEnd::Failed(Failure {
+                message: "canceling statement due to user request".into(),
+                sqlstate: Some(QUERY_CANCELED.into()),
+                retryable: true,
+                undone: true,
+            }),
+            Err(End::ClaimLost) => SqlRowsEnd::ClaimLost,
+            Err(End::Unknown(reason)) => SqlRowsEnd::Unknown(reason),
         }
     }
 

@@ -6,6 +6,8 @@
 
 mod exclusion;
 mod link;
+mod returned;
+mod rows;
 mod wire;
 
 use std::time::Duration;
@@ -20,8 +22,8 @@ use self::link::{Fault, Interrupt, Link};
 use self::wire::COPY_REFUSED;
 use super::classify::{Shape, shape};
 use super::databases::LostStatement;
-use super::{LOST_UNTRANSACTED, commented, committed_earlier, timed_out, until};
-use crate::execute::{ClaimLost, End, Failure, Ledger, Report, Trace, Work};
+use super::{Book, LOST_UNTRANSACTED, commented, committed_earlier, timed_out, until};
+use crate::execute::{ClaimLost, End, Failure, Report, RowAnswers, SqlRow, Trace, Work};
 
 /// How long the backends of an earlier execution may take to go.
 const EXCLUSION_MAX: Duration = Duration::from_secs(10);
@@ -71,7 +73,7 @@ pub(super) async fn execute(
     server: &Server,
     lost: LostStatement,
     work: &Work,
-    ledger: &dyn Ledger,
+    book: Book<'_>,
     stop: &CancellationToken,
 ) -> End {
     let shape = shape(&work.sql);
@@ -79,15 +81,30 @@ pub(super) async fn execute(
         return End::Failed(Failure { message: COPY_REFUSED.into(), ..Failure::default() });
     }
     let identity = Identity::new(&work.job, work.fence);
-    let execution = Execution { server, lost, work, ledger, stop, identity };
+    let execution = Execution { server, lost, work, book, stop, identity };
     execution.run(shape).await.unwrap_or_else(|end| end)
+}
+
+/// Runs the statement of `work` for each of `rows`, and commits once. `Err` is an end without answers: `Done` means that an earlier
+/// execution had committed.
+pub(super) async fn execute_rows(
+    server: &Server,
+    lost: LostStatement,
+    work: &Work,
+    rows: &[SqlRow],
+    book: Book<'_>,
+    stop: &CancellationToken,
+) -> Result<RowAnswers, End> {
+    let identity = Identity::new(&work.job, work.fence);
+    let execution = Execution { server, lost, work, book, stop, identity };
+    execution.run_rows(rows).await
 }
 
 struct Execution<'a> {
     server: &'a Server,
     lost: LostStatement,
     work: &'a Work,
-    ledger: &'a dyn Ledger,
+    book: Book<'a>,
     stop: &'a CancellationToken,
     identity: Identity,
 }
@@ -95,11 +112,28 @@ struct Execution<'a> {
 impl Execution<'_> {
     /// `Err` is an end as well, reached early.
     async fn run(&self, shape: Shape) -> Result<End, End> {
+        let link = self.settled().await?;
+        if shape == Shape::Transactional {
+            match self.transacted(link).await? {
+                Transacted::Ended(end) => Ok(end),
+                // Anew, so that nothing of the first try is left in the session.
+                Transacted::Refused => self.untransacted(until(self.stop, self.open(self.others())).await??).await,
+            }
+        } else {
+            self.untransacted(link).await
+        }
+    }
+
+    fn others(&self) -> Others {
+        if self.work.takes_over { Others::Possible } else { Others::Unlikely }
+    }
+
+    /// A connection on which nothing of earlier executions is left to be found out. `Err` too where one of them had committed.
+    async fn settled(&self) -> Result<Link, End> {
         // A takeover is brought to its end even if a stop came first: only then is it known what there is to stop.
         let unstoppable = CancellationToken::new();
         let stop = if self.work.takes_over { &unstoppable } else { self.stop };
-        let others = if self.work.takes_over { Others::Possible } else { Others::Unlikely };
-        let link = until(stop, self.open(others)).await??;
+        let link = until(stop, self.open(self.others())).await??;
         match &self.work.earlier {
             None => {}
             Some(Trace::Untransacted) => match self.lost {
@@ -109,7 +143,7 @@ impl Execution<'_> {
             Some(Trace::Transaction(id)) => match until(stop, fate(&link, id)).await? {
                 Fate::Committed => {
                     link.close().await;
-                    return Ok(committed_earlier());
+                    return Err(committed_earlier());
                 }
                 Fate::Aborted => {}
                 Fate::InProgress => {
@@ -125,15 +159,7 @@ impl Execution<'_> {
                 }
             },
         }
-        if shape == Shape::Transactional {
-            match self.transacted(link).await? {
-                Transacted::Ended(end) => Ok(end),
-                // Anew, so that nothing of the first try is left in the session.
-                Transacted::Refused => self.untransacted(until(self.stop, self.open(others)).await??).await,
-            }
-        } else {
-            self.untransacted(link).await
-        }
+        Ok(link)
     }
 
     /// Connects and waits until no other execution of the job is left.
@@ -181,7 +207,7 @@ impl Execution<'_> {
             }
             // A worker that was asleep while its job went to another one must not disturb that.
             if !asked {
-                self.ledger.confirm().await.map_err(claim_lost)?;
+                self.book.confirm().await.map_err(claim_lost)?;
                 asked = true;
             }
             link.row(&self.identity.terminate_others()).await.map_err(unstarted)?;
@@ -190,14 +216,18 @@ impl Execution<'_> {
         }
     }
 
-    async fn transacted(&self, mut link: Link) -> Result<Transacted, End> {
+    /// Begins the transaction in which a user's text runs.
+    async fn begin(&self, link: &Link, sql: &str) -> Result<(), End> {
         // BEGIN alone does nothing yet, so it need not wait for the claim. It must have succeeded before the text is sent,
         // or the text would commit by itself.
         let (confirmed, begun) =
-            until(self.stop, async { tokio::join!(self.ledger.confirm(), link.command("BEGIN")) }).await?;
+            until(self.stop, async { tokio::join!(self.book.confirm(), link.command(sql)) }).await?;
         confirmed.map_err(claim_lost)?;
-        begun.map_err(unstarted)?;
+        begun.map_err(unstarted)
+    }
 
+    async fn transacted(&self, mut link: Link) -> Result<Transacted, End> {
+        self.begin(&link, "BEGIN").await?;
         let mut ran = link.run(&commented(self.work), self.stop, self.deadline()).await;
         let mut id = None;
         if ran.is_ok() {
@@ -213,18 +243,23 @@ impl Execution<'_> {
             self.give_up(link, Some(&fault)).await;
             return if refused { Ok(Transacted::Refused) } else { Err(self.rolled_back(fault, interrupt).await) };
         }
+        Ok(Transacted::Ended(self.commit(link, id, &RowAnswers::new()).await))
+    }
+
+    /// Notes the transaction, if it has written anything, and commits it. `Done` if that took effect.
+    async fn commit(&self, link: Link, id: Option<String>, answers: &RowAnswers) -> End {
         if let Some(id) = &id {
-            let noted = until(self.stop, self.ledger.note(Trace::Transaction(id.clone()))).await;
+            let noted = until(self.stop, self.book.note(Trace::Transaction(id.clone()), answers)).await;
             if let Err(end) = noted.and_then(|noted| noted.map_err(claim_lost)) {
                 self.give_up(link, None).await;
-                return Err(end);
+                return end;
             }
         }
         // What is set free is sent along: the server gets to it when it is done with COMMIT.
         let (committed, _) = tokio::join!(link.command("COMMIT"), link.command(self.identity.release()));
         let report = link.report();
         let interrupt = link.interrupt;
-        let end = match committed {
+        match committed {
             Ok(()) => {
                 link.close().await;
                 End::Done(report)
@@ -241,13 +276,12 @@ impl Execution<'_> {
                 link.close().await;
                 self.rolled_back(fault, interrupt).await
             }
-        };
-        Ok(Transacted::Ended(end))
+        }
     }
 
     async fn untransacted(&self, mut link: Link) -> Result<End, End> {
         // The note is taken under the claim, so it need not be asked for beside.
-        until(self.stop, self.ledger.note(Trace::Untransacted)).await?.map_err(claim_lost)?;
+        until(self.stop, self.book.note(Trace::Untransacted, &RowAnswers::new())).await?.map_err(claim_lost)?;
         let ran = link.run(&commented(self.work), self.stop, self.deadline()).await;
         let (report, interrupt) = (link.report(), link.interrupt);
         let left_open = link.in_transaction();
@@ -310,14 +344,12 @@ impl Execution<'_> {
                 None => {}
             }
             // A worker that took the job over terminates our backend.
-            if self.ledger.confirm().await.is_err() {
+            if self.book.confirm().await.is_err() {
                 return End::ClaimLost;
             }
             return End::Failed(Failure { retryable: true, undone: true, ..failure(&fault) });
         }
-        let again = [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED];
-        let retryable = fault.code().is_some_and(|code| again.contains(code));
-        End::Failed(Failure { retryable, undone: true, ..failure(&fault) })
+        End::Failed(Failure { retryable: loses_a_race(&fault), undone: true, ..failure(&fault) })
     }
 
     /// The end of a run outside of any transaction of ours, which may have left anything.
@@ -332,7 +364,7 @@ impl Execution<'_> {
         if !fault.is_fatal() || matches!(fault, Fault::Broke(_)) {
             return End::Failed(failure(&fault));
         }
-        if self.ledger.confirm().await.is_err() {
+        if self.book.confirm().await.is_err() {
             return End::ClaimLost;
         }
         match (self.lost, interrupt) {
@@ -452,6 +484,12 @@ fn unstarted(fault: Fault) -> End {
 fn canceled_elsewhere(fault: &Fault) -> End {
     let message = fault.message();
     if message.contains("user request") { End::CancelledElsewhere } else { End::Failed(failure(fault)) }
+}
+
+/// Whether others' transactions are to blame, so that the same one may go well when it is run again.
+fn loses_a_race(fault: &Fault) -> bool {
+    let again = [SqlState::T_R_SERIALIZATION_FAILURE, SqlState::T_R_DEADLOCK_DETECTED];
+    fault.code().is_some_and(|code| again.contains(code))
 }
 
 fn claim_lost(_: ClaimLost) -> End {

@@ -6,6 +6,8 @@
 //!
 //! SQLite blocks, so it runs on a thread of its own; what it must ask of the claim goes through a channel.
 
+mod rows;
+
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,14 +17,14 @@ use rusqlite::config::DbConfig;
 use rusqlite::fallible_iterator::FallibleIterator;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::limits::Limit;
-use rusqlite::{Batch, Connection, ErrorCode, OpenFlags, params};
+use rusqlite::{Batch, Connection, ErrorCode, OpenFlags, Params, params};
 use tokio::sync::{mpsc, oneshot};
 use tokio_util::sync::CancellationToken;
 
 use super::classify::sqlite_tag;
 use super::databases::LostStatement;
-use super::{LOST_UNTRANSACTED, MESSAGE_MAX_BYTES, commented, committed_earlier, cut, timed_out, until};
-use crate::execute::{ClaimLost, End, Failure, Ledger, Report, Trace, Work};
+use super::{Book, LOST_UNTRANSACTED, MESSAGE_MAX_BYTES, commented, committed_earlier, cut, timed_out, until};
+use crate::execute::{ClaimLost, End, Failure, Report, RowAnswers, SqlRow, Trace, Work};
 
 /// How long another connection's lock is waited for.
 const BUSY_MAX: Duration = Duration::from_secs(10);
@@ -63,88 +65,127 @@ pub(super) async fn execute(
     file: File,
     lost: LostStatement,
     work: &Work,
-    ledger: &dyn Ledger,
+    book: Book<'_>,
     stop: &CancellationToken,
 ) -> End {
+    on_thread(file, lost, work, book, stop, |run| run.run()).await.unwrap_or_else(|end| end)
+}
+
+/// Runs the statement of `work` for each of `rows`, and commits once. `Err` is an end without answers: `Done` means that an earlier
+/// execution had committed.
+pub(super) async fn execute_rows(
+    file: File,
+    lost: LostStatement,
+    work: &Work,
+    rows: Vec<SqlRow>,
+    book: Book<'_>,
+    stop: &CancellationToken,
+) -> Result<RowAnswers, End> {
+    on_thread(file, lost, work, book, stop, move |run| run.run_rows(&rows)).await
+}
+
+/// Has `doing` done on a thread of its own, and asks the claim in its name.
+async fn on_thread<T: Send + 'static>(
+    file: File,
+    lost: LostStatement,
+    work: &Work,
+    book: Book<'_>,
+    stop: &CancellationToken,
+    doing: impl FnOnce(&Run) -> Result<T, End> + Send + 'static,
+) -> Result<T, End> {
     let brake = Arc::new(Brake::default());
     // A future that is dropped can't stop its thread otherwise.
     let _abandon = Abandon(brake.clone());
     let (asks, mut asked) = mpsc::channel(1);
     let run = Run { file, lost, work: work.clone(), brake: brake.clone(), asks };
-    let mut thread = tokio::task::spawn_blocking(move || run.run().unwrap_or_else(|end| end));
+    let mut thread = tokio::task::spawn_blocking(move || doing(&run));
     // A takeover first finds out what there is to stop: it asks for the claim when it has.
     let mut stoppable = !work.takes_over;
     loop {
         tokio::select! {
             biased;
             end = &mut thread => {
-                return end.unwrap_or_else(|_| End::Unknown("the executor broke down: whether the statement took effect is not known".into()));
+                return end.unwrap_or_else(|_| {
+                    Err(End::Unknown("the executor broke down: whether the statement took effect is not known".into()))
+                });
             }
-            () = stop.cancelled(), if stoppable && !brake.is_set() => brake.set(Cause::Stop),
+            () = stop.cancelled(), if stoppable && !brake.is_pulled() => brake.pull(Cause::Stop),
             Some(Ask { what, reply }) = asked.recv() => {
                 stoppable = true;
                 let asking = async {
                     match what {
-                        None => ledger.confirm().await,
-                        Some(trace) => ledger.note(trace).await,
+                        None => book.confirm().await,
+                        Some((trace, answers)) => book.note(trace, &answers).await,
                     }
                 };
                 match until(stop, asking).await {
                     Ok(answer) => drop(reply.send(answer)),
                     // Unanswered, the thread looks at its brake.
-                    Err(_) => brake.set(Cause::Stop),
+                    Err(_) => brake.pull(Cause::Stop),
                 }
             }
         }
     }
 }
 
-/// A question to the claim: whether it stands, or to note a trace.
+/// A question to the claim: whether it stands, or to note a trace with the answers to rows.
 struct Ask {
-    what: Option<Trace>,
+    what: Option<(Trace, RowAnswers)>,
     reply: oneshot::Sender<Result<(), ClaimLost>>,
 }
 
-/// Why a statement is to end early.
+/// Why the thread is to go no further, whatever its time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Cause {
     Stop = 1,
-    Deadline = 2,
-    Abandoned = 3,
+    Abandoned = 2,
 }
 
-/// Stops the thread's statement; the first cause stays.
+/// Stops the thread's statement, for a cause, the first of which stays, or because its time is over.
 #[derive(Default)]
 struct Brake {
     cause: AtomicU8,
+    overdue: AtomicBool,
     deadline: Mutex<Option<Instant>>,
 }
 
 impl Brake {
-    fn set(&self, cause: Cause) {
+    fn pull(&self, cause: Cause) {
         let _ = self.cause.compare_exchange(0, cause as u8, Ordering::SeqCst, Ordering::SeqCst);
     }
 
-    fn is_set(&self) -> bool {
+    fn is_pulled(&self) -> bool {
         self.cause.load(Ordering::SeqCst) != 0
     }
 
+    /// Gives what follows its time.
     fn set_deadline(&self, deadline: Option<Instant>) {
+        self.overdue.store(false, Ordering::SeqCst);
         *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+    }
+
+    /// What follows has no limit. Whether what ran before was overdue can still be asked.
+    fn lift_deadline(&self) {
+        *self.deadline.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    }
+
+    /// Whether the time of what ran last was over before it had ended.
+    fn is_overdue(&self) -> bool {
+        self.overdue.load(Ordering::SeqCst)
     }
 
     /// Whether to go no further.
     fn look(&self) -> bool {
         let deadline = *self.deadline.lock().unwrap_or_else(PoisonError::into_inner);
         if deadline.is_some_and(|deadline| Instant::now() >= deadline) {
-            self.set(Cause::Deadline);
+            self.overdue.store(true, Ordering::SeqCst);
         }
-        self.is_set()
+        self.is_pulled() || self.is_overdue()
     }
 
     fn end(&self) -> End {
         match self.cause.load(Ordering::SeqCst) {
-            cause if cause == Cause::Deadline as u8 => timed_out(),
+            _ if self.is_overdue() => timed_out(),
             cause if cause == Cause::Abandoned as u8 => End::ClaimLost,
             _ => End::Stopped,
         }
@@ -155,7 +196,7 @@ struct Abandon(Arc<Brake>);
 
 impl Drop for Abandon {
     fn drop(&mut self) {
-        self.0.set(Cause::Abandoned);
+        self.0.pull(Cause::Abandoned);
     }
 }
 
@@ -195,9 +236,6 @@ struct Run {
 impl Run {
     /// `Err` is an end as well, reached early. Whatever is open is rolled back when the connection goes.
     fn run(&self) -> Result<End, End> {
-        if self.work.earlier == Some(Trace::Untransacted) && self.lost == LostStatement::Unknown {
-            return Err(End::Unknown(LOST_UNTRANSACTED.into()));
-        }
         let mut connection = self.open()?;
         match self.transacted(&mut connection)? {
             Some(end) => Ok(end),
@@ -210,6 +248,9 @@ impl Run {
     }
 
     fn open(&self) -> Result<Connection, End> {
+        if self.work.earlier == Some(Trace::Untransacted) && self.lost == LostStatement::Unknown {
+            return Err(End::Unknown(LOST_UNTRANSACTED.into()));
+        }
         let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         flags.set(OpenFlags::SQLITE_OPEN_CREATE, self.file.create);
         let mut connection = Connection::open_with_flags(&self.file.path, flags).map_err(|error| {
@@ -236,39 +277,53 @@ impl Run {
         }))
     }
 
-    /// Runs the text in a transaction of ours; nothing if it can't be run so.
-    fn transacted(&self, connection: &mut Connection) -> Result<Option<End>, End> {
+    /// SQL of ours.
+    fn ours(&self, connection: &Connection, sql: &str, params: impl Params) -> Result<(), End> {
+        let done = connection.prepare_cached(sql).and_then(|mut statement| statement.execute(params));
+        done.map(drop).map_err(|error| self.failed(&error, true))
+    }
+
+    /// Begins the transaction in which a user's text runs. `Err` too where that of an earlier execution had been committed.
+    fn begin(&self, connection: &Connection) -> Result<(), End> {
         let (job, step) = (self.work.job.as_str(), self.work.step.as_str());
-        let ours = |done: rusqlite::Result<usize>| done.map_err(|error| self.failed(&error, true));
-        ours(connection.execute("BEGIN IMMEDIATE", []))?;
-        ours(connection.execute(CREATE_MARKERS, []))?;
+        self.ours(connection, "BEGIN IMMEDIATE", [])?;
+        self.ours(connection, CREATE_MARKERS, [])?;
         if let Some(Trace::Transaction(id)) = &self.work.earlier {
             let found = connection.query_row(FIND_MARKER, params![job, step, id], |row| row.get::<_, i64>(0));
             if found.map_err(|error| self.failed(&error, true))? > 0 {
-                return Ok(Some(committed_earlier()));
+                return Err(committed_earlier());
             }
         }
-        self.ask(None)?;
+        self.ask(None)
+    }
+
+    /// Notes the transaction and commits it.
+    fn commit(&self, connection: &Connection, answers: RowAnswers) -> Result<(), End> {
+        let (job, step, id) = (self.work.job.as_str(), self.work.step.as_str(), self.work.fence.to_string());
+        self.ask(Some((Trace::Transaction(id.clone()), answers)))?;
+        self.ours(connection, PRUNE_MARKERS, [MARKER_AGE_MAX_S])?;
+        self.ours(connection, MARK, params![job, step, id])?;
+        self.ours(connection, "COMMIT", [])
+    }
+
+    /// Runs the text in a transaction of ours; nothing if it can't be run so.
+    fn transacted(&self, connection: &mut Connection) -> Result<Option<End>, End> {
+        self.begin(connection)?;
         let ran = match self.run_text(connection, true) {
             Ok(ran) => ran,
             Err(broken) if broken.refused => return Ok(None),
             Err(broken) => return Err(self.broken(broken, true)),
         };
         let done = End::Done(Report { tag: ran.tag, notices: Vec::new() });
-        if ran.read_only {
-            return Ok(Some(done));
+        if !ran.read_only {
+            self.commit(connection, RowAnswers::new())?;
         }
-        let id = self.work.fence.to_string();
-        self.ask(Some(Trace::Transaction(id.clone())))?;
-        ours(connection.execute(PRUNE_MARKERS, [MARKER_AGE_MAX_S]))?;
-        ours(connection.execute(MARK, params![job, step, id]))?;
-        ours(connection.execute("COMMIT", []))?;
         Ok(Some(done))
     }
 
     /// Runs the text by itself.
     fn bare(&self, connection: &mut Connection) -> Result<End, End> {
-        self.ask(Some(Trace::Untransacted))?;
+        self.ask(Some((Trace::Untransacted, RowAnswers::new())))?;
         let ran = self.run_text(connection, false).map_err(|broken| self.broken(broken, false))?;
         if !connection.is_autocommit() {
             let message = "the statement left a transaction open: it was rolled back".into();
@@ -285,9 +340,9 @@ impl Run {
         connection
             .authorizer(Some(move |context: AuthContext<'_>| watching.judge(&context, in_transaction)))
             .map_err(|error| broken(error, true))?;
-        self.brake.set_deadline(Instant::now().checked_add(self.work.timeout));
+        self.brake.set_deadline(self.deadline());
         let ran = self.run_statements(connection);
-        self.brake.set_deadline(None);
+        self.brake.lift_deadline();
         let cleared = connection.authorizer(None::<fn(AuthContext<'_>) -> Authorization>);
         match (ran, cleared) {
             (Ok(ran), Ok(())) => Ok(ran),
@@ -297,8 +352,7 @@ impl Run {
                 let text = describe(&error);
                 let refused =
                     watch.transaction_control.load(Ordering::Relaxed) || refusal.iter().any(|r| text.ends_with(r));
-                let denied = watch.denied.lock().unwrap_or_else(PoisonError::into_inner).take();
-                Err(Broken { error, denied, refused: refused && in_transaction, first })
+                Err(Broken { error, denied: watch.denied(), refused: refused && in_transaction, first })
             }
         }
     }
@@ -324,8 +378,13 @@ impl Run {
         Ok(ran)
     }
 
-    fn ask(&self, what: Option<Trace>) -> Result<(), End> {
-        if self.brake.is_set() {
+    /// When what begins now has taken too long.
+    fn deadline(&self) -> Option<Instant> {
+        Instant::now().checked_add(self.work.timeout)
+    }
+
+    fn ask(&self, what: Option<(Trace, RowAnswers)>) -> Result<(), End> {
+        if self.brake.is_pulled() {
             return Err(self.brake.end());
         }
         let (reply, answer) = oneshot::channel();
@@ -334,7 +393,7 @@ impl Run {
             Ok(Ok(())) => Ok(()),
             Ok(Err(ClaimLost)) => Err(End::ClaimLost),
             // Nobody answers: whoever would is stopping, or gone.
-            Err(_) if self.brake.is_set() => Err(self.brake.end()),
+            Err(_) if self.brake.is_pulled() => Err(self.brake.end()),
             Err(_) => Err(End::ClaimLost),
         }
     }
@@ -350,7 +409,7 @@ impl Run {
     fn failed(&self, error: &rusqlite::Error, undone: bool) -> End {
         let busy = matches!(error.sqlite_error_code(), Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked));
         let interrupted = error.sqlite_error_code() == Some(ErrorCode::OperationInterrupted);
-        if (busy || interrupted) && self.brake.is_set() {
+        if (busy || interrupted) && (self.brake.is_pulled() || self.brake.is_overdue()) {
             return self.brake.end();
         }
         End::Failed(Failure { message: describe(error), sqlstate: None, retryable: busy && undone, undone })
@@ -358,6 +417,11 @@ impl Run {
 }
 
 impl Watch {
+    /// What was denied last, if that was not asked for yet.
+    fn denied(&self) -> Option<String> {
+        self.denied.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
     /// Says what a user's text may do. SQLite asks while it reads a statement, so nothing can be hidden from this.
     fn judge(&self, context: &AuthContext<'_>, in_transaction: bool) -> Authorization {
         // Other databases: attached to memory, or VACUUM's copy.

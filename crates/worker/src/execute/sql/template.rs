@@ -57,7 +57,7 @@ pub fn render(sql: &str, dialect: Dialect, vars: &Vars<'_>) -> Result<String, Te
 }
 
 fn render_into(out: &mut String, sql: &str, dialect: Dialect, vars: &Vars<'_>) -> Result<(), TemplateError> {
-    let tokens = Scanner { sql, dialect, vars, at: 0, literal: None }.scan();
+    let tokens = Scanner { sql, dialect, vars: Some(vars), at: 0, literal: None }.scan();
     let mut body = Body::None;
     let mut statement_ends = 0;
     for (index, token) in tokens.iter().enumerate() {
@@ -260,14 +260,20 @@ impl Body {
     }
 }
 
+/// The tokens of a text in which nothing is a placeholder of ours.
+pub(super) fn scan(sql: &str, dialect: Dialect) -> Vec<Token> {
+    Scanner { sql, dialect, vars: None, at: 0, literal: None }.scan()
+}
+
+/// A token and where it stands.
 #[derive(Debug, Clone, PartialEq, Eq)]
-struct Token {
-    kind: Kind,
-    range: Range<usize>,
+pub(super) struct Token {
+    pub kind: Kind,
+    pub range: Range<usize>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Kind {
+pub(super) enum Kind {
     Word,
     Space,
     Comment,
@@ -284,7 +290,7 @@ enum Kind {
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Literal {
+pub(super) enum Literal {
     /// `'…'`
     Plain,
     /// `E'…'`
@@ -296,7 +302,8 @@ enum Literal {
 struct Scanner<'a> {
     sql: &'a str,
     dialect: Dialect,
-    vars: &'a Vars<'a>,
+    /// Where placeholders are looked for.
+    vars: Option<&'a Vars<'a>>,
     at: usize,
     /// The literal just read and whether a line end followed: another quote then continues it.
     literal: Option<(Literal, bool)>,
@@ -336,7 +343,7 @@ impl Scanner<'_> {
 
     fn next(&mut self) -> Kind {
         let postgres = self.dialect == Dialect::Postgres;
-        if let Some((length, _)) = placeholder_at(self.rest(), self.vars) {
+        if let Some((length, _)) = self.vars.and_then(|vars| placeholder_at(self.rest(), vars)) {
             self.at += length;
             return Kind::Placeholder;
         }
@@ -468,7 +475,8 @@ fn is_space(c: char) -> bool {
     matches!(c, ' ' | '\t' | '\n' | '\r' | '\x0b' | '\x0c')
 }
 
-fn is_word_start(c: char) -> bool {
+/// Whether a word may begin so.
+pub(super) fn is_word_start(c: char) -> bool {
     c.is_ascii_alphabetic() || c == '_' || !c.is_ascii()
 }
 
@@ -596,7 +604,7 @@ mod tests {
     /// The kinds of a text's tokens, comments and blanks left out.
     fn kinds(sql: &str, dialect: Dialect) -> Vec<Kind> {
         let vars = Vars { job_id: "", error_message: None };
-        Scanner { sql, dialect, vars: &vars, at: 0, literal: None }
+        Scanner { sql, dialect, vars: Some(&vars), at: 0, literal: None }
             .scan()
             .into_iter()
             .map(|token| token.kind)

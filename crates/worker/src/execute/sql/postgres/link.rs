@@ -3,10 +3,13 @@
 use std::convert::Infallible;
 use std::future::{Ready, poll_fn, ready};
 use std::path::PathBuf;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use futures::StreamExt;
+use futures::future::{MaybeDone, maybe_done};
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
 use rustls::pki_types::pem::PemObject;
@@ -19,13 +22,15 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use tokio_postgres::config::{SslMode, SslNegotiation};
 use tokio_postgres::error::{DbError, Severity, SqlState};
 use tokio_postgres::tls::{MakeTlsConnect, TlsConnect, TlsStream};
-use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, SimpleQueryMessage};
+use tokio_postgres::{AsyncMessage, CancelToken, Client, Config, SimpleQueryMessage, Statement};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tokio_util::sync::CancellationToken;
 
 use super::super::databases::TlsMode;
+use super::super::rows::{Returned, Value};
 use super::super::{MESSAGE_MAX_BYTES, cut};
-use super::wire::{Ear, Socket, Stream, Wire};
+use super::returned;
+use super::wire::{Ear, Listening, Socket, Stream, Wire};
 use crate::execute::Failure;
 
 /// How long a connection may take to say goodbye.
@@ -192,6 +197,14 @@ impl Fault {
     pub fn code(&self) -> Option<&SqlState> {
         match self {
             Fault::Database(error) => Some(error.code()),
+            _ => None,
+        }
+    }
+
+    /// The column that the database names.
+    pub fn column(&self) -> Option<&str> {
+        match self {
+            Fault::Database(error) => error.column(),
             _ => None,
         }
     }
@@ -408,20 +421,7 @@ impl Link {
     /// Runs a user's text as one message. Interrupts it when `stop` fires or `deadline` is over, and waits until that is
     /// settled; the text may have got through all the same.
     pub async fn run(&mut self, text: &str, stop: &CancellationToken, deadline: Instant) -> Result<(), Fault> {
-        self.ear.heard().listen(true);
-        self.guard.busy = true;
-        let ran = self.run_listening(text, stop, deadline).await;
-        self.ear.heard().stop();
-        let settled = !matches!(ran, Err(Fault::Unsettled));
-        self.guard.busy = !settled;
-        match self.ear.heard().broke {
-            Some(reason) if ran.is_err() => Err(Fault::Broke(reason)),
-            _ => ran,
-        }
-    }
-
-    async fn run_listening(&mut self, text: &str, stop: &CancellationToken, deadline: Instant) -> Result<(), Fault> {
-        let (client, guard) = (&self.client, &self.guard);
+        let Link { client, guard, ear, interrupt, .. } = self;
         let running = async {
             let mut messages = std::pin::pin!(client.simple_query_raw(text).await?);
             while let Some(message) = messages.next().await {
@@ -429,26 +429,66 @@ impl Link {
             }
             Ok(())
         };
-        let mut running = std::pin::pin!(running);
-        let interrupt = tokio::select! {
-            biased;
-            ran = &mut running => return ran,
-            () = stop.cancelled() => Interrupt::Stop,
-            () = sleep_until(deadline) => Interrupt::Deadline,
-        };
-        self.interrupt = Some(interrupt);
-        let asking = async {
-            loop {
-                ask_cancel(&guard.cancel, &guard.server).await;
-                sleep(CANCEL_AGAIN).await;
+        let watched = Watched { guard, ear, interrupt };
+        watched.run(Listening::Text, running, stop, deadline).await
+    }
+
+    /// Has a user's statement made ready to be run for rows, as interruptible as if it ran.
+    pub async fn prepare(
+        &mut self,
+        text: &str,
+        stop: &CancellationToken,
+        deadline: Instant,
+    ) -> Result<Statement, Fault> {
+        let Link { client, guard, ear, interrupt, .. } = self;
+        let preparing = async { Ok(client.prepare(text).await?) };
+        let watched = Watched { guard, ear, interrupt };
+        watched.run(Listening::Rows, preparing, stop, deadline).await
+    }
+
+    /// Runs a statement for rows, and SQL of ours between them, all sent at once. Gives what the rows returned up to the first that
+    /// failed, and why that one did: what is behind it the server has refused then. As interruptible as [`run`](Self::run).
+    pub async fn run_rows(
+        &mut self,
+        statement: &Statement,
+        requests: &[Request<'_>],
+        stop: &CancellationToken,
+        deadline: Instant,
+    ) -> Result<(Vec<Returned>, Option<Fault>), Fault> {
+        let Link { client, guard, ear, interrupt, .. } = self;
+        let running = async {
+            let mut asked = Vec::with_capacity(requests.len());
+            for request in requests {
+                asked.push(match *request {
+                    Request::Ours(sql) => Asked::Ours(Box::pin(maybe_done(client.batch_execute(sql)))),
+                    Request::Row(row) => Asked::Row(Box::pin(maybe_done(run_row(client, statement, row)))),
+                });
             }
+            // A request is sent when its future is first polled, and the server answers in that order.
+            poll_fn(|cx| {
+                for request in &mut asked {
+                    let _ = match request {
+                        Asked::Ours(sent) => sent.as_mut().poll(cx),
+                        Asked::Row(sent) => sent.as_mut().poll(cx),
+                    };
+                }
+                Poll::Ready(())
+            })
+            .await;
+            let mut returned = Vec::with_capacity(requests.len());
+            for request in asked {
+                match request {
+                    Asked::Ours(sent) => output(sent).await?,
+                    Asked::Row(sent) => match output(sent).await {
+                        Ok(of_row) => returned.push(of_row),
+                        Err(error) => return Ok((returned, Some(error.into()))),
+                    },
+                }
+            }
+            Ok((returned, None))
         };
-        tokio::select! {
-            biased;
-            ran = running => ran,
-            () = asking => Err(Fault::Unsettled),
-            () = sleep(SETTLE_MAX) => Err(Fault::Unsettled),
-        }
+        let watched = Watched { guard, ear, interrupt };
+        watched.run(Listening::Rows, running, stop, deadline).await
     }
 
     /// The tag of the last command of the user's text and its notices.
@@ -468,6 +508,95 @@ impl Link {
         drop(client);
         // The task says goodbye to the server and ends; if it can't, the guard ends it.
         let _ = timeout(GOODBYE_MAX, &mut guard.task).await;
+    }
+}
+
+/// What is sent together with others.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Request<'a> {
+    /// SQL of ours that returns nothing and does not fail.
+    Ours(&'a str),
+    /// A statement with the values of a row.
+    Row(&'a [Value]),
+}
+
+/// A request on its way.
+enum Asked<Ours: Future, Row: Future> {
+    Ours(Pin<Box<MaybeDone<Ours>>>),
+    Row(Pin<Box<MaybeDone<Row>>>),
+}
+
+/// What comes of a request that has been sent.
+async fn output<F: Future>(mut asked: Pin<Box<MaybeDone<F>>>) -> F::Output {
+    asked.as_mut().await;
+    asked.as_mut().take_output().expect("it was awaited, and is taken once")
+}
+
+async fn run_row(client: &Client, statement: &Statement, row: &[Value]) -> Result<Returned, tokio_postgres::Error> {
+    let mut stream = std::pin::pin!(client.query_raw(statement, row).await?);
+    let mut returned = Returned::default();
+    while let Some(row) = stream.next().await {
+        let row = row?;
+        returned.add(|out| returned::write_row(out, &row));
+    }
+    returned.affected = stream.rows_affected().unwrap_or(0);
+    Ok(returned)
+}
+
+/// The parts of a link that are needed while something of a user runs on it.
+struct Watched<'a> {
+    guard: &'a mut Guard,
+    ear: &'a Ear,
+    interrupt: &'a mut Option<Interrupt>,
+}
+
+impl Watched<'_> {
+    async fn run<T>(
+        self,
+        listening: Listening,
+        running: impl Future<Output = Result<T, Fault>>,
+        stop: &CancellationToken,
+        deadline: Instant,
+    ) -> Result<T, Fault> {
+        self.ear.heard().listen(listening);
+        self.guard.busy = true;
+        let ran = Self::interruptible(self.guard, self.interrupt, running, stop, deadline).await;
+        self.ear.heard().stop();
+        let settled = !matches!(ran, Err(Fault::Unsettled));
+        self.guard.busy = !settled;
+        match self.ear.heard().broke {
+            Some(reason) if ran.is_err() => Err(Fault::Broke(reason)),
+            _ => ran,
+        }
+    }
+
+    async fn interruptible<T>(
+        guard: &Guard,
+        interrupt: &mut Option<Interrupt>,
+        running: impl Future<Output = Result<T, Fault>>,
+        stop: &CancellationToken,
+        deadline: Instant,
+    ) -> Result<T, Fault> {
+        let mut running = std::pin::pin!(running);
+        let cause = tokio::select! {
+            biased;
+            ran = &mut running => return ran,
+            () = stop.cancelled() => Interrupt::Stop,
+            () = sleep_until(deadline) => Interrupt::Deadline,
+        };
+        *interrupt = Some(cause);
+        let asking = async {
+            loop {
+                ask_cancel(&guard.cancel, &guard.server).await;
+                sleep(CANCEL_AGAIN).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            ran = running => ran,
+            () = asking => Err(Fault::Unsettled),
+            () = sleep(SETTLE_MAX) => Err(Fault::Unsettled),
+        }
     }
 }
 

@@ -15,7 +15,20 @@ use tokio_postgres::error::DbError;
 use tokio_postgres::tls::{ChannelBinding, MakeTlsConnect, TlsStream};
 use tokio_postgres_rustls::MakeRustlsConnect;
 
+use super::super::rows::RETURNED_MAX_BYTES;
 use super::super::{MESSAGE_MAX_BYTES, NOTICES_MAX, cut};
+
+/// What of the server's words is meant for whom.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Listening {
+    /// SQL of ours runs: all is handed on.
+    #[default]
+    No,
+    /// A user's text runs: its rows are left out, its notices kept.
+    Text,
+    /// A user's statement runs for rows of a batch: what it returns is handed on, but for rows that are too large to be kept.
+    Rows,
+}
 
 /// Longest frame that is handed on, in bytes; an error or notice may carry any text a user builds.
 const FRAME_MAX_BYTES: usize = 1 << 20;
@@ -79,8 +92,7 @@ impl TlsStream for Stream {
 /// What was heard since the last [`Heard::listen`].
 #[derive(Debug, Default)]
 pub(super) struct Heard {
-    /// A user's text is running: its rows are left out and its notices kept.
-    listening: bool,
+    listening: Listening,
     /// Tag of the last finished command.
     pub tag: Option<String>,
     /// Notices, oldest first.
@@ -92,19 +104,19 @@ pub(super) struct Heard {
 }
 
 impl Heard {
-    /// Forgets everything and pays attention to what follows, or to nothing.
-    pub fn listen(&mut self, on: bool) {
-        *self = Heard { listening: on, ..Heard::default() };
+    /// Forgets everything and pays attention to what follows.
+    pub fn listen(&mut self, to: Listening) {
+        *self = Heard { listening: to, ..Heard::default() };
     }
 
     /// Leaves what was heard as it is and pays attention no longer.
     pub fn stop(&mut self) {
-        self.listening = false;
+        self.listening = Listening::No;
     }
 
     /// Keeps a notice, if there is room.
     pub fn notice(&mut self, notice: &DbError) {
-        if self.listening && self.notices.len() < NOTICES_MAX {
+        if self.listening == Listening::Text && self.notices.len() < NOTICES_MAX {
             self.notices.push(cut(&format!("{}: {}", notice.severity(), notice.message()), MESSAGE_MAX_BYTES));
         }
     }
@@ -221,8 +233,14 @@ impl Frames {
         self.left = length.checked_sub(4).ok_or(io::ErrorKind::InvalidData)?;
         let mut heard = self.ear.heard();
         self.dropped = match self.header[0] {
-            // Rows, and what is copied to the client.
-            b'D' | b'd' => heard.listening,
+            // Rows.
+            b'D' => match heard.listening {
+                Listening::No => false,
+                Listening::Text => true,
+                Listening::Rows => self.left > RETURNED_MAX_BYTES,
+            },
+            // What is copied to the client.
+            b'd' => heard.listening != Listening::No,
             // Notifications that a user's text subscribed to.
             b'A' => true,
             b'N' => self.left > FRAME_MAX_BYTES,
@@ -246,7 +264,7 @@ impl Frames {
     fn end(&mut self) {
         let mut heard = self.ear.heard();
         match self.header[0] {
-            b'C' if heard.listening => {
+            b'C' if heard.listening == Listening::Text => {
                 let tag = self.kept.split(|byte| *byte == 0).next().unwrap_or_default();
                 heard.tag = Some(String::from_utf8_lossy(tag).into_owned());
             }
@@ -280,7 +298,7 @@ mod tests {
         let expected = [frame(b'T', b"description"), frame(b'C', b"SELECT 2\0"), frame(b'Z', b"T")].concat();
         for size in [1, 2, 3, 7, 1000, bytes.len()] {
             let ear = Ear::default();
-            ear.heard().listen(true);
+            ear.heard().listen(Listening::Text);
             let mut wire = Wire::new(Stream::Plain(Box::new(tokio::io::empty())), ear.clone());
             let mut out = Vec::new();
             for part in bytes.chunks(size) {

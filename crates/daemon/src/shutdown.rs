@@ -1,4 +1,4 @@
-//! How the world tells the worker to stop, or to read its settings again.
+//! How the world tells a daemon to stop, or to read its settings again.
 
 use std::io;
 use std::sync::Arc;
@@ -9,7 +9,7 @@ use signal_hook_tokio::Signals;
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
-/// What the worker is told from outside. Clones are told the same.
+/// What a daemon is told from outside. Clones are told the same.
 #[derive(Debug, Clone)]
 pub struct Shutdown {
     drain: CancellationToken,

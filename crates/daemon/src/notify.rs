@@ -1,4 +1,4 @@
-//! What systemd is told: ready, a status line, stopping, and that the take loop makes progress. Without systemd, nothing.
+//! What systemd is told: ready, a status line, stopping, and that the daemon's loop makes progress. Without systemd, nothing.
 
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -22,26 +22,25 @@ struct Said {
 }
 
 impl Notify {
-    /// The worker takes jobs from now on.
+    /// The daemon works from now on.
     pub fn ready(&self) {
         send(&[NotifyState::Ready]);
     }
 
-    /// The worker stops taking.
+    /// It takes nothing more.
     pub fn stopping(&self) {
         send(&[NotifyState::Stopping]);
     }
 
-    /// A take was answered: the loop, Redis and this process are alive.
+    /// The loop went round: it, what it needs and this process are alive.
     pub fn watchdog(&self) {
         if is_time(&mut self.said().watchdog_at) {
             send(&[NotifyState::Watchdog]);
         }
     }
 
-    /// How busy the worker is. Said only when it changes; a change that follows another at once is left for the next call.
-    pub fn status(&self, running: usize, slots: usize) {
-        let status = format!("{running} of {slots} slots busy");
+    /// How busy the daemon is. Said only when it changes; a change that follows another at once is left for the next call.
+    pub fn status(&self, status: String) {
         let mut said = self.said();
         if said.status != status && is_time(&mut said.status_at) {
             send(&[NotifyState::Status(&status)]);

@@ -1,0 +1,78 @@
+//! What the leader sees of pools that nobody serves. All else that an overview shows is tested with the programs that show it.
+
+use queue_core::Error;
+use queue_core::ids::SessionId;
+use queue_core::overview::unserved_pools;
+
+use crate::support::*;
+
+/// Pool, users, jobs and whether the longest wait is known.
+async fn unserved(rig: &Rig) -> Vec<(String, u64, u64, bool)> {
+    let mut pools = unserved_pools(&rig.store).await.unwrap();
+    pools.sort_by(|a, b| a.pool.cmp(&b.pool));
+    pools.into_iter().map(|pool| (pool.pool, pool.users, pool.jobs, pool.oldest_waited_ms.is_some())).collect()
+}
+
+fn push(rig: &Rig, user: &str, id: &str, fields: &[&str]) {
+    rig.redis(&[&["HSET", &job_key(id), "user", user, "status", "pending"], fields].concat());
+    rig.redis(&["LPUSH", &queue_key(user), id]);
+    rig.redis(&["SADD", "batch:indexes:queue", user]);
+}
+
+#[tokio::test]
+async fn pools_that_nobody_serves_are_seen_where_takes_look() {
+    let rig = Rig::start().await;
+    assert_eq!(unserved(&rig).await, []);
+    let task = ["kind", "task", "app", "Bank", "op", "pay", "created_at", "2024-01-01T00:00:00.000Z"];
+    for (user, id) in [("ann", "t1"), ("ann", "t2"), ("bob", "t3")] {
+        push(&rig, user, id, &task);
+    }
+    push(&rig, "ann", "s1", &["query", "select 1", "host", "h"]);
+    push(&rig, "cyd", "s2", &["query", "select 1", "database", "main"]);
+    rig.notice(&["ann", "bob", "cyd"]).await;
+    let seen = |pool: &str, users, jobs, waited| (pool.to_owned(), users, jobs, waited);
+    let bank = || seen("Bank.pay", 2, 3, true);
+    assert_eq!(unserved(&rig).await, [bank(), seen("db:main", 1, 1, false), seen("sql:h", 1, 1, false)]);
+    let pools = unserved_pools(&rig.store).await.unwrap();
+    assert!(pools.iter().filter_map(|pool| pool.oldest_waited_ms).all(|waited| waited > 86_400_000), "{pools:?}");
+
+    let _sql = rig.session("sql:* db:main", 8).await;
+    assert_eq!(unserved(&rig).await, [bank()]);
+    // Somebody who is silent serves nothing, whatever it says.
+    let silent = SessionId::generate("test", 2);
+    rig.store.session_open(&silent, "Bank.*", "test", 2, &[]).await.unwrap();
+    assert_eq!(unserved(&rig).await, []);
+    rig.redis(&["HSET", &format!("drayman:session:{silent}"), "beat_at", "2024-01-01T00:00:00.000Z"]);
+    assert_eq!(unserved(&rig).await, [bank()]);
+    // Who is still ready there and has nothing (any more) does not count.
+    rig.redis(&["DEL", "drayman:tasks:Bank.pay:ann"]);
+    rig.redis(&["ZADD", "drayman:ready:Bank.pay", "5", "nobody"]);
+    assert_eq!(unserved(&rig).await, [seen("Bank.pay", 1, 1, true)]);
+}
+
+#[tokio::test]
+async fn of_very_many_users_some_count_for_one_job_and_no_pool_is_overlooked() {
+    let rig = Rig::start().await;
+    let many = "for i = 1, 10100 do \
+        redis.call('HSET', 'batch:jobs:j' .. i, 'user', 'u' .. i, 'kind', 'task', 'app', 'Bank', 'op', 'pay') \
+        redis.call('LPUSH', 'drayman:tasks:Bank.pay:u' .. i, 'j' .. i, 'j' .. i) \
+        redis.call('ZADD', 'drayman:ready:Bank.pay', i, 'u' .. i) end \
+        redis.call('ZADD', 'drayman:pools', -1, 'Bank.pay')";
+    rig.redis(&["EVAL", many, "0"]);
+    push(&rig, "ann", "a", &["kind", "task", "app", "Shop", "op", "print"]);
+    rig.notice(&["ann"]).await;
+    let seen = unserved(&rig).await;
+    assert_eq!(seen[0], ("Bank.pay".into(), 10_100, 2 * 10_001 + 99, false));
+    assert_eq!(seen[1], ("Shop.print".into(), 1, 1, false));
+}
+
+#[tokio::test]
+async fn who_may_not_see_the_sessions_takes_no_pool_for_unserved() {
+    let rig = Rig::start().await;
+    rig.submit("ann", "s1", "h");
+    rig.notice(&["ann"]).await;
+    let _session = rig.session("sql:*", 8).await;
+    rig.redis(&["ACL", "SETUSER", "default", "-smembers"]);
+    let refused = unserved_pools(&rig.store).await;
+    assert!(matches!(&refused, Err(Error::Refused(reason)) if reason.contains("the sessions")), "{refused:?}");
+}

@@ -1,0 +1,136 @@
+//! What a handler tells while it works, kept until it is written: thinned out and cut here, so that no handler can flood
+//! Redis or wait for it.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use queue_core::job::TOLD;
+use queue_core::model::task::Progress;
+use queue_core::scripts::Fields;
+use tokio::sync::Notify;
+
+use super::Clock;
+use crate::execute::task::Desk;
+
+/// Most bytes of one line.
+const LINE_MAX_BYTES: usize = 1024;
+/// Most bytes of what a handler says that it is doing.
+const NOTE_MAX_BYTES: usize = 1024;
+
+/// The desk of one attempt.
+pub(super) struct Notebook {
+    clock: Clock,
+    log_max_bytes: usize,
+    pages: Mutex<Pages>,
+    changed: Notify,
+}
+
+#[derive(Default)]
+struct Pages {
+    progress: Option<Progress>,
+    lines: VecDeque<String>,
+    bytes: usize,
+    left_out: u64,
+    is_new: bool,
+}
+
+impl Notebook {
+    pub(super) fn new(clock: Clock) -> Self {
+        let log_max_bytes = TOLD.iter().find(|(name, _)| *name == "log").map_or(0, |(_, most)| *most);
+        // The line that tells how many others were left out has its place too.
+        Self { clock, log_max_bytes: log_max_bytes - 64, pages: Mutex::default(), changed: Notify::new() }
+    }
+
+    /// Waits until there is something that was not written yet.
+    pub(super) async fn changed(&self) {
+        while !self.pages().is_new {
+            self.changed.notified().await;
+        }
+    }
+
+    /// What is to be written now.
+    pub(super) fn fields(&self) -> Fields {
+        let mut pages = self.pages();
+        pages.is_new = false;
+        let progress = pages.progress.as_ref().and_then(|progress| serde_json::to_string(progress).ok());
+        let mut fields = Fields::new().with_some("progress", progress);
+        if !pages.lines.is_empty() {
+            let mut log = String::new();
+            if pages.left_out > 0 {
+                log = format!("({} earlier lines are left out)\n", pages.left_out);
+            }
+            pages.lines.iter().for_each(|line| log.extend([line, "\n"]));
+            fields = fields.with("log", log);
+        }
+        fields
+    }
+
+    fn pages(&self) -> MutexGuard<'_, Pages> {
+        // Nothing in here panics half way.
+        self.pages.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell(&self, change: impl FnOnce(&mut Pages)) {
+        let mut pages = self.pages();
+        change(&mut pages);
+        pages.is_new = true;
+        drop(pages);
+        self.changed.notify_one();
+    }
+}
+
+impl Desk for Notebook {
+    fn progress(&self, mut progress: Progress) {
+        if let Some(note) = &mut progress.note {
+            note.truncate(note.floor_char_boundary(NOTE_MAX_BYTES));
+        }
+        self.tell(|pages| pages.progress = Some(progress));
+    }
+
+    fn log(&self, line: &str) {
+        let text = line[..line.floor_char_boundary(LINE_MAX_BYTES)].replace(['\n', '\r'], " ");
+        let line = format!("{} {text}", self.clock.now());
+        self.tell(|pages| {
+            pages.bytes += line.len() + 1;
+            pages.lines.push_back(line);
+            while pages.bytes > self.log_max_bytes
+                && let Some(first) = pages.lines.pop_front()
+            {
+                pages.bytes -= first.len() + 1;
+                pages.left_out += 1;
+            }
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_lines_stay_and_never_are_more_than_a_job_may_keep() {
+        let notebook = Notebook::new(Clock::starting_at(0));
+        for number in 0..1_000 {
+            notebook.log(&format!("{number} {}\nnot a line of its own", "ä".repeat(number)));
+        }
+        let fields = notebook.fields();
+        let log = String::from_utf8(fields.get("log").unwrap().to_vec()).unwrap();
+        assert!(log.len() <= 1 << 14, "{}", log.len());
+        let lines: Vec<&str> = log.lines().collect();
+        assert!(lines[0].ends_with("earlier lines are left out)") && lines.last().unwrap().contains(" 999 ä"), "{log}");
+        assert!(lines.iter().all(|line| line.len() <= LINE_MAX_BYTES + 32));
+    }
+
+    #[tokio::test]
+    async fn what_was_told_before_somebody_listened_is_heard() {
+        let notebook = Notebook::new(Clock::starting_at(0));
+        notebook.progress(Progress { done: 1, total: Some(2), note: Some("x".repeat(5_000)) });
+        notebook.changed().await;
+        assert!(notebook.fields().get("progress").unwrap().len() < 1 << 12);
+        tokio::select! {
+            biased;
+            () = notebook.changed() => panic!("there is nothing new"),
+            () = std::future::ready(()) => {}
+        }
+    }
+}
