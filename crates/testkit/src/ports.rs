@@ -1,11 +1,12 @@
 //! TCP ports for servers that are stopped and started again.
 
 use std::fs::{self, File};
-use std::net::TcpListener;
+use std::net::SocketAddr;
 use std::process;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use nix::unistd::geteuid;
+use tokio::net::TcpSocket;
 
 use crate::scratch::short_temp_dir;
 
@@ -34,7 +35,7 @@ impl Port {
             .find_map(|number| {
                 let lock = File::create(dir.join(number.to_string())).ok()?;
                 lock.try_lock().ok()?;
-                TcpListener::bind(("127.0.0.1", number)).ok()?;
+                is_free(number).then_some(())?;
                 Some(Self { number, _lock: lock })
             })
             .expect("a free port")
@@ -43,6 +44,17 @@ impl Port {
     pub(crate) fn number(&self) -> u16 {
         self.number
     }
+}
+
+/// Nobody listens there. Asked without listening: a process that is started at this moment has a copy of the socket until it
+/// becomes another program, and one that listened would keep the port from its user for so long.
+fn is_free(number: u16) -> bool {
+    let bind = || {
+        let socket = TcpSocket::new_v4()?;
+        socket.set_reuseaddr(true)?;
+        socket.bind(SocketAddr::from(([127, 0, 0, 1], number)))
+    };
+    bind().is_ok()
 }
 
 #[cfg(test)]
@@ -56,5 +68,7 @@ mod tests {
         ports.dedup_by_key(|port| port.number());
         assert_eq!(ports.len(), 50);
         assert!(ports.iter().all(|port| RANGE.contains(&port.number())));
+        let _listener = std::net::TcpListener::bind(("127.0.0.1", ports[0].number())).unwrap();
+        assert!(!is_free(ports[0].number()));
     }
 }

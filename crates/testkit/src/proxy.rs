@@ -16,6 +16,10 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::ports::Port;
 use crate::resp;
+use crate::wait::eventually;
+
+/// A process that is started at the moment when a listener closes keeps it open until it becomes another program.
+const BIND_LIMIT: Duration = Duration::from_secs(5);
 
 /// A way through the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -260,7 +264,8 @@ async fn serve(addr: SocketAddr, shared: Arc<Shared>, mut orders: mpsc::Unbounde
                 if refuse {
                     listener = None;
                 } else if listener.is_none() {
-                    listener = Some(TcpListener::bind(addr).await.expect("the leased port is free"));
+                    let bound = eventually("the leased port to be free", BIND_LIMIT, async || TcpListener::bind(addr).await.ok());
+                    listener = Some(bound.await);
                 }
                 let _ = done.send(());
             }

@@ -1,6 +1,7 @@
 //! Every call that a worker makes in a job's life is found out, and then the worker is killed at each of them: before the
 //! call, between the call and its reply, and after the reply. Another one brings the job to the same end, and every
-//! statement that is recorded as done has taken effect once, every task at least once. Likewise for those who submit.
+//! statement that is recorded as done has taken effect once, every task and every row of a handler at least once, and every
+//! batch has its files and is told. Likewise for those who submit.
 
 mod support;
 
@@ -10,12 +11,15 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use queue_core::Store;
+use queue_core::batch::{Batches, NewBatch};
 use queue_core::cancel::Canceller;
-use queue_core::config::{Limits, RedisConfig, Url};
+use queue_core::config::{Limits, ObjectsConfig, RedisConfig, Url};
 use queue_core::ids::{App, Op, SessionId, User};
 use queue_core::inspect::Inspect;
 use queue_core::leader::{self, SessionWatch};
+use queue_core::model::batch::{Counts, Row};
 use queue_core::model::task::Payload;
+use queue_core::objects::Objects;
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
 use queue_core::scripts::TABLE;
 use support::{LONG, daemon, ended, job_id};
@@ -46,12 +50,21 @@ enum Case {
     Cancel,
     /// A task, run by a command that says something and goes on for a while.
     Task,
+    /// A batch for a program that works on its rows for longer than a chunk may last, writes a file and is told of the end.
+    Rows,
+    /// A batch of statements.
+    RowsSql,
     /// A simple one whose worker leads.
     Leading,
 }
 
 impl Case {
-    const ALL: [Case; 6] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Task, Case::Leading];
+    const JOBS: [Case; 6] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Task, Case::Leading];
+    const BATCHES: [Case; 2] = [Case::Rows, Case::RowsSql];
+
+    fn is_batch(self) -> bool {
+        matches!(self, Case::Rows | Case::RowsSql)
+    }
 
     fn query(self, id: &str) -> String {
         let effect = |step: &str| format!("INSERT INTO effects VALUES ('{id}', '{step}')");
@@ -63,7 +76,8 @@ impl Case {
                 format!(r#"{{"query": [{{"query": "{main}; SELECT 1/0", "onerror": "{entry}"}}], "onerror": "{own}"}}"#)
             }
             Case::Cancel => format!("{}; SELECT pg_sleep(600)", effect("0")),
-            Case::Task => unreachable!("it has none"),
+            Case::RowsSql => format!("INSERT INTO effects VALUES ('{id}', $1)"),
+            Case::Task | Case::Rows => unreachable!("it has none"),
         }
     }
 
@@ -74,9 +88,27 @@ impl Case {
             Case::List => ("done", &["0", "1"]),
             Case::Fallback => ("failed", &["0.onerror", "onerror"]),
             Case::Cancel => ("cancelled", &[]),
+            Case::Rows | Case::RowsSql => ("done", &["1", "2", "3"]),
         }
     }
 }
+
+/// Works on rows: a line in the batch's own file of effects, and one in its output file; another file says how it ended.
+const PROGRAM: &str = r#"
+import json, os, sys, time
+for line in sys.stdin:
+    call = json.loads(line)
+    if call["type"] == "job":
+        print(call["line"], file=open(os.path.join(sys.argv[1], call["batch"]), "a"))
+        time.sleep(0.6)
+        said = {"type": "result", "id": call["id"], "files": {"lines": f"{call['line']}\n"}}
+    elif call["type"] == "mark_done":
+        print(call["status"], call["counts"]["done"], file=open(os.path.join(sys.argv[1], call["batch"] + ".told"), "a"))
+        said = {"type": "result", "id": call["id"]}
+    else:
+        continue
+    print(json.dumps(said), flush=True)
+"#;
 
 /// One call: the script's name and which of its calls it is.
 type Call = (&'static str, usize);
@@ -150,41 +182,64 @@ impl House {
         let scratch = Scratch::new("steps");
         let script = "echo 0 >> \"$0\"; echo told >&2; exec sleep 1";
         let effects = scratch.path().join("{job}");
+        let program = scratch.path().join("rows.py");
+        std::fs::write(&program, PROGRAM).expect("it can be written");
         let config = format!(
-            "[[handlers]]\napp = 'steps'\nop = 'task'\nkind = 'command'\n\
-             command = ['sh', '-c', '{script}', '{}']\n",
-            effects.display()
+            "[objects]\nurl = 'file://{0}/objects'\n\
+             [[handlers]]\napp = 'steps'\nop = 'task'\nkind = 'command'\n\
+             command = ['sh', '-c', '{script}', '{1}']\n\
+             [[handlers]]\napp = 'steps'\nop = 'rows'\nkind = 'program'\nmark_done = true\n\
+             command = ['python3', '{2}', '{0}']\n",
+            scratch.path().display(),
+            effects.display(),
+            program.display()
         );
         std::fs::write(scratch.path().join("worker.toml"), config).expect("it can be written");
         Arc::new(Self { redis, postgres, reader, scratch })
     }
 
-    fn new_job(&self, case: Case, id: &str) -> NewJob {
-        if case != Case::Task {
-            return self.job(id, case.query(id));
-        }
-        let (app, op) = (App::new("steps").unwrap(), Op::new("task").unwrap());
-        NewJob { id: job_id(id), ..NewJob::task(User::new("ann").unwrap(), app, op, Payload::json(&()).unwrap()) }
+    async fn submit(&self, store: &Store, case: Case, id: &str) {
+        let ann = User::new("ann").unwrap();
+        let (app, op) = (App::new("steps").unwrap(), |op| Op::new(op).unwrap());
+        let job = match case {
+            Case::Rows | Case::RowsSql => {
+                let new = match case {
+                    Case::Rows => NewBatch::handler(ann, app, op("rows")),
+                    _ => NewBatch::sql(ann, self.database(), case.query(id)),
+                };
+                let rows = (1..=3).map(|line| Row { line, input: format!("[\"{line}\"]").into_bytes() }).collect();
+                let batches = Batches::new(store.clone(), Limits::default());
+                batches.submit(NewBatch { id: job_id(id), ..new }, rows).await.expect("redis answers");
+                return;
+            }
+            Case::Task => NewJob { id: job_id(id), ..NewJob::task(ann, app, op("task"), Payload::json(&()).unwrap()) },
+            _ => self.job(id, case.query(id)),
+        };
+        Producer::new(store.clone(), Limits::default()).enqueue(job).await.expect("redis answers");
+    }
+
+    fn database(&self) -> Database {
+        let (host, port) = self.postgres.host_port();
+        Database::Connection { host, port, dbname: DATABASE.into(), dbuser: "postgres".into(), pass: String::new() }
     }
 
     fn job(&self, id: &str, query: String) -> NewJob {
-        let (host, port) = self.postgres.host_port();
-        let connection = Database::Connection {
-            host,
-            port,
-            dbname: DATABASE.into(),
-            dbuser: "postgres".into(),
-            pass: String::new(),
-        };
-        NewJob { id: job_id(id), ..NewJob::sql(User::new("ann").unwrap(), connection, query) }
+        NewJob { id: job_id(id), ..NewJob::sql(User::new("ann").unwrap(), self.database(), query) }
     }
 
-    /// What took effect. Of a task, which may be run more than once, what any run did.
+    /// How often the application was told of the end of a batch, all with the same words.
+    fn told(&self, id: &str) -> usize {
+        let text = std::fs::read_to_string(self.scratch.path().join(format!("{id}.told"))).unwrap_or_default();
+        assert!(text.lines().all(|line| line == "done 3"), "{id}: {text}");
+        text.lines().count()
+    }
+
+    /// What took effect. Of a task or a row, which may be run more than once, what any run did.
     async fn effects(&self, id: &str) -> Vec<String> {
         if let Ok(text) = std::fs::read_to_string(self.scratch.path().join(id)) {
             let lines: BTreeSet<&str> = text.lines().collect();
             // No worker is killed but one.
-            assert!(text.lines().count() <= 2, "{id}: {text}");
+            assert!(text.lines().count() <= 2 * lines.len(), "{id}: {text}");
             return lines.into_iter().map(str::to_owned).collect();
         }
         let sql = format!("SELECT step FROM effects WHERE job = '{id}' ORDER BY step");
@@ -243,8 +298,7 @@ impl Lane {
             let none = async || (self.count("EXISTS", "drayman:leader") == 0).then_some(());
             eventually("the lane's leader to stand aside", LONG, none).await;
         }
-        let producer = Producer::new(self.store.clone(), Limits::default());
-        producer.enqueue(house.new_job(case, &id)).await.expect("redis answers");
+        house.submit(&self.store, case, &id).await;
         let proxy = Proxy::start(house.redis.addr());
         let tap = house.reader.tap(&proxy, stop);
         let worker = self.worker(&proxy.redis_url(self.db));
@@ -259,7 +313,7 @@ impl Lane {
             .await;
             Canceller::new(self.store.clone(), LONG).cancel(&job_id(&id)).await.expect("redis answers");
         }
-        let over = async || self.inspect.job(&id).await.unwrap().is_some_and(|view| view.is_over());
+        let over = async || self.is_over(case, &id).await;
         // What housekeeping does comes in its own time; a leader's whole round is a second away at most.
         let patient = stop.is_some_and(|((name, _), _)| !OF_A_JOB.contains(&name) && name != "lead: resign");
         let begun = std::time::Instant::now();
@@ -293,11 +347,17 @@ impl Lane {
         (was_stopped, calls)
     }
 
+    /// Whether it has ended, and whoever is to be told was told.
+    async fn is_over(&self, case: Case, id: &str) -> bool {
+        let view = self.inspect.job(id).await.expect("redis answers").expect("it was submitted");
+        view.is_over() && (case != Case::Rows || self.house.told(id) > 0)
+    }
+
     /// Another worker ends what is left, and then nothing is.
     async fn settle(&self, case: Case, id: &str) {
-        let view = self.inspect.job(id).await.expect("redis answers").expect("it was submitted");
-        // A list job that is over at the first look needs nobody any more.
-        let rescuer = (!view.is_over()).then(|| self.worker(&self.house.redis.url_db(self.db)));
+        // A job that is over at the first look needs nobody any more, unless a part of a batch is left.
+        let left = self.count("HLEN", "drayman:claims") > 0 || !self.is_over(case, id).await;
+        let rescuer = left.then(|| self.worker(&self.house.redis.url_db(self.db)));
         let view = ended(&self.inspect, id).await;
         let (status, effects) = case.end();
         assert_eq!(view.status(), status, "{id}: {:?}", view.text("failed_reason"));
@@ -309,9 +369,13 @@ impl Lane {
                 let (command, key) = ask.split_once(' ').expect("two words");
                 self.count(command, key)
             });
-            (left == [0, 0, 0]).then_some(())
+            let parts = self.house.redis.raw_db(self.db, &["KEYS", "drayman:batch_parts:*"]).texts();
+            (left == [0, 0, 0] && parts.is_empty() && self.is_over(case, id).await).then_some(())
         })
         .await;
+        if case.is_batch() {
+            self.assert_whole(case, id).await;
+        }
         if let Some(rescuer) = rescuer {
             rescuer.signal(Signal::SIGTERM);
             assert!(rescuer.wait(LONG).success());
@@ -319,6 +383,20 @@ impl Lane {
         let view = self.inspect.job(id).await.expect("redis answers").expect("it is kept");
         let record = |name: &str| view.text(name);
         assert_eq!([record("status"), record("fallback_status"), record("ended_at"), record("results")], first, "{id}");
+    }
+
+    /// The counters and the file of a batch are those of its rows.
+    async fn assert_whole(&self, case: Case, id: &str) {
+        let objects = format!("file://{}/objects", self.house.scratch.path().display());
+        let objects = Objects::open(&ObjectsConfig { url: Url::new(objects), ..ObjectsConfig::default() }).unwrap();
+        let batches = Batches::new(self.store.clone(), Limits::default()).with_objects(objects);
+        let counts = batches.view(&job_id(id)).await.expect("it is kept").counts;
+        assert_eq!(counts, Counts { rows: 3, done: 3, ..Counts::default() }, "{id}");
+        if case == Case::Rows {
+            let mut file = Vec::new();
+            batches.file(&job_id(id), "lines", &mut file).await.expect("it has one");
+            assert_eq!(String::from_utf8_lossy(&file), "1\n2\n3\n", "{id}");
+        }
     }
 }
 
@@ -339,33 +417,51 @@ async fn lead(store: Store, aside: Arc<AtomicBool>) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_any_call_a_worker_leaves_a_job_that_ends_rightly_and_takes_effect_once() {
+    let found = kill_everywhere(&Case::JOBS).await;
+    assert_found(&found, Case::Simple, &[&OF_A_JOB[..], &["session_beat"]].concat());
+    assert_found(&found, Case::Task, &["take", "mark", "finish"]);
+    assert_found(&found, Case::Leading, &["lead", "lead: resign", "upkeep"]);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_call_a_worker_leaves_a_batch_that_ends_rightly_with_its_files_and_is_told() {
+    let found = kill_everywhere(&Case::BATCHES).await;
+    // A chunk and what was cut off it, the files, the word to the application.
+    assert_found(&found, Case::Rows, &["take", "batch_cut", "finish"]);
+    assert!(found.contains(&(Case::Rows, ("finish", 4))), "{found:?}");
+    assert_found(&found, Case::RowsSql, &["take", "mark", "finish"]);
+}
+
+fn assert_found(found: &[(Case, Call)], case: Case, names: &[&'static str]) {
+    for &name in names {
+        assert!(found.contains(&(case, (name, 1))), "{name} is not among {found:?}");
+    }
+}
+
+/// Brings the cases to their ends, and then again with a kill at each point of each call that was seen. Returns the calls.
+async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
     let house = House::build().await;
     let lane = Lane::open(&house, 0).await;
-    let mut runs: VecDeque<(Case, Call, Point)> = VecDeque::new();
-    let mut found: BTreeSet<&str> = BTreeSet::new();
-    for case in Case::ALL {
+    let mut seen: Vec<(Case, Call)> = Vec::new();
+    for &case in cases {
         let (_, calls) = lane.run(case, None).await;
         for (name, count) in calls {
-            found.insert(name);
             let of_a_job = OF_A_JOB.contains(&name);
             // Housekeeping is the same whatever the job is.
             let looked_at = match case {
                 Case::Leading => !of_a_job,
                 Case::Simple => of_a_job || name == "session_beat",
-                _ => ["take", "mark", "finish"].contains(&name),
+                _ => ["take", "mark", "finish", "batch_cut"].contains(&name),
             };
-            let count = if of_a_job { count } else { 1 };
+            let count = if of_a_job || case.is_batch() { count } else { 1 };
             if looked_at {
-                runs.extend((1..=count).flat_map(|number| POINTS.map(|point| (case, (name, number), point))));
+                seen.extend((1..=count).map(|number| (case, (name, number))));
             }
         }
     }
-    for name in OF_A_JOB.iter().chain(&["session_beat", "lead", "lead: resign", "upkeep"]) {
-        assert!(found.contains(name), "{name} is not among {found:?}");
-    }
-    let of_the_task = |call: &str| runs.iter().any(|(case, (name, _), _)| *case == Case::Task && *name == call);
-    assert!(["take", "mark", "finish"].into_iter().all(of_the_task), "{runs:?}");
     drop(lane);
+    let mut runs: VecDeque<(Case, Call, Point)> =
+        seen.iter().flat_map(|&(case, call)| POINTS.map(|point| (case, call, point))).collect();
     // The slow ones first, so that none is left alone at the end.
     runs.make_contiguous().sort_by_key(|(case, _, _)| *case != Case::Leading);
     let (all, runs, missed) = (runs.len(), Mutex::new(runs), Mutex::new(Vec::new()));
@@ -391,6 +487,7 @@ async fn killed_at_any_call_a_worker_leaves_a_job_that_ends_rightly_and_takes_ef
     // How often an idle worker looks is a matter of time; what a job's life needs is not.
     assert!(missed.iter().all(|(_, (name, _), _)| !["session_open", "mark", "finish"].contains(name)), "{missed:?}");
     assert!(missed.len() * 10 < all, "{missed:?}");
+    seen
 }
 
 #[tokio::test(flavor = "multi_thread")]
