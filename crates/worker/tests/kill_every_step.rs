@@ -572,3 +572,50 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
         assert!(worker.wait(LONG).success());
     }
 }
+
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_call_who_submits_a_batch_may_submit_it_again_and_has_each_row_once() {
+    const ROWS: u64 = 20;
+    let house = House::build().await;
+    let url = house.redis.url_db(0);
+    let batches = Batches::new(connect(&url).await, Limits::default());
+    // More than go in two calls.
+    let row = format!("[\"{}\"]\n", "x".repeat(60_000));
+    let file = house.scratch.path().join("rows.jsonl");
+    std::fs::write(&file, row.repeat(ROWS as usize)).expect("it can be written");
+    let submit = |url: &str, id: &str| {
+        let args =
+            ["batch", "submit", "--redis-url", url, "--user", "ann", "--app", "steps", "--op", "rows", "--id", id];
+        let args = [&args[..], &[file.to_str().expect("UTF-8")]].concat();
+        Daemon::spawn(bin("drayman"), &args, &[])
+    };
+    let counts =
+        async |id: &str| batches.view(&job_id(id)).await.map(|view| (view.status.to_string(), view.counts.rows));
+    let proxy = Proxy::start(house.redis.addr());
+    let tap = house.reader.tap(&proxy, None);
+    let whole = submit(&proxy.redis_url(0), "whole");
+    assert!(whole.wait(LONG).success(), "{}", whole.output());
+    let calls = tap.lock().unwrap().calls.clone();
+    assert!(calls["batch_load"] > 2, "{calls:?}");
+    for (call, point) in calls
+        .iter()
+        .flat_map(|(&name, &count)| (1..=count).flat_map(move |number| POINTS.map(|point| ((name, number), point))))
+    {
+        let id = format!("{}-{}-{point:?}", call.0, call.1);
+        let proxy = Proxy::start(house.redis.addr());
+        house.reader.tap(&proxy, Some((call, point)));
+        let program = submit(&proxy.redis_url(0), &id);
+        eventually("the submission to stop", LONG, async || (proxy.stopped() > 0).then_some(())).await;
+        program.kill9();
+        proxy.cut();
+        // What is there is the whole batch, or nothing that a worker would take.
+        if let Ok(stands) = counts(&id).await {
+            assert!([("held".into(), 0), ("pending".into(), ROWS)].contains(&stands), "{id}: {stands:?}");
+        }
+        for _ in 0..2 {
+            let again = submit(&url, &id);
+            assert!(again.wait(LONG).success(), "{id}: {}", again.output());
+            assert_eq!(counts(&id).await.expect("it is there"), ("pending".into(), ROWS), "{id}");
+        }
+    }
+}
