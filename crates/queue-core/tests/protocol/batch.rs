@@ -1028,7 +1028,7 @@ impl Play<'_> {
                 let id = self.pick();
                 self.batches.abort(&job_id(&id)).await.unwrap();
                 let plain = self.plain(&id);
-                if !plain.is_over && !plain.is_aborted && !(plain.is_released && plain.left() == 0) {
+                if !(plain.is_over || plain.is_aborted || plain.is_released && plain.left() == 0) {
                     for (_, ends) in std::mem::take(&mut plain.partial) {
                         plain.count(ends);
                     }
