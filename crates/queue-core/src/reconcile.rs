@@ -91,6 +91,12 @@ kinds! {
     PendingUnqueued = "pending-unqueued";
     /// A job is scheduled for no time. Repaired: it is due now.
     ScheduledLost = "scheduled-lost";
+    /// A batch has rows to deal and stands in no line. Repaired: to the front of its own.
+    BatchLost = "batch-lost";
+    /// A batch waits for rows, or for the end of its files, that nobody has any more. Reported: it can be aborted.
+    BatchPartsLost = "batch-parts-lost";
+    /// All rows of a batch have ended, and it has not. Repaired: its files are assembled, and it ends.
+    BatchUnsettled = "batch-unsettled";
     /// A job of ours has not ended and names no valid user. Reported.
     JobOwnerless = "job-ownerless";
     /// The record of an ended job has no lifetime. Repaired: it gets one.

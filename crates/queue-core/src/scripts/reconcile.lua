@@ -206,6 +206,17 @@ function LOOK.missing(items)
   end
 end
 
+local function is_kept(id) return redis.call('EXISTS', K.job(id)) == 1 end
+
+-- Whether a batch, all of whose rows are dealt, has a part that is gone, or none. Of many, some are looked at.
+local function lacks_parts(id)
+  local parts = redis.call('SRANDMEMBER', K.batch_parts(id), 200)
+  for _, part in ipairs(parts) do
+    if not is_kept(part) then return true end
+  end
+  return #parts == 0
+end
+
 -- A batch that the scan found in no place. It stands in its line while rows are left to deal; then its parts are all there is of it.
 local function look_at_batch(id, user, status)
   local b = redis.call('HMGET', K.job(id), 'cursor', 'left')
@@ -215,15 +226,13 @@ local function look_at_batch(id, user, status)
       local line = line_by_hash(id, user)
       if put_first(id, line) then place_and_wake(line) end
     end)
-  elseif redis.call('EXISTS', K.batch_parts(id)) == 0 then
-    if tonumber(b[2] or 0) > 0 then
-      found('batch-parts-lost', id, 'the batch waits for rows that nobody has; abort it')
-    else
-      found('batch-unsettled', id, 'all rows of the batch have ended, and it has not', function()
-        redis.call('HSET', K.job(id), 'status', 'running')
-        settle_batch(id, retention_ms)
-      end)
-    end
+  elseif tonumber(b[2] or 0) <= 0 and not is_kept(id .. ':files') then
+    found('batch-unsettled', id, 'all rows of the batch have ended, and it has not', function()
+      redis.call('HSET', K.job(id), 'status', 'running')
+      settle_batch(id, retention_ms)
+    end)
+  elseif lacks_parts(id) then
+    found('batch-parts-lost', id, 'the batch waits for rows that nobody is known to have; if it stays so, abort it')
   end
 end
 

@@ -1,6 +1,8 @@
 //! Batches without a worker: what a submitter may do and when, what a take deals, what an end counts, and that no order of all
 //! these leaves a batch that nobody will ever end.
 
+mod upkeep;
+
 use std::collections::BTreeMap;
 use std::time::Duration;
 

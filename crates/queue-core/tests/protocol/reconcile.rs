@@ -249,6 +249,13 @@ async fn what_only_an_operator_can_put_right_is_reported_and_left() {
 }
 
 #[test]
+fn the_script_names_the_kinds_that_there_are() {
+    let script = include_str!("../../src/scripts/reconcile.lua");
+    let named: BTreeSet<&str> = script.split("found('").skip(1).map(|rest| rest.split('\'').next().unwrap()).collect();
+    assert_eq!(named, Kind::ALL.iter().map(|kind| kind.word()).collect());
+}
+
+#[test]
 fn every_kind_has_a_damage_that_shows_it() {
     let shown: BTreeSet<Kind> = REPAIRED.iter().flat_map(|(kinds, _)| kinds.iter().copied()).collect();
     let reported = [
@@ -259,7 +266,12 @@ fn every_kind_has_a_damage_that_shows_it() {
         Kind::PendingUnqueued,
         Kind::JobOwnerless,
     ];
-    assert_eq!(shown.into_iter().chain(reported).collect::<BTreeSet<_>>(), Kind::ALL.iter().copied().collect());
+    // Those of batches have a scene of their own.
+    let of_batches = [Kind::BatchLost, Kind::BatchPartsLost, Kind::BatchUnsettled];
+    assert_eq!(
+        shown.into_iter().chain(reported).chain(of_batches).collect::<BTreeSet<_>>(),
+        Kind::ALL.iter().copied().collect()
+    );
 }
 
 #[tokio::test]
