@@ -45,11 +45,11 @@ impl Selection {
     /// Goes once through all that can be cancelled.
     pub fn pass(&self, inspect: &Inspect) -> Pass<'_> {
         let places = match self.filter.status {
-            Some(Status::Running) => &[Place::Claims, Place::OpenBatches][..],
+            Some(Status::Running) => &[Place::Claims, Place::Open][..],
             Some(Status::Scheduled) => &[Place::Schedule],
-            Some(Status::Held) => &[Place::OpenBatches],
+            Some(Status::Held) => &[Place::Open],
             Some(_) => &[Place::AllQueues],
-            None => &[Place::Claims, Place::AllQueues, Place::Schedule, Place::OpenBatches],
+            None => &[Place::Claims, Place::AllQueues, Place::Schedule, Place::Open],
         };
         let walk = inspect.walk(self.filter.user.as_deref(), places);
         Pass { filter: &self.filter, inspect: inspect.clone(), walk, page: Vec::new() }

@@ -21,6 +21,8 @@ pub const TRACKER_MAX_BYTES: usize = 128;
 pub const TRACK_ID_MAX_BYTES: usize = 256;
 /// Longest name of a schedule, in bytes. The ids of its jobs are made of it.
 pub const SCHEDULE_MAX_BYTES: usize = 64;
+/// Longest name of a flow, and of one of its steps, in bytes. The ids of its jobs are made of the latter.
+pub const FLOW_MAX_BYTES: usize = 48;
 /// Longest pool name, in bytes: a host name of 253 bytes and its prefix, or an application and its operation.
 pub const POOL_MAX_BYTES: usize = 264;
 
@@ -126,6 +128,16 @@ id! {
 fn handler_in(pool: &str) -> Option<(App, Op)> {
     let (app, op) = pool.split_once('.')?;
     Some((App::new(app).ok()?, Op::new(op).ok()?))
+}
+
+id! {
+    /// A flow: jobs made of steps. Letters, digits, `_` and `-`.
+    FlowName, "flow", FLOW_MAX_BYTES, |c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-')
+}
+
+id! {
+    /// A step of a flow. Letters, digits, `_` and `-`.
+    StepName, "step", FLOW_MAX_BYTES, |c| c.is_ascii_alphanumeric() || matches!(c, '_' | '-')
 }
 
 id! {

@@ -40,6 +40,8 @@ const BRIEF: &[&str] = &[
     "attempts",
     "unclean",
     "cancel_requested_at",
+    "flow",
+    "name",
 ];
 
 /// The fields of a whole view, besides those.
@@ -137,11 +139,11 @@ impl JobView {
     }
 
     /// Its status, as the hash has it; but whether it runs is decided by its claim alone. Of a batch the parts are claimed, and it
-    /// says itself how it stands.
+    /// says itself how it stands; so does a flow.
     pub fn status(&self) -> String {
         let status = self.text("status").unwrap_or_else(|| "pending".into());
         match status.parse() {
-            _ if self.kind() == Kind::Batch => status,
+            _ if matches!(self.kind(), Kind::Batch | Kind::Flow) => status,
             Ok(Status::Running) if !self.claimed => Status::Pending.to_string(),
             Ok(Status::Pending | Status::Scheduled) if self.claimed => Status::Running.to_string(),
             _ => status,
@@ -164,6 +166,7 @@ impl JobView {
             Some("task") => Kind::Task,
             Some("batch") => Kind::Batch,
             Some("part") => Kind::Part,
+            Some("flow") => Kind::Flow,
             _ => Kind::Sql,
         }
     }
@@ -183,6 +186,9 @@ impl JobView {
         if let Some((app, op)) = self.handler() {
             return format!("{app}.{op}");
         }
+        if self.kind() == Kind::Flow {
+            return Kind::Flow.as_str().into();
+        }
         let pool = match (self.text("database"), self.text("host")) {
             (Some(name), _) => format!("db:{name}"),
             (None, host) => format!("sql:{}", host.unwrap_or_default()),
@@ -196,7 +202,7 @@ impl JobView {
         let calls = match self.kind() {
             Kind::Task => true,
             Kind::Batch | Kind::Part => self.text("app").is_some(),
-            Kind::Sql => false,
+            Kind::Sql | Kind::Flow => false,
         };
         calls.then(|| (name("app"), name("op").to_ascii_lowercase()))
     }
@@ -331,6 +337,8 @@ pub enum Kind {
     Batch,
     /// Some rows of a batch, or what is to be done when all of them have ended.
     Part,
+    /// An execution of a flow. Its steps are jobs of their own.
+    Flow,
 }
 
 impl Kind {
@@ -341,6 +349,7 @@ impl Kind {
             Kind::Task => "task",
             Kind::Batch => "batch",
             Kind::Part => "part",
+            Kind::Flow => "flow",
         }
     }
 }
@@ -501,13 +510,13 @@ impl Inspect {
         Ok(views)
     }
 
-    /// Up to `limit` jobs in brief: first those that run, then those that wait, those that are scheduled, batches that are
-    /// elsewhere, and jobs that ended, the latest first.
+    /// Up to `limit` jobs in brief: first those that run, then those that wait, those that are scheduled, batches
+    /// and flows that are elsewhere, and jobs that ended, the latest first.
     pub async fn list(&self, filter: &Filter, limit: usize) -> Result<Vec<JobView>, Error> {
         let places = match filter.status {
-            None => &[Place::Claims, Place::Queues, Place::Schedule, Place::OpenBatches, Place::Ended][..],
-            Some(Status::Held) => &[Place::OpenBatches],
-            Some(Status::Running) => &[Place::Claims, Place::OpenBatches],
+            None => &[Place::Claims, Place::Queues, Place::Schedule, Place::Open, Place::Ended][..],
+            Some(Status::Held) => &[Place::Open],
+            Some(Status::Running) => &[Place::Claims, Place::Open],
             Some(Status::Scheduled) => &[Place::Schedule],
             Some(status) if status.is_final() => &[Place::Ended],
             Some(_) => &[Place::Queues],
@@ -553,7 +562,7 @@ impl Inspect {
             Place::Claims => vec![Stop::Claims { cursor: cursor() }],
             Place::Queues | Place::AllQueues => queues.clone(),
             Place::Schedule => vec![Stop::Schedule { at: 0 }],
-            Place::OpenBatches => vec![Stop::Batches { at: 0 }],
+            Place::Open => vec![Stop::Open { key: keys.flows(), at: 0 }, Stop::Open { key: keys.batches(), at: 0 }],
             Place::Ended => vec![Stop::Ended { at: 0, since_ms: 0 }],
         });
         Walk { store: self.store.clone(), stops: stops.collect() }
@@ -597,8 +606,8 @@ pub enum Place {
     AllQueues,
     /// Those that wait for a time.
     Schedule,
-    /// Batches that have not ended, the latest first: also those that are held, and those whose rows are all dealt.
-    OpenBatches,
+    /// Batches and flows that have not ended, the latest first: also batches that are held, and those whose rows are all dealt.
+    Open,
     /// Those that have ended and are not yet forgotten, the latest first.
     Ended,
 }
@@ -641,7 +650,9 @@ enum Stop {
     Schedule {
         at: usize,
     },
-    Batches {
+    /// An index of what is never claimed itself.
+    Open {
+        key: String,
         at: usize,
     },
     Ended {
@@ -716,9 +727,9 @@ impl Walk {
                 self.more(&ids, Stop::Schedule { at: at + ids.len() });
                 ids
             }
-            Stop::Batches { at } => {
-                let ids = self.ranks(&keys.batches(), at, "ZREVRANGE").await?;
-                self.more(&ids, Stop::Batches { at: at + ids.len() });
+            Stop::Open { key, at } => {
+                let ids = self.ranks(&key, at, "ZREVRANGE").await?;
+                self.more(&ids, Stop::Open { key, at: at + ids.len() });
                 self.open(ids).await?
             }
             Stop::Ended { at, since_ms } => {

@@ -42,6 +42,7 @@ pub const FIELDS: &[(&str, usize, Of)] = &[
     ("idempotent", 8, Of::Sql),
     ("trace", 256, Of::Sql),
     ("results", 1 << 17, Of::Sql),
+    ("params", 1 << 16, Of::Sql),
     ("input", 1 << 20, Of::Task),
     ("encoding", 16, Of::Task),
     ("context", 1 << 18, Of::Task),

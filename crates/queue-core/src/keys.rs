@@ -197,6 +197,14 @@ keys! {
     batch_results(batch) = "drayman:{tag}batch_results:{}", Hash;
     /// The parts of a batch that were dealt and have not ended.
     batch_parts(batch) = "drayman:{tag}batch_parts:{}", Set;
+    /// All executions of flows, by when they were launched, in ms. Removed with their records.
+    flows = "drayman:{tag}flows", SortedSet;
+    /// The steps of an execution, by their numbers from 1 on: `<number>` → `waiting`, `queued`, `done`, `failed`, `cancelled` or `skipped`,
+    /// and what else is known of it as JSON; `job:<number>` → the fields of its job, packed, until the execution is over; `plan` → packed,
+    /// for each its name, those that it comes after, and on which end. Lives as long as the execution's record.
+    flow_steps(flow) = "drayman:{tag}flow_steps:{}", Hash;
+    /// An instance of a flow, by its digest: its `last` execution, and how many `launches` it had. Expires with the record of the last one.
+    flow_instance(instance) = "drayman:{tag}flow_instance:{}", Hash;
     /// The leader's word that memory is nearly full: bytes used and the mark above which nothing new is accepted. Lives for
     /// some seconds unless renewed.
     full = "drayman:{tag}full", String;

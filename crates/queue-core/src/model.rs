@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 pub mod batch;
 pub mod cron;
+pub mod flow;
 pub mod retry;
 pub mod sql;
 pub mod task;

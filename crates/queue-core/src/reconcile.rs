@@ -97,6 +97,8 @@ kinds! {
     BatchPartsLost = "batch-parts-lost";
     /// All rows of a batch have ended, and it has not. Repaired: its files are assembled, and it ends.
     BatchUnsettled = "batch-unsettled";
+    /// A step of a flow has ended, or its job is gone, and the flow does not know. Repaired: it goes on; a step whose job is gone has failed.
+    FlowStuck = "flow-stuck";
     /// A job of ours has not ended and names no valid user. Reported.
     JobOwnerless = "job-ownerless";
     /// The record of an ended job has no lifetime. Repaired: it gets one.

@@ -113,6 +113,12 @@ impl Retrier {
                     "it is a batch, whose rows have ended: submit those that failed as another one".into(),
                 ));
             }
+            Kind::Flow => {
+                return Err(Retried::Refused("it is a flow: restart it, and what is done is not repeated".into()));
+            }
+            _ if view.text("flow").is_some() => {
+                return Err(Retried::Refused("it is a step of a flow: restart the flow".into()));
+            }
             // Who is to be told that a batch is over may be told again.
             Kind::Part if !view.text("part").is_some_and(|part| part.starts_with("done ")) => {
                 return Err(Retried::Refused("it is a part of a batch".into()));

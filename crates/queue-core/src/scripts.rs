@@ -19,9 +19,11 @@ use crate::reply::Reply;
 use crate::store::Store;
 
 mod batch;
+mod flow;
 mod tracker;
 
 pub(crate) use batch::{Aborted, Load, Loaded, PackedBlock, Released};
+pub(crate) use flow::{FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped};
 pub(crate) use tracker::{TrackCreated, TrackEnded, TrackHold, TrackSet, TrackStarted, read_data};
 
 /// One script.
@@ -126,6 +128,10 @@ scripts! {
     BATCH_ABORT = "batch_abort" behind "batch", Runs;
     BATCH_CUT = "batch_cut" behind "batch", Runs;
     BATCH_READ = "batch_read", Runs;
+    FLOW_LAUNCH = "flow_launch", Refused;
+    FLOW_STOP = "flow_stop", Runs;
+    FLOW_ABANDON = "flow_abandon", Runs;
+    FLOW_READ = "flow_read", Runs;
     TRACKER_CREATE = "tracker_create" behind "tracker", Refused;
     TRACKER_START = "tracker_start" behind "tracker", Runs;
     TRACKER_RENEW = "tracker_renew" behind "tracker", Runs;
@@ -150,7 +156,7 @@ pub fn prelude(keys: &Keys) -> String {
         WEIGHTS.0,
         WEIGHTS.1,
         fields.join(", "),
-        include_str!("scripts/common.lua"),
+        concat!(include_str!("scripts/common.lua"), include_str!("scripts/flow.lua")),
     )
 }
 

@@ -21,11 +21,13 @@ while i <= #ARGV do
   if claim then
     -- Whatever others have made of its hash: it runs, and its worker can stop it.
     if held == 'hash' then redis.call('HSETNX', job, 'cancel_requested_at', now) end
-    redis.call('SADD', K.cancels(claim.session), id)
-    tell(K.cancel(claim.session), id)
+    ask_to_cancel(id, claim)
     reply = 'requested'
   elseif held ~= 'hash' then
     reply = 'missing'
+  elseif redis.call('HGET', job, 'kind') == 'flow' then
+    reply = stop_flow(id, true)
+    if reply[1] == 'stopping' then reply = 'requested' elseif reply[1] == 'stopped' then reply = 'cancelled' end
   elseif redis.call('HGET', job, 'kind') == 'batch' then
     reply = abort_batch(id, retention_ms)
     if reply[1] == 'aborted' then reply = 'cancelled' end
@@ -36,22 +38,12 @@ while i <= #ARGV do
       reply = {'over', h[1]}
     elseif redis.call('HSTRLEN', job, 'trace') > 0 then
       -- A lost worker's execution may have taken effect: only who takes the job next can find out, and need not wait for it.
-      redis.call('HSETNX', job, 'cancel_requested_at', now)
-      redis.call('ZADD', K.due(), 'XX', int(now_ms), id)
+      cancel_when_settled(id)
       reply = 'requested'
     elseif m > 0 and (h[3] or '') ~= seen then
       reply = 'changed'
     else
-      local user = h[4] or ''
-      local line = line_by_hash(id, user)
-      local queue = queue_of(line, band_of(id))
-      -- A long queue is not searched: take drops what is final.
-      if (try('LLEN', queue) or 0) <= 1000 then try('LREM', queue, 0, id) end
-      unschedule(id)
-      record(id, user, 'status', 'cancelled', 'ended_at', now, 'cancel_requested_at', now, unpack(fields))
-      file(id, user, redis.call('HGET', job, 'status'), retention_ms)
-      -- Another job is the user's head now, perhaps of another pool.
-      if is_user(user) then place_and_wake(line) end
+      withdraw(id, h[4] or '', retention_ms, unpack(fields))
       reply = 'cancelled'
     end
   end

@@ -202,6 +202,9 @@ local function give_up_unique(id, ...)
   end
 end
 
+-- What follows when a step of a flow has ended. flow.lua has it.
+local step_over
+
 -- Files a job that reached its final status. Its password has served its purpose; where it is known to be a task, it has none.
 local function file(id, user, status, retention_ms, is_task, more_bytes)
   if not is_task then try('HDEL', K.job(id), 'pass') end
@@ -209,6 +212,8 @@ local function file(id, user, status, retention_ms, is_task, more_bytes)
   redis.call('PEXPIRE', K.job(id), retention_ms)
   enter_books(id, now_ms, retention_ms, more_bytes)
   publish(user, id, status)
+  -- The id of a step is made of two.
+  if string.find(id, ':', 1, true) then step_over(id, status) end
 end
 
 -- Takes records out of the index of ended jobs and out of the books of what they occupy.
@@ -220,6 +225,7 @@ local function forget(ids)
   redis.call('ZREM', K.expiring(), unpack(ids))
   redis.call('HDEL', K.kept(), unpack(ids))
   redis.call('ZREM', K.batches(), unpack(ids))
+  redis.call('ZREM', K.flows(), unpack(ids))
   if freed > 0 then redis.call('HINCRBY', K.kept(), '*', -freed) end
   if redis.call('HLEN', K.kept()) == 1 then redis.call('DEL', K.kept()) end
 end
@@ -300,9 +306,9 @@ local function drop_part(batch, id)
   redis.call('DEL', K.job(id))
 end
 
--- Removes a job's record, and what else there is of a batch.
+-- Removes a job's record, and what else there is of a batch or a flow.
 local function remove_record(id)
-  redis.call('UNLINK', K.job(id), K.batch_rows(id), K.batch_blocks(id), K.batch_results(id), K.batch_parts(id))
+  redis.call('UNLINK', K.job(id), K.batch_rows(id), K.batch_blocks(id), K.batch_results(id), K.batch_parts(id), K.flow_steps(id))
 end
 
 -- Kinds of jobs that go to handlers where they name an application. Batches and their parts are SQL where they name none.
@@ -369,7 +375,7 @@ local function look(id, line)
   end
   if h.user and h.user ~= '' and h.user ~= user then return 'reject', 'it belongs to another user than its queue' end
   if is_over(h.status, h.fallback_status) then return 'drop', h.status end
-  if h.kind == 'batch' and redis.call('HEXISTS', job, 'cursor') == 0 then return 'drop' end
+  if h.kind == 'flow' or (h.kind == 'batch' and redis.call('HEXISTS', job, 'cursor') == 0) then return 'drop' end
   local batch = h.kind == 'part' and string.match(h.part or '', '^rows (%S+)')
   if batch and not takes_results(batch) then
     drop_part(batch, id)
@@ -706,6 +712,31 @@ end
 local function place_on(line, pool)
   local at, new = place(line)
   if new and at ~= pool then wake_one(at) end
+end
+
+-- Cancels a job that waits, with these fields more.
+local function withdraw(id, user, retention_ms, ...)
+  local line = line_by_hash(id, user)
+  local queue = queue_of(line, band_of(id))
+  -- A long queue is not searched: take drops what is final.
+  if (try('LLEN', queue) or 0) <= 1000 then try('LREM', queue, 0, id) end
+  unschedule(id)
+  record(id, user, 'status', 'cancelled', 'ended_at', now, 'cancel_requested_at', now, ...)
+  file(id, user, redis.call('HGET', K.job(id), 'status'), retention_ms)
+  -- Another job is the user's head now, perhaps of another pool.
+  if is_user(user) then place_and_wake(line) end
+end
+
+-- Asks whoever runs a job to cancel it.
+local function ask_to_cancel(id, claim)
+  redis.call('SADD', K.cancels(claim.session), id)
+  tell(K.cancel(claim.session), id)
+end
+
+-- Has whoever takes a waiting job next find out what a lost worker has done of it, before it is cancelled, and soon.
+local function cancel_when_settled(id)
+  redis.call('HSETNX', K.job(id), 'cancel_requested_at', now)
+  redis.call('ZADD', K.due(), 'XX', int(now_ms), id)
 end
 
 -- Puts a job whose claim is gone at the front of its queue as if it had not been taken, with `extra` fields and values.

@@ -236,6 +236,29 @@ local function look_at_batch(id, user, status)
   end
 end
 
+-- A flow never stands anywhere: its steps that are queued are all there is of it.
+local function look_at_flow(id)
+  local packed = try('HGET', K.flow_steps(id), 'plan')
+  local open = 0
+  for number, step in ipairs(packed and cmsgpack.unpack(packed) or {}) do
+    if state_of(redis.call('HGET', K.flow_steps(id), number)) == 'queued' then
+      open = open + 1
+      local job = id .. ':' .. step[1]
+      local h = is_kept(job) and (short(job, 'status', 'fallback_status') or {}) or nil
+      if not h then
+        found('flow-stuck', id, 'the job of step ' .. step[1] .. ' is gone; the step has failed', function()
+          end_step(id, number, 'failed', {ended_at = now, error = 'its job is gone'})
+        end)
+      elseif is_over(h[1], h[2]) and redis.call('HEXISTS', K.claims(), job) == 0 then
+        found('flow-stuck', id, 'step ' .. step[1] .. ' has ended, and the flow does not know', function() step_over(job, h[1]) end)
+      end
+    end
+  end
+  if open == 0 then
+    found('flow-stuck', id, 'no step of the flow is left to run, and it has not ended', function() advance(id) end)
+  end
+end
+
 -- A job that the scan found in no place. `quiet` was asked before the first read, which counts as a touch.
 local function look_at_job(id, quiet)
   local job = K.job(id)
@@ -264,6 +287,7 @@ local function look_at_job(id, quiet)
     return
   end
   if h[10] == 'batch' then return look_at_batch(id, user, status) end
+  if h[10] == 'flow' then return look_at_flow(id) end
   if in_queue(id, user) or redis.call('ZSCORE', K.missing(), id .. ' ' .. user) then return end
   local ran = status == 'running' or (FINAL[status] and fallback_status == 'running')
   local holder = h[9] and try('GET', K.host_lock(h[9]))
@@ -361,7 +385,6 @@ end
 
 function LOOK.finished(items)
   -- A record that went early shows only while all records of its age are still there.
-  local kept_since = now_ms - math.min(retention_ms, MAX_REJECTED_MS) + MISSING_MS
   for _, id in ipairs(items) do
     local at = tonumber(redis.call('ZSCORE', K.finished(), id) or nil)
     local function drop() forget({id}) end
@@ -381,7 +404,8 @@ function LOOK.finished(items)
         look_at_job(id, is_quiet(K.job(id)))
       end
     elseif at and held ~= 'hash' then
-      if at > kept_since then found('finished-stray', id, 'the job stands among the ended ones, but its record is gone', drop) end
+      -- One whose time is over is the next upkeep's.
+      if expires > now_ms then found('finished-stray', id, 'the job stands among the ended ones, but its record is gone', drop) end
     elseif at and redis.call('PTTL', K.job(id)) == -1 and redis.call('HEXISTS', K.claims(), id) == 0 then
       -- Records of ended jobs have an end, so only the others are read. One may wait again: it was submitted anew.
       local quiet, h = is_quiet(K.job(id)), short(id, 'status', 'fallback_status', 'user')

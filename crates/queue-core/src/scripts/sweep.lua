@@ -20,8 +20,8 @@ for i = 4, #ARGV do
       local queue = h[5] and h[5] ~= '' and queue_of(line_by_hash(id, h[5]), band_of(id))
       local referenced = not queue or redis.call('ZSCORE', K.due(), id) or (try('LLEN', queue) or 0) > 1000
         or try('LPOS', queue, id)
-        -- A batch whose rows are all dealt stands nowhere. One that was held for so long is nobody's.
-        or (h[6] == 'batch' and h[3] ~= 'held')
+        -- A batch whose rows are all dealt stands nowhere. One that was held for so long is nobody's. A flow never stands anywhere.
+        or (h[6] == 'batch' and h[3] ~= 'held') or h[6] == 'flow'
       if is_over(h[3], h[4]) or not referenced then
         give_up_unique(id, 'queued', 'done')
         remove_record(id)

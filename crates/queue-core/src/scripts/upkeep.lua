@@ -44,9 +44,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', K.expiring(), int(now_ms), int(n
 end
 forget(begun)
 
--- Records whose time is over, by what their keeper said and by what is kept now.
-local old = redis.call('ZRANGEBYSCORE', K.finished(), '-inf', int(now_ms - retention_ms), 'LIMIT', 0, 5000)
-forget(old)
+-- Records whose time is over, by what their keeper said.
 local expired = redis.call('ZRANGEBYSCORE', K.expiring(), '-inf', int(now_ms), 'LIMIT', 0, 5000)
 forget(expired)
 
@@ -78,4 +76,4 @@ if full then
 else
   redis.call('DEL', K.full())
 end
-return {'done', promoted, found, given_up, #old + #expired, #evicted, full and 1 or 0}
+return {'done', promoted, found, given_up, #expired, #evicted, full and 1 or 0}

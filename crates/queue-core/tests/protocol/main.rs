@@ -5,6 +5,7 @@ mod batch;
 mod budgets;
 mod cancel;
 mod fairness;
+mod flow;
 mod foreign;
 mod handle;
 mod hostile;

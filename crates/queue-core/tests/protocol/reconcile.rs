@@ -266,10 +266,10 @@ fn every_kind_has_a_damage_that_shows_it() {
         Kind::PendingUnqueued,
         Kind::JobOwnerless,
     ];
-    // Those of batches have a scene of their own.
-    let of_batches = [Kind::BatchLost, Kind::BatchPartsLost, Kind::BatchUnsettled];
+    // Those of batches and flows have scenes of their own.
+    let elsewhere = [Kind::BatchLost, Kind::BatchPartsLost, Kind::BatchUnsettled, Kind::FlowStuck];
     assert_eq!(
-        shown.into_iter().chain(reported).chain(of_batches).collect::<BTreeSet<_>>(),
+        shown.into_iter().chain(reported).chain(elsewhere).collect::<BTreeSet<_>>(),
         Kind::ALL.iter().copied().collect()
     );
 }

@@ -324,6 +324,7 @@ async fn while_memory_is_full_work_ends_and_drains_and_nothing_new_comes_in() {
         let refused = [
             "enqueue",
             "batch_load",
+            "flow_launch",
             "notice",
             "compare",
             "limited",

@@ -58,9 +58,14 @@ pub(super) async fn settle(
         Err(reason) => return Some(failed_as_a_whole(taken, &reason, rules)),
     };
     let timeout = timeout(taken, statement.timeout_ms, rules);
-    let sql = if statement.templated {
+    let params = match params(taken) {
+        Ok(params) => params,
+        Err(reason) => return Some(failed_as_a_whole(taken, &reason, rules)),
+    };
+    let sql = if statement.templated || params.is_some() {
         let dialect = executor.dialect(&target);
-        let vars = template::Vars { job_id: taken.id.as_str(), error_message: statement.error_message };
+        let (job_id, error_message) = (taken.id.as_str(), statement.error_message);
+        let vars = template::Vars { job_id, error_message, params: params.as_ref() };
         template::render(statement.sql, dialect, &vars).map_err(|error| error.to_string())
     } else {
         Ok(statement.sql.to_owned())
@@ -205,6 +210,16 @@ fn parse(taken: &Taken) -> Result<SqlJob, String> {
         taken.text("failed_reason")?,
     )
     .map_err(|error| error.to_string())
+}
+
+/// The parameters that its statements may name.
+fn params(taken: &Taken) -> Result<Option<serde_json::Map<String, serde_json::Value>>, String> {
+    match taken.bytes("params").filter(|text| !text.is_empty()) {
+        None => Ok(None),
+        Some(text) => {
+            serde_json::from_slice(text).map(Some).map_err(|error| format!("its params are no JSON object: {error}"))
+        }
+    }
 }
 
 fn target(taken: &Taken) -> Result<Target, String> {

@@ -661,7 +661,7 @@ async fn a_rendered_value_comes_back_as_it_was() {
             ("name", "INSERT INTO seen SELECT 'name', '<%= error_message %>' AS \"x<%= error_message %>\""),
             ("code", "DO $code$ BEGIN INSERT INTO seen VALUES ('code', '<%= error_message %>'); END $code$"),
         ] {
-            let vars = Vars { job_id: "x", error_message: Some(&value) };
+            let vars = Vars { job_id: "x", error_message: Some(&value), params: None };
             let sql = render(template, Dialect::Postgres, &vars).unwrap();
             done(run(&executor, work(cluster.target_as(&db, role, b""), &sql)).await);
             let rows = client.query("DELETE FROM seen RETURNING place, value", &[]).await.unwrap();

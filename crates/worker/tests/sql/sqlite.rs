@@ -282,7 +282,7 @@ async fn a_rendered_value_comes_back_as_it_was() {
             "INSERT INTO seen SELECT '<%= error_message %>' AS \"x<%= error_message %>\"",
             "INSERT INTO seen SELECT '<%= error_message %>' AS `x<%= error_message %>`",
         ] {
-            let vars = Vars { job_id: "x", error_message: Some(value) };
+            let vars = Vars { job_id: "x", error_message: Some(value), params: None };
             let sql = render(template, Dialect::Sqlite, &vars).unwrap();
             done(files.run(&sql).await);
             let connection = Connection::open(files.path("ann")).unwrap();

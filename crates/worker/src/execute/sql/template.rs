@@ -1,4 +1,4 @@
-//! `<%= job_id %>` and `<%= error_message %>` in SQL texts, quoted for the place where they stand.
+//! `<%= job_id %>`, `<%= error_message %>` and parameters in SQL texts, quoted for the place where they stand.
 //!
 //! The text is cut into tokens as the database's own scanner would (PostgreSQL: `scan.l` with
 //! `standard_conforming_strings` on, which the executor sets; SQLite: `tokenize.c`), byte by byte and keeping positions,
@@ -9,6 +9,8 @@
 //! quoted once, for the literal.
 
 use std::ops::Range;
+
+use serde_json::{Map, Value};
 
 /// Longest text that rendering may make, in bytes.
 pub const RENDERED_MAX_BYTES: usize = 1 << 20;
@@ -29,6 +31,15 @@ pub struct Vars<'a> {
     pub job_id: &'a str,
     /// For `<%= error_message %>`; without one, that placeholder is left as it is.
     pub error_message: Option<&'a str>,
+    /// For others, by their names.
+    pub params: Option<&'a Map<String, Value>>,
+}
+
+/// What stands for a placeholder.
+struct Var {
+    text: String,
+    /// Where it stands alone it needs no quotes: it is a number, or a boolean.
+    bare: bool,
 }
 
 /// Why a text can't be rendered.
@@ -77,7 +88,10 @@ fn render_into(out: &mut String, sql: &str, dialect: Dialect, vars: &Vars<'_>) -
                 if out.ends_with(melts) {
                     out.push(' ');
                 }
-                push_literal(out, dialect, &value);
+                match value.bare {
+                    true => push_bare(out, dialect, &value.text),
+                    false => push_literal(out, dialect, &value.text),
+                }
                 if sql[token.range.end..].starts_with(melts) {
                     out.push(' ');
                 }
@@ -148,6 +162,17 @@ fn push_literal(out: &mut String, dialect: Dialect, value: &str) {
     }
 }
 
+/// Writes a number or a boolean.
+fn push_bare(out: &mut String, dialect: Dialect, text: &str) {
+    match (text, dialect) {
+        ("true", Dialect::Sqlite) => out.push('1'),
+        ("false", Dialect::Sqlite) => out.push('0'),
+        // Two minus signs would begin a comment.
+        _ if text.starts_with('-') => out.push_str(&format!("({text})")),
+        _ => out.push_str(text),
+    }
+}
+
 /// Characters that would become one token with a literal beside them.
 fn melts(c: char) -> bool {
     c.is_alphanumeric() || !c.is_ascii() || matches!(c, '_' | '$' | '\'' | '"' | '`' | '&' | '@' | ':' | '#')
@@ -190,7 +215,7 @@ fn fill(
         rest = &rest[at..];
         let taken = match placeholder_at(rest, vars) {
             Some((length, value)) => {
-                out.push_str(&encode(&value)?);
+                out.push_str(&encode(&value.text)?);
                 if out.len() > RENDERED_MAX_BYTES {
                     return Err(TemplateError::TooLong);
                 }
@@ -210,18 +235,22 @@ fn fill(
 }
 
 /// The length of the placeholder that `text` begins with, and its value without NUL, which no database takes.
-fn placeholder_at(text: &str, vars: &Vars<'_>) -> Option<(usize, String)> {
-    let inner = text.strip_prefix("<%=")?.trim_start();
-    let (value, rest) = if let Some(rest) = inner.strip_prefix("job_id") {
-        (vars.job_id, rest)
-    } else {
-        (vars.error_message?, inner.strip_prefix("error_message")?)
+fn placeholder_at(text: &str, vars: &Vars<'_>) -> Option<(usize, Var)> {
+    let inner = text.strip_prefix("<%=")?;
+    let end = inner.find("%>")?;
+    let (value, bare) = match (inner[..end].trim(), vars.error_message) {
+        ("job_id", _) => (vars.job_id.to_owned(), false),
+        ("error_message", Some(message)) => (message.to_owned(), false),
+        (name, _) => match vars.params?.get(name)? {
+            Value::String(text) => (text.clone(), false),
+            other => (other.to_string(), matches!(other, Value::Number(_) | Value::Bool(_))),
+        },
     };
-    let rest = rest.trim_start().strip_prefix("%>")?;
-    Some((text.len() - rest.len(), value.replace('\0', "")))
+    let length = text.len() - inner[end..].len() + "%>".len();
+    Some((length, Var { text: value.replace('\0', ""), bare }))
 }
 
-fn find_placeholder(text: &str, vars: &Vars<'_>) -> Option<(usize, usize, String)> {
+fn find_placeholder(text: &str, vars: &Vars<'_>) -> Option<(usize, usize, Var)> {
     text.match_indices("<%=").find_map(|(at, _)| placeholder_at(&text[at..], vars).map(|(length, v)| (at, length, v)))
 }
 
@@ -486,7 +515,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn vars(value: &str) -> Vars<'_> {
-        Vars { job_id: "X", error_message: Some(value) }
+        Vars { job_id: "X", error_message: Some(value), params: None }
     }
 
     fn pg(sql: &str, value: &str) -> Result<String, TemplateError> {
@@ -505,7 +534,7 @@ mod tests {
 
     #[test]
     fn what_is_no_placeholder_stays() {
-        let none = Vars { job_id: "X", error_message: None };
+        let none = Vars { job_id: "X", error_message: None, params: None };
         let sql = "SELECT '<%= error_message %>', '<%= other %>', <%= job_idx %>, '<%= job_id', '<% job_id %>'";
         assert_eq!(render(sql, Dialect::Postgres, &none).unwrap(), sql);
     }
@@ -596,6 +625,22 @@ mod tests {
     }
 
     #[test]
+    fn parameters_are_written_as_what_they_are() {
+        let params = serde_json::json!({ "n": -5, "f": 1.5, "yes": true, "day": "2026-03-01", "who": "it's \\ me" });
+        let params = params.as_object().unwrap();
+        let vars = Vars { job_id: "X", error_message: None, params: Some(params) };
+        let sql = "select 1-<%= n %>, <%=f%>, <%= yes %>, '<%= n %> <%= who %>', date<%= day %>, <%= nobody %>, \"<%= job_id %>\"";
+        let pg = render(sql, Dialect::Postgres, &vars).unwrap();
+        assert_eq!(pg, "select 1-(-5), 1.5, true, '-5 it''s \\ me', date '2026-03-01', <%= nobody %>, \"X\"");
+        let lite = render(sql, Dialect::Sqlite, &vars).unwrap();
+        assert_eq!(lite, "select 1-(-5), 1.5, 1, '-5 it''s \\ me', date '2026-03-01', <%= nobody %>, \"X\"");
+        assert_eq!(render("<%= who %>", Dialect::Postgres, &vars).unwrap(), "E'it''s \\\\ me'");
+        let hostile = serde_json::json!({ "who": "'; drop table t; --" });
+        let vars = Vars { params: hostile.as_object(), ..vars };
+        assert_eq!(render("select <%= who %>", Dialect::Sqlite, &vars).unwrap(), "select '''; drop table t; --'");
+    }
+
+    #[test]
     fn long_results_are_refused() {
         let sql = "'<%= error_message %>'".repeat(100);
         assert_eq!(pg(&sql.replace("''", "','"), &"x".repeat(100_000)), Err(TemplateError::TooLong));
@@ -603,7 +648,7 @@ mod tests {
 
     /// The kinds of a text's tokens, comments and blanks left out.
     fn kinds(sql: &str, dialect: Dialect) -> Vec<Kind> {
-        let vars = Vars { job_id: "", error_message: None };
+        let vars = Vars { job_id: "", error_message: None, params: None };
         Scanner { sql, dialect, vars: Some(&vars), at: 0, literal: None }
             .scan()
             .into_iter()

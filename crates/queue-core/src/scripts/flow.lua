@@ -1,0 +1,157 @@
+-- Stands before every script, behind common.lua: what follows when a step of a flow has ended. A FLOW is a job of kind 'flow' that is
+-- never claimed itself. Its steps are jobs of its user, '<flow>:<name of the step>', and each is queued in the same moment in which
+-- what it comes after has ended. K.flow_steps says of each step, by its number, its state and what became of it:
+--   waiting (what it comes after has not ended), queued (its job is there), done, failed, cancelled, skipped (it was not to run)
+
+local function state_of(entry) return string.match(entry or '', '^%a+') end
+
+local function set_step(key, number, state, facts)
+  redis.call('HSET', key, number, state .. ' ' .. cjson.encode(facts))
+end
+
+-- Whether a step is to run now, or never: 'run', 'skip', or nil while what it comes after has not ended.
+local function turn_of(step, states)
+  local _, after, on = unpack(step)
+  local count = {done = 0, failed = 0, cancelled = 0, skipped = 0, waiting = 0, queued = 0}
+  for _, number in ipairs(after) do count[states[number]] = count[states[number]] + 1 end
+  if count.waiting + count.queued > 0 then return nil end
+  if on == 'ended' then return 'run' end
+  if on == 'failed' then return count.failed > 0 and 'run' or 'skip' end
+  -- What was not to run keeps nobody, if another did.
+  return count.failed + count.cancelled == 0 and (count.done > 0 or #after == 0) and 'run' or 'skip'
+end
+
+-- How a flow ends: what failed is forgiven where a step that follows failures has followed it, and is done.
+local function end_of(plan, states, is_stopped)
+  local forgiven, failed = {}, nil
+  for number, step in ipairs(plan) do
+    if states[number] == 'cancelled' or (is_stopped and states[number] == 'waiting') then return 'cancelled' end
+    if step[3] == 'failed' and states[number] == 'done' then
+      for _, before in ipairs(step[2]) do forgiven[before] = true end
+    end
+  end
+  for number in ipairs(plan) do
+    if states[number] == 'failed' and not forgiven[number] then failed = failed or number end
+  end
+  return failed and 'failed' or 'done', failed
+end
+
+local function end_flow(flow, plan, states, f)
+  local job, key = K.job(flow), K.flow_steps(flow)
+  local user, keep_ms = f[1], tonumber(f[4])
+  local status, failed = end_of(plan, states, f[3])
+  redis.call('HSET', job, 'status', status, 'ended_at', now, 'updated_at', now)
+  if failed then
+    local facts = cjson.decode(string.match(redis.call('HGET', key, failed), ' (.*)$'))
+    redis.call('HSET', job, 'failed_reason', 'step ' .. plan[failed][1] .. ' failed' .. (facts.error and ': ' .. facts.error or ''))
+  end
+  local jobs = {}
+  for number in ipairs(plan) do jobs[number] = 'job:' .. number end
+  redis.call('HDEL', key, unpack(jobs))
+  redis.call('PEXPIRE', key, keep_ms)
+  redis.call('PEXPIRE', K.flow_instance(f[5]), keep_ms)
+  file(flow, user, status, keep_ms, true, try('MEMORY', 'USAGE', key, 'SAMPLES', '0') or 0)
+end
+
+local function queue_step(flow, user, number, name)
+  local id, fields = flow .. ':' .. name, cmsgpack.unpack(redis.call('HGET', K.flow_steps(flow), 'job:' .. number))
+  -- Whatever somebody else may have put there.
+  redis.call('DEL', K.job(id))
+  redis.call('HSET', K.job(id), 'user', user, 'status', 'pending', 'created_at', now, 'updated_at', now, 'enqueued_at', now,
+    'flow', flow, 'flow_step', number, unpack(fields))
+  local line = line_by_hash(id, user)
+  local queue = queue_of(line, band_of(id))
+  if not try('LPUSH', queue, id) then
+    return reject(id, user, 'its queue holds a ' .. redis.call('TYPE', queue).ok .. ', not a list', true)
+  end
+  index(line)
+  publish(user, id, 'pending')
+  place_and_wake(line)
+end
+
+-- Queues what is to run now, and ends a flow in which nothing is.
+local function advance(flow)
+  local job, key = K.job(flow), K.flow_steps(flow)
+  local f = try('HMGET', job, 'user', 'status', 'stop_requested_at', 'keep', 'instance')
+  local packed = f and f[2] == 'running' and try('HGET', key, 'plan')
+  if not packed then return end
+  local plan, numbers, states = cmsgpack.unpack(packed), {}, {}
+  for number in ipairs(plan) do numbers[number] = number end
+  for number, entry in ipairs(redis.call('HMGET', key, unpack(numbers))) do states[number] = state_of(entry) end
+  local queued, is_open = {}, false
+  -- Each step stands behind those that it comes after.
+  for number, step in ipairs(plan) do
+    local turn = states[number] == 'waiting' and turn_of(step, states)
+    if turn == 'skip' then
+      states[number] = 'skipped'
+      set_step(key, number, 'skipped', {ended_at = now})
+    elseif turn == 'run' and not f[3] then
+      states[number] = 'queued'
+      set_step(key, number, 'queued', {queued_at = now})
+      queued[#queued + 1] = number
+    end
+    if states[number] == 'queued' then is_open = true end
+  end
+  redis.call('HSET', job, 'updated_at', now)
+  if not is_open then return end_flow(flow, plan, states, f) end
+  -- At last: one that can't be queued has ended, and comes back here.
+  for _, number in ipairs(queued) do queue_step(flow, f[1], number, plan[number][1]) end
+end
+
+-- A step has ended, as nobody need say twice: one that is not queued is not this flow's any more.
+local function end_step(flow, number, state, facts)
+  local key = K.flow_steps(flow)
+  local entry = try('HGET', key, number) or ''
+  if state_of(entry) ~= 'queued' then return end
+  facts.queued_at = cjson.decode(string.match(entry, ' (.*)$')).queued_at
+  set_step(key, number, state, facts)
+  advance(flow)
+end
+
+step_over = function(id, status)
+  local job = K.job(id)
+  local flow, number = unpack(try('HMGET', job, 'flow', 'flow_step') or {})
+  local packed = flow and number and try('HGET', K.flow_steps(flow), 'plan')
+  local step = packed and cmsgpack.unpack(packed)[tonumber(number)]
+  -- Others may have written into a hash of their own that it is a step.
+  if not step or id ~= flow .. ':' .. step[1] then return end
+  local facts = {ended_at = now, status = status}
+  for _, name in ipairs({'started_at', 'attempts', 'unclean'}) do
+    if (try('HSTRLEN', job, name) or 0) <= 64 then facts[name] = redis.call('HGET', job, name) or nil end
+  end
+  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY}) do
+    if (try('HSTRLEN', job, name) or 0) <= most then facts[name] = redis.call('HGET', job, name) or nil end
+  end
+  facts.error, facts.failed_reason = facts.failed_reason and string.sub(facts.failed_reason, 1, 1024), nil
+  local state = (status == 'done' or status == 'cancelled') and status or 'failed'
+  end_step(flow, number, state, facts)
+end
+
+-- Queues no more steps of a flow, and cancels those that wait; with `is_hard` those that run, too. Returns {'stopped'}, {'stopping'} while
+-- some run, {'over', status} or {'missing'}.
+local function stop_flow(flow, is_hard)
+  local job, key = K.job(flow), K.flow_steps(flow)
+  local f = try('HMGET', job, 'kind', 'status', 'user')
+  if not f or f[1] ~= 'flow' then return {'missing'} end
+  if FINAL[f[2]] then return {'over', f[2]} end
+  redis.call('HSETNX', job, 'stop_requested_at', now)
+  for number, step in ipairs(cmsgpack.unpack(redis.call('HGET', key, 'plan'))) do
+    if state_of(redis.call('HGET', key, number)) == 'queued' then
+      local id = flow .. ':' .. step[1]
+      local claim = claim_of(id)
+      if claim then
+        if is_hard then
+          redis.call('HSETNX', K.job(id), 'cancel_requested_at', now)
+          ask_to_cancel(id, claim)
+        end
+      elseif (try('HSTRLEN', K.job(id), 'trace') or 0) > 0 then
+        cancel_when_settled(id)
+      else
+        withdraw(id, f[3], MAX_REJECTED_MS)
+      end
+    end
+  end
+  advance(flow)
+  local status = redis.call('HGET', job, 'status')
+  return {FINAL[status] and 'stopped' or 'stopping'}
+end

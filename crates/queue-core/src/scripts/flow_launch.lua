@@ -1,0 +1,59 @@
+-- Launches an execution of an instance of a flow: the first, or one that goes on where the last one failed or was stopped.
+-- ARGV: instance, id of the execution, user, 'force' (all steps run, whatever is done) or '', 1 if an instance that is done may be
+--   launched again or 0, number of fields and values, fields and values in turn, plan, packed, then the fields of each step's job, packed
+-- Reply: {'launched', id of the execution that it goes on from or ''}, {'exists', status} (it was launched before: nothing was written),
+--   {'running', id}, {'done', id}, {'abandoned', id} (the instance's last execution is so, and forbids another), {'refused', reason}, or
+--   {'no_room', bytes of memory used, bytes above which nothing new is accepted}
+local instance, flow, user, is_forced, may_repeat = K.flow_instance(ARGV[1]), ARGV[2], ARGV[3], ARGV[4] == 'force', ARGV[5] == '1'
+local m = tonumber(ARGV[6])
+local fields, packed = {unpack(ARGV, 7, 6 + m)}, ARGV[7 + m]
+local job, key = K.job(flow), K.flow_steps(flow)
+local used, mark = string.match(redis.call('GET', K.full()) or '', '^(%d+) (%d+)$')
+local there = redis.call('TYPE', job).ok
+if there == 'hash' and redis.call('HGET', job, 'kind') == 'flow' and redis.call('HGET', job, 'instance') == ARGV[1] then
+  return {'exists', redis.call('HGET', job, 'status')}
+end
+if there ~= 'none' then return {'refused', 'a job of another kind, or of another flow, has this id'} end
+if used then return {'no_room', used, mark} end
+
+local last = redis.call('HGET', instance, 'last')
+local l = last and try('HMGET', K.job(last), 'kind', 'status', 'abandoned_at')
+if not l or l[1] ~= 'flow' then last = false end
+if last and l[2] == 'running' then return {'running', last} end
+if last and not is_forced then
+  if l[3] then return {'abandoned', last} end
+  if l[2] == 'done' and not may_repeat then return {'done', last} end
+end
+local goes_on = last and not is_forced and l[2] ~= 'done'
+
+redis.call('HSET', job, 'user', user, 'kind', 'flow', 'status', 'running', 'created_at', now, 'started_at', now, 'updated_at', now,
+  'instance', ARGV[1], unpack(fields))
+if goes_on then redis.call('HSET', job, 'goes_on_from', last) end
+redis.call('ZADD', K.flows(), int(now_ms), flow)
+redis.call('HSET', instance, 'last', flow)
+redis.call('HINCRBY', instance, 'launches', 1)
+redis.call('PERSIST', instance)
+
+-- What is done stays so, by the names of the steps.
+local done = {}
+local before = goes_on and redis.call('HGET', K.flow_steps(last), 'plan')
+for number, step in ipairs(before and cmsgpack.unpack(before) or {}) do
+  local entry = redis.call('HGET', K.flow_steps(last), number)
+  if state_of(entry) == 'done' then
+    local facts = cjson.decode(string.match(entry, ' (.*)$'))
+    facts.from = facts.from or last
+    done[step[1]] = facts
+  end
+end
+redis.call('HSET', key, 'plan', packed)
+for number, step in ipairs(cmsgpack.unpack(packed)) do
+  local facts = done[step[1]]
+  if facts then
+    set_step(key, number, 'done', facts)
+  else
+    redis.call('HSET', key, number, 'waiting {}', 'job:' .. number, ARGV[7 + m + number])
+  end
+end
+publish(user, flow, 'running')
+advance(flow)
+return {'launched', goes_on and last or ''}
