@@ -29,9 +29,10 @@ Exit codes:
   0  all went as asked
   1  a job that was waited for, or asked for its result, ended otherwise than done
   2  wrong command line, configuration or query
-  3  no such job, batch, file or schedule
+  3  no such job, batch, flow, file or schedule
   4  refused: too many jobs queued, too large, its unique key held by another, no room in Redis, not to be retried, or a
-     key that can't hold limits; of a batch: too many rows or bytes, or its status forbids it
+     key that can't hold limits; of a batch: too many rows or bytes, or its status forbids it;
+     of a flow: its instance runs, is done or was abandoned, or nobody serves a step
   5  Redis or the object store can't be reached or refused; whether a job was submitted may be unknown: ask with its id
   6  a job was not over when the time to wait for it was
   7  queued, but confirmed by fewer replicas than wanted
@@ -70,6 +71,8 @@ pub enum Command {
     Watch(Watch),
     /// Submit batches of rows, hold, release and abort them, read what became of their rows
     Batch(crate::batch::args::Batch),
+    /// Launch jobs made of steps, look at them, stop them and go on with them
+    Flow(crate::flow::args::Flow),
     /// Keep the books of jobs that you run yourself
     Track(crate::track::args::Track),
     /// Show the state of server, workers and work, and find what is wrong with it

@@ -9,6 +9,7 @@ mod batch;
 mod cli;
 mod cron;
 mod doctor;
+mod flow;
 mod follow;
 mod limits;
 mod list;
@@ -34,6 +35,7 @@ async fn run(cli: cli::Cli) -> Result<u8, Failure> {
         cli::Command::Cron(args) => cron::run(&cli.common, args.command).await,
         cli::Command::Watch(args) => watch::run(&cli.common, args).await,
         cli::Command::Batch(args) => batch::run(&cli.common, args).await,
+        cli::Command::Flow(args) => flow::run(&cli.common, args).await,
         cli::Command::Track(args) => track::run(&cli.common, args).await,
         cli::Command::Doctor(args) => doctor::run(&cli.common, args).await,
         cli::Command::Limits(args) => limits::run(&cli.common, args).await,

@@ -192,6 +192,14 @@ pub async fn look(store: &Store) -> Result<Overview, Error> {
     Ok(looker.overview)
 }
 
+/// What live sessions serve.
+pub async fn served(store: &Store) -> Result<Vec<PoolPattern>, Error> {
+    let mut looker = Looker { store, overview: Overview::default() };
+    let now_ms = looker.clock().await?;
+    looker.sessions(now_ms).await?;
+    Ok(looker.served())
+}
+
 /// Jobs that wait for pools that no live session serves, by pool and user; those that wait longest first.
 pub async fn unserved(store: &Store) -> Result<Vec<UnservedLine>, Error> {
     let mut looker = Looker { store, overview: Overview::default() };

@@ -34,8 +34,8 @@ redis.call('HSET', instance, 'last', flow)
 redis.call('HINCRBY', instance, 'launches', 1)
 redis.call('PERSIST', instance)
 
--- What is done stays so, by the names of the steps.
-local done = {}
+-- What is done stays so, by the names of the steps; but what follows failures, or any end, follows those of this execution.
+local done, kept = {}, {}
 local before = goes_on and redis.call('HGET', K.flow_steps(last), 'plan')
 for number, step in ipairs(before and cmsgpack.unpack(before) or {}) do
   local entry = redis.call('HGET', K.flow_steps(last), number)
@@ -48,7 +48,9 @@ end
 redis.call('HSET', key, 'plan', packed)
 for number, step in ipairs(cmsgpack.unpack(packed)) do
   local facts = done[step[1]]
-  if facts then
+  kept[number] = facts ~= nil
+  for _, before in ipairs(step[3] ~= 'done' and step[2] or {}) do kept[number] = kept[number] and kept[before] end
+  if kept[number] then
     set_step(key, number, 'done', facts)
   else
     redis.call('HSET', key, number, 'waiting {}', 'job:' .. number, ARGV[7 + m + number])

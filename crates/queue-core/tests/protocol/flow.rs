@@ -482,8 +482,10 @@ async fn a_step_that_cannot_be_queued_fails_its_flow() {
     assert_eq!(work(&session, &[]).await, ["two"]);
 }
 
-/// A flow's steps: what each comes after, on which end, and how it ends if it runs.
-fn shapes() -> impl Strategy<Value = Vec<(Vec<usize>, u8, bool)>> {
+/// A flow's steps: what each comes after, on which end, and whether it fails if it runs.
+type Shape = Vec<(Vec<usize>, u8, bool)>;
+
+fn shapes() -> impl Strategy<Value = Shape> {
     let step = (prop::collection::vec(any::<prop::sample::Index>(), 0..4), 0..3_u8, prop::bool::weighted(0.3));
     prop::collection::vec(step, 1..9).prop_map(|steps| {
         let indexed = steps.into_iter().enumerate().map(|(at, (after, on, fails))| {
@@ -529,7 +531,7 @@ fn flows_of_any_shape_end_as_their_definition_says_in_whatever_order_their_steps
     let session = runtime.block_on(rig.session(POOL, 8));
     let mut runner = proptest::test_runner::TestRunner::new(ProptestConfig { cases: 150, ..ProptestConfig::default() });
     let mut number = 0;
-    let one = |(shape, order): (Vec<(Vec<usize>, u8, bool)>, Vec<usize>)| {
+    let one = |(shape, order): (Shape, Vec<usize>)| {
         number += 1;
         let execution = format!("f{number}");
         runtime.block_on(async {
