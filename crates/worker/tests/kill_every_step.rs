@@ -14,10 +14,12 @@ use queue_core::Store;
 use queue_core::batch::{Batches, NewBatch};
 use queue_core::cancel::Canceller;
 use queue_core::config::{Limits, ObjectsConfig, RedisConfig, Url};
+use queue_core::flow::{Flows, LaunchOptions, StepStatus};
 use queue_core::ids::{App, Op, SessionId, User};
 use queue_core::inspect::Inspect;
 use queue_core::leader::{self, SessionWatch};
 use queue_core::model::batch::{Counts, Row};
+use queue_core::model::flow::{Flow, On, Step};
 use queue_core::model::task::Payload;
 use queue_core::objects::Objects;
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
@@ -54,6 +56,8 @@ enum Case {
     Rows,
     /// A batch of statements.
     RowsSql,
+    /// A statement, a task that follows it, and a task that is not to run.
+    Flow,
     /// A simple one whose worker leads.
     Leading,
 }
@@ -61,6 +65,7 @@ enum Case {
 impl Case {
     const JOBS: [Case; 6] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Task, Case::Leading];
     const BATCHES: [Case; 2] = [Case::Rows, Case::RowsSql];
+    const FLOWS: [Case; 1] = [Case::Flow];
 
     fn is_batch(self) -> bool {
         matches!(self, Case::Rows | Case::RowsSql)
@@ -77,6 +82,7 @@ impl Case {
             }
             Case::Cancel => format!("{}; SELECT pg_sleep(600)", effect("0")),
             Case::RowsSql => format!("INSERT INTO effects VALUES ('{id}', $1)"),
+            Case::Flow => effect("0"),
             Case::Task | Case::Rows => unreachable!("it has none"),
         }
     }
@@ -89,6 +95,8 @@ impl Case {
             Case::Fallback => ("failed", &["0.onerror", "onerror"]),
             Case::Cancel => ("cancelled", &[]),
             Case::Rows | Case::RowsSql => ("done", &["1", "2", "3"]),
+            // The task's effect stands in a file of its own.
+            Case::Flow => ("done", &["0"]),
         }
     }
 }
@@ -185,14 +193,17 @@ impl House {
         let program = scratch.path().join("rows.py");
         std::fs::write(&program, PROGRAM).expect("it can be written");
         let config = format!(
-            "[objects]\nurl = 'file://{0}/objects'\n\
+            "[worker]\npools = ['sql:*', 'db:*']\n[objects]\nurl = 'file://{0}/objects'\n[databases.steps]\nkind = 'postgres'\nhost = '{3}'\nport = {4}\n\
+             dbname = '{DATABASE}'\nuser = 'postgres'\ntls = 'disable'\n\
              [[handlers]]\napp = 'steps'\nop = 'task'\nkind = 'command'\n\
              command = ['sh', '-c', '{script}', '{1}']\n\
              [[handlers]]\napp = 'steps'\nop = 'rows'\nkind = 'program'\nmark_done = true\n\
              command = ['python3', '{2}', '{0}']\n",
             scratch.path().display(),
             effects.display(),
-            program.display()
+            program.display(),
+            postgres.host_port().0,
+            postgres.host_port().1,
         );
         std::fs::write(scratch.path().join("worker.toml"), config).expect("it can be written");
         Arc::new(Self { redis, postgres, reader, scratch })
@@ -210,6 +221,20 @@ impl House {
                 let rows = (1..=3).map(|line| Row { line, input: format!("[\"{line}\"]").into_bytes() }).collect();
                 let batches = Batches::new(store.clone(), Limits::default());
                 batches.submit(NewBatch { id: job_id(id), ..new }, rows).await.expect("redis answers");
+                return;
+            }
+            Case::Flow => {
+                let flow = Flow::builder("steps")
+                    .any_params()
+                    .step(Step::sql("sql", DATABASE, case.query(id)))
+                    .step(Step::task("task", "steps", "task"))
+                    .step(Step::task("alarm", "steps", "task").map(|step| step.on(On::Failed)))
+                    .build()
+                    .expect("it is one");
+                // Each is an instance of its own.
+                let given = [("run".to_owned(), id.into())].into_iter().collect();
+                let options = LaunchOptions { id: Some(job_id(id)), ..LaunchOptions::default() };
+                Flows::new(store.clone()).launch(&flow, &ann, &given, options).await.expect("redis answers");
                 return;
             }
             Case::Task => NewJob { id: job_id(id), ..NewJob::task(ann, app, op("task"), Payload::json(&()).unwrap()) },
@@ -376,6 +401,12 @@ impl Lane {
         if case.is_batch() {
             self.assert_whole(case, id).await;
         }
+        if case == Case::Flow {
+            assert_eq!(self.house.effects(&format!("{id}:task")).await, ["0"], "{id}");
+            let steps = Flows::new(self.store.clone()).steps(&job_id(id)).await.expect("they are kept");
+            let stand: Vec<StepStatus> = steps.into_iter().map(|step| step.status).collect();
+            assert_eq!(stand, [StepStatus::Done, StepStatus::Done, StepStatus::Skipped], "{id}");
+        }
         if let Some(rescuer) = rescuer {
             rescuer.signal(Signal::SIGTERM);
             assert!(rescuer.wait(LONG).success());
@@ -432,6 +463,13 @@ async fn killed_at_any_call_a_worker_leaves_a_batch_that_ends_rightly_with_its_f
     assert_found(&found, Case::RowsSql, &["take", "mark", "finish"]);
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_call_a_worker_leaves_a_flow_that_goes_on_and_whose_steps_end_once() {
+    let found = kill_everywhere(&Case::FLOWS).await;
+    assert_found(&found, Case::Flow, &["take", "mark", "finish"]);
+    assert!(found.contains(&(Case::Flow, ("finish", 2))), "{found:?}");
+}
+
 fn assert_found(found: &[(Case, Call)], case: Case, names: &[&'static str]) {
     for &name in names {
         assert!(found.contains(&(case, (name, 1))), "{name} is not among {found:?}");
@@ -453,7 +491,7 @@ async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
                 Case::Simple => of_a_job || name == "session_beat",
                 _ => ["take", "mark", "finish", "batch_cut"].contains(&name),
             };
-            let count = if of_a_job || case.is_batch() { count } else { 1 };
+            let count = if of_a_job || case.is_batch() || case == Case::Flow { count } else { 1 };
             if looked_at {
                 seen.extend((1..=count).map(|number| (case, (name, number))));
             }
