@@ -12,6 +12,7 @@ mod support;
 use support::{DB, Program, Ran, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_drayman");
+const PAGE: &str = include_str!("../../../docs/flows.md");
 const LONG: Duration = Duration::from_secs(30);
 
 /// The work of the steps: each says in a file of its own what it was given, and does what the name asks for.
@@ -143,6 +144,10 @@ fn a_definition_is_checked_by_name_and_line_before_anything_runs() {
         let at = ran.err.find(line).unwrap();
         assert!(ran.err[at..].contains(what), "{}", ran.err);
     }
+    // The page shows one that is whole.
+    let (_, rest) = PAGE.split_once("<!-- test: flow nightly -->\n```toml\n").expect("it is marked");
+    let shown = house.file("nightly.toml", rest.split_once("```").expect("it ends").0);
+    assert_eq!(house.ok(&["check", &shown]).out, format!("{shown}: nightly with 4 steps\n"));
     // What nobody serves is named, too.
     let ran = house.run(&["check", "--served", &good]);
     assert_eq!(ran.code, 4);
