@@ -46,6 +46,7 @@ pub const FIELDS: &[(&str, usize, Of)] = &[
     ("input", 1 << 20, Of::Task),
     ("encoding", 16, Of::Task),
     ("context", 1 << 18, Of::Task),
+    ("checkpoint", CHECKPOINT_MAX_BYTES, Of::Task),
     ("deadline", 32, Of::Task),
     ("tags", TAGS_MAX_BYTES, Of::Task),
     ("timeout", 32, Of::Both),
@@ -76,6 +77,9 @@ pub const TOLD: &[(&str, usize)] = &[
     ("progress", 1 << 12),
     ("log", 1 << 14),
 ];
+
+/// Most bytes of what a task saves to go on from.
+pub const CHECKPOINT_MAX_BYTES: usize = 1 << 16;
 
 /// Most bytes of a result that a job's hash holds.
 pub const RESULT_MAX_BYTES: u64 = 1 << 16;

@@ -129,7 +129,10 @@ impl Retrier {
             if view.stand() == Status::Done && !self.from_start {
                 return Err(Retried::NothingFailed);
             }
-            return Ok((view.query_bytes().to_vec(), Fields::new().with("status", Status::Pending.as_str())));
+            let fields = Fields::new().with("status", Status::Pending.as_str());
+            // Else it goes on from what it has saved.
+            let fields = if self.from_start { fields.with("checkpoint", "") } else { fields };
+            return Ok((view.query_bytes().to_vec(), fields));
         }
         let Some(mut job) = view.sql_job() else {
             return Err(Retried::Refused("it holds no valid SQL job".into()));

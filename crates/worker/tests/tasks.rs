@@ -621,3 +621,130 @@ async fn handlers_close_at_the_same_time() {
     let handlers = Handlers::new(vec![register("open"), register("close")], None).unwrap();
     tokio::time::timeout(LONG, handlers.close()).await.expect("one does not wait for the other");
 }
+
+/// Counts from what was saved to a hundred, saves each ten, and says how often it began a number.
+async fn count(context: Context, mut at: impl FnMut(u64) -> Result<(), Problem>) -> Result<u64, Problem> {
+    let from: u64 = context.checkpoint()?.unwrap_or(0);
+    for number in from..100 {
+        if number % 10 == 0 {
+            context.save(&number).await?;
+        }
+        at(number)?;
+        if context.stop().is_cancelled() {
+            return Err(Problem::retry("told to stop"));
+        }
+    }
+    Ok(from)
+}
+
+#[tokio::test]
+async fn an_attempt_goes_on_from_what_an_earlier_one_has_saved() {
+    let house = House::build().await;
+    let fails = Arc::new(AtomicUsize::new(0));
+    let counted = fails.clone();
+    let flaky = move |_: (), context: Context| {
+        let counted = counted.clone();
+        async move {
+            let attempt = context.attempt();
+            let at = |number: u64| match number == 25 + 30 * (attempt - 1) && attempt < 3 {
+                true => Err(Problem::retry(format!("at {number}"))),
+                false => {
+                    counted.fetch_add(1, Ordering::SeqCst);
+                    Ok(())
+                }
+            };
+            count(context, at).await
+        }
+    };
+    let too_large = |_: (), context: Context| async move { context.save(&"x".repeat(70_000)).await };
+    let worker = Running::start(house.worker().handler("shop", "flaky", flaky).handler("shop", "large", too_large));
+    house.enqueue("t1", NewJob { retry: three(), ..house.task("flaky", ()) }).await;
+    assert_eq!(house.end_of("t1").await, ("done".into(), None, some("50")));
+    // 0 to 24, 20 to 54, 50 to 99.
+    assert_eq!(fails.load(Ordering::SeqCst), 25 + 35 + 50);
+    house.submit("t2", "large", ()).await;
+    let (status, reason, _) = house.end_of("t2").await;
+    assert_eq!(status, "failed");
+    assert!(reason.unwrap().starts_with("its checkpoint has 70002 bytes, at most 65536"));
+    // A new run goes on, too, unless it is to begin anew.
+    house.redis.raw_db(DB, &["HSET", "batch:jobs:t1", "checkpoint", "90"]);
+    for (from_start, wanted) in [(false, "90"), (true, "50")] {
+        house.redis.raw_db(DB, &["HSET", "batch:jobs:t1", "status", "failed"]);
+        let retrier = queue_core::retry::Retrier::new(house.store.clone());
+        retrier.from_start(from_start).retry(&[job_id("t1")]).await.unwrap();
+        let result = async || Some(house.ended("t1").await.text("result")?).filter(|result| result == wanted);
+        eventually(&format!("a last attempt from {wanted}"), LONG, result).await;
+        house.redis.raw_db(DB, &["HSET", "batch:jobs:t1", "checkpoint", "90"]);
+    }
+    worker.stop().await;
+    house.nothing_runs();
+}
+
+#[tokio::test]
+async fn what_was_saved_outlives_a_drain() {
+    let house = House::build().await;
+    let reached = Arc::new(Semaphore::new(0));
+    let waits = {
+        let reached = reached.clone();
+        move |_: (), context: Context| {
+            let reached = reached.clone();
+            async move {
+                let from: u64 = context.checkpoint()?.unwrap_or(0);
+                context.save(&(from + 1)).await?;
+                reached.add_permits(1);
+                if from >= 2 {
+                    return Ok(from);
+                }
+                context.stop().cancelled().await;
+                Err(Problem::retry("stopped"))
+            }
+        }
+    };
+    let first = Running::start(house.worker().handler("shop", "waits", waits.clone()));
+    house.submit("t1", "waits", ()).await;
+    reached.acquire().await.unwrap().forget();
+    first.stop().await;
+    let saved = || house.redis.raw_db(DB, &["HGET", "batch:jobs:t1", "checkpoint"]).text();
+    assert_eq!(saved(), "1");
+    let second = Running::start(house.worker().handler("shop", "waits", waits.clone()));
+    reached.acquire().await.unwrap().forget();
+    assert_eq!(saved(), "2");
+    second.stop().await;
+    let third = Running::start(house.worker().handler("shop", "waits", waits));
+    assert_eq!(house.end_of("t1").await, ("done".into(), None, some("2")));
+    third.stop().await;
+    house.nothing_runs();
+}
+
+#[tokio::test]
+async fn a_task_whose_claim_is_lost_saves_nothing_more_and_hears_of_it() {
+    let house = House::build().await;
+    let (begun, go) = (Arc::new(Semaphore::new(0)), Arc::new(Semaphore::new(0)));
+    let (told, heard) = tokio::sync::mpsc::unbounded_channel();
+    let saves = {
+        let (begun, go) = (begun.clone(), go.clone());
+        move |_: (), context: Context| {
+            let (begun, go, told) = (begun.clone(), go.clone(), told.clone());
+            async move {
+                begun.add_permits(1);
+                go.acquire().await.expect("is open").forget();
+                let saved = context.save(&1).await;
+                let _ = told.send((saved.clone().map_err(|problem| problem.reason), context.stop().is_cancelled()));
+                saved
+            }
+        }
+    };
+    let worker = Running::start(house.worker().handler("shop", "saves", saves));
+    house.submit("t1", "saves", ()).await;
+    begun.acquire().await.unwrap().forget();
+    let claim = house.redis.raw_db(DB, &["HGET", "drayman:claims", "t1"]).text();
+    let mut parts: Vec<String> = claim.split('\t').map(str::to_owned).collect();
+    parts[1] = (parts[1].parse::<u64>().unwrap() + 1).to_string();
+    house.redis.raw_db(DB, &["HSET", "drayman:claims", "t1", &parts.join("\t")]);
+    go.add_permits(1);
+    let mut heard = heard;
+    let lost = Err("the task is another worker's by now".to_owned());
+    assert_eq!(heard.recv().await, Some((lost, true)));
+    assert_eq!(house.redis.raw_db(DB, &["HEXISTS", "batch:jobs:t1", "checkpoint"]).int(), 0);
+    worker.stop().await;
+}

@@ -5,6 +5,9 @@
 
 local function state_of(entry) return string.match(entry or '', '^%a+') end
 
+-- What is known of a step beside its state.
+local function facts_of(entry) return cjson.decode(string.match(entry or '', ' (.*)$') or '{}') end
+
 local function set_step(key, number, state, facts)
   redis.call('HSET', key, number, state .. ' ' .. cjson.encode(facts))
 end
@@ -42,7 +45,7 @@ local function end_flow(flow, plan, states, f)
   local status, failed = end_of(plan, states, f[3])
   redis.call('HSET', job, 'status', status, 'ended_at', now, 'updated_at', now)
   if failed then
-    local facts = cjson.decode(string.match(redis.call('HGET', key, failed), ' (.*)$'))
+    local facts = facts_of(redis.call('HGET', key, failed))
     redis.call('HSET', job, 'failed_reason', 'step ' .. plan[failed][1] .. ' failed' .. (facts.error and ': ' .. facts.error or ''))
   end
   local jobs = {}
@@ -84,7 +87,7 @@ local function advance(flow)
     local turn = states[number] == 'waiting' and turn_of(step, states)
     if turn == 'skip' then
       states[number] = 'skipped'
-      set_step(key, number, 'skipped', {ended_at = now})
+      set_step(key, number, 'skipped', {ended_at = now, checkpoint = facts_of(redis.call('HGET', key, number)).checkpoint})
     elseif turn == 'run' and not f[3] then
       states[number] = 'queued'
       set_step(key, number, 'queued', {queued_at = now})
@@ -103,7 +106,7 @@ local function end_step(flow, number, state, facts)
   local key = K.flow_steps(flow)
   local entry = try('HGET', key, number) or ''
   if state_of(entry) ~= 'queued' then return end
-  facts.queued_at = cjson.decode(string.match(entry, ' (.*)$')).queued_at
+  facts.queued_at = facts_of(entry).queued_at
   set_step(key, number, state, facts)
   advance(flow)
 end
@@ -119,7 +122,8 @@ step_over = function(id, status)
   for _, name in ipairs({'started_at', 'attempts', 'unclean'}) do
     if (try('HSTRLEN', job, name) or 0) <= 64 then facts[name] = redis.call('HGET', job, name) or nil end
   end
-  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY}) do
+  -- Where it was not done, another execution goes on from what it has saved.
+  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = status ~= 'done' and MAX_CHECKPOINT or 0}) do
     if (try('HSTRLEN', job, name) or 0) <= most then facts[name] = redis.call('HGET', job, name) or nil end
   end
   facts.error, facts.failed_reason = facts.failed_reason and string.sub(facts.failed_reason, 1, 1024), nil
@@ -127,7 +131,8 @@ step_over = function(id, status)
   end_step(flow, number, state, facts)
 end
 
--- Queues no more steps of a flow, and cancels those that wait; with `is_hard` those that run, too. Returns {'stopped'}, {'stopping'} while
+-- Queues no more steps of a flow, and cancels those that wait, and those that can go on later from what they have saved; with
+-- `is_hard` all that run. Returns {'stopped'}, {'stopping'} while
 -- some run, {'over', status} or {'missing'}.
 local function stop_flow(flow, is_hard)
   local job, key = K.job(flow), K.flow_steps(flow)
@@ -140,7 +145,7 @@ local function stop_flow(flow, is_hard)
       local id = flow .. ':' .. step[1]
       local claim = claim_of(id)
       if claim then
-        if is_hard then
+        if is_hard or redis.call('HSTRLEN', K.job(id), 'checkpoint') > 0 then
           redis.call('HSETNX', K.job(id), 'cancel_requested_at', now)
           ask_to_cancel(id, claim)
         end

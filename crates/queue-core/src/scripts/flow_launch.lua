@@ -35,12 +35,13 @@ redis.call('HINCRBY', instance, 'launches', 1)
 redis.call('PERSIST', instance)
 
 -- What is done stays so, by the names of the steps; but what follows failures, or any end, follows those of this execution.
-local done, kept = {}, {}
+local done, kept, checkpoints = {}, {}, {}
 local before = goes_on and redis.call('HGET', K.flow_steps(last), 'plan')
 for number, step in ipairs(before and cmsgpack.unpack(before) or {}) do
   local entry = redis.call('HGET', K.flow_steps(last), number)
+  local facts = facts_of(entry)
+  checkpoints[step[1]] = facts.checkpoint
   if state_of(entry) == 'done' then
-    local facts = cjson.decode(string.match(entry, ' (.*)$'))
     facts.from = facts.from or last
     done[step[1]] = facts
   end
@@ -53,7 +54,14 @@ for number, step in ipairs(cmsgpack.unpack(packed)) do
   if kept[number] then
     set_step(key, number, 'done', facts)
   else
-    redis.call('HSET', key, number, 'waiting {}', 'job:' .. number, ARGV[7 + m + number])
+    local checkpoint, fields = checkpoints[step[1]], ARGV[7 + m + number]
+    if checkpoint then
+      local flat = cmsgpack.unpack(fields)
+      flat[#flat + 1], flat[#flat + 2] = 'checkpoint', checkpoint
+      fields = cmsgpack.pack(flat)
+    end
+    redis.call('HSET', key, 'job:' .. number, fields)
+    set_step(key, number, 'waiting', {checkpoint = checkpoint})
   end
 end
 publish(user, flow, 'running')

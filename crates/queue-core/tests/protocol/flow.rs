@@ -339,6 +339,48 @@ async fn a_lost_worker_and_a_retry_are_no_end_of_a_step() {
 }
 
 #[tokio::test]
+async fn a_step_that_was_not_done_goes_on_from_what_it_has_saved_in_whatever_execution_that_is() {
+    let rig = Rig::start().await;
+    let flows = Flows::new(rig.store.clone());
+    let session = rig.session(POOL, 8).await;
+    let shape = flow(&["one", "two"]);
+    let saved = |claim: &Claim| claim.job().text("checkpoint").unwrap().map(str::to_owned);
+    let save = async |claim: &Claim, text: &str| {
+        claim.pen().mark(&Fields::new().with("checkpoint", text)).await.unwrap();
+    };
+    launch(&flows, &shape, "f1").await.unwrap();
+    let claim = take_one(&session).await;
+    assert_eq!(saved(&claim), None);
+    save(&claim, r#"{"at":5}"#).await;
+    finish(claim, true).await;
+    // It goes on, saves, and is stopped for that: whoever can go on later need not come to an end.
+    launch(&flows, &shape, "f2").await.unwrap();
+    let claim = take_one(&session).await;
+    assert_eq!(saved(&claim).as_deref(), Some(r#"{"at":5}"#));
+    save(&claim, r#"{"at":9}"#).await;
+    flows.stop(&job_id("f2")).await.unwrap();
+    assert_eq!(rig.redis(&["SMEMBERS", &format!("drayman:cancels:{}", session.id())]).texts(), ["f2:one"]);
+    assert_eq!(end(claim, "cancelled").await, Finished::Ended);
+    assert_eq!(view(&flows, "f2").await.status, FlowStatus::Stopped);
+    // Where its turn did not come, it is kept for the next one.
+    let before = flow(&["zero", "one", "two"]);
+    launch(&flows, &before, "f3").await.unwrap();
+    assert_eq!(work(&session, &["zero"]).await, ["zero"]);
+    launch(&flows, &before, "f4").await.unwrap();
+    flows.stop(&job_id("f4")).await.unwrap();
+    launch(&flows, &shape, "f5").await.unwrap();
+    let claim = take_one(&session).await;
+    assert_eq!(saved(&claim).as_deref(), Some(r#"{"at":9}"#));
+    finish(claim, false).await;
+    assert_eq!(work(&session, &[]).await, ["two"]);
+    // What is forced begins at the beginning.
+    let force = LaunchOptions { force: true, ..named("f6") };
+    flows.launch(&shape, &user("ann"), &Map::new(), force).await.unwrap();
+    assert_eq!(saved(&take_one(&session).await), None);
+    rig.balanced();
+}
+
+#[tokio::test]
 async fn nothing_is_left_of_a_flow_that_was_kept_long_enough() {
     let server = testkit::RedisServer::with_clock(&[]);
     let store = queue_core::Store::connect(&config(server.url_db(DB))).await.unwrap();

@@ -4,13 +4,16 @@
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use queue_core::job::TOLD;
-use queue_core::model::task::Progress;
-use queue_core::scripts::Fields;
+use async_trait::async_trait;
+use queue_core::job::{CHECKPOINT_MAX_BYTES, TOLD};
+use queue_core::model::task::{Payload, Progress};
+use queue_core::scripts::{Fields, Mark};
+use queue_core::session::Pen;
 use tokio::sync::Notify;
 
 use super::Clock;
-use crate::execute::task::Desk;
+use crate::execute::task::{Desk, Problem};
+use crate::stop::{Cause, Stop};
 
 /// Most bytes of one line.
 const LINE_MAX_BYTES: usize = 1024;
@@ -20,6 +23,8 @@ const NOTE_MAX_BYTES: usize = 1024;
 /// The desk of one attempt.
 pub(super) struct Notebook {
     clock: Clock,
+    /// What is saved is written at once, under the claim; and what its writing tells stops the attempt.
+    pen: Option<(Pen, Stop)>,
     log_max_bytes: usize,
     pages: Mutex<Pages>,
     changed: Notify,
@@ -35,10 +40,10 @@ struct Pages {
 }
 
 impl Notebook {
-    pub(super) fn new(clock: Clock) -> Self {
+    pub(super) fn new(clock: Clock, pen: Option<(Pen, Stop)>) -> Self {
         let log_max_bytes = TOLD.iter().find(|(name, _)| *name == "log").map_or(0, |(_, most)| *most);
         // The line that tells how many others were left out has its place too.
-        Self { clock, log_max_bytes: log_max_bytes - 64, pages: Mutex::default(), changed: Notify::new() }
+        Self { clock, pen, log_max_bytes: log_max_bytes - 64, pages: Mutex::default(), changed: Notify::new() }
     }
 
     /// Waits until there is something that was not written yet.
@@ -79,6 +84,7 @@ impl Notebook {
     }
 }
 
+#[async_trait]
 impl Desk for Notebook {
     fn progress(&self, mut progress: Progress) {
         if let Some(note) = &mut progress.note {
@@ -101,6 +107,29 @@ impl Desk for Notebook {
             }
         });
     }
+
+    async fn save(&self, checkpoint: Payload) -> Result<(), Problem> {
+        if checkpoint.bytes.len() > CHECKPOINT_MAX_BYTES {
+            let bytes = checkpoint.bytes.len();
+            return Err(Problem::fail(format!(
+                "its checkpoint has {bytes} bytes, at most {CHECKPOINT_MAX_BYTES} are allowed"
+            )));
+        }
+        let Some((pen, stop)) = &self.pen else { return Ok(()) };
+        match pen.mark(&Fields::new().with("checkpoint", checkpoint.bytes)).await {
+            Ok(Mark::Held) => Ok(()),
+            // It is kept, and the handler hears of the cancel as of any other.
+            Ok(Mark::CancelAsked) => {
+                stop.ask(Cause::Cancelled);
+                Ok(())
+            }
+            Ok(Mark::Stale) => {
+                stop.ask(Cause::ClaimLost);
+                Err(Problem::retry("the task is another worker's by now"))
+            }
+            Err(error) => Err(Problem::retry(format!("its checkpoint could not be saved: {error}"))),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -109,7 +138,7 @@ mod tests {
 
     #[test]
     fn the_newest_lines_stay_and_never_are_more_than_a_job_may_keep() {
-        let notebook = Notebook::new(Clock::starting_at(0));
+        let notebook = Notebook::new(Clock::starting_at(0), None);
         for number in 0..1_000 {
             notebook.log(&format!("{number} {}\nnot a line of its own", "ä".repeat(number)));
         }
@@ -123,7 +152,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_told_before_somebody_listened_is_heard() {
-        let notebook = Notebook::new(Clock::starting_at(0));
+        let notebook = Notebook::new(Clock::starting_at(0), None);
         notebook.progress(Progress { done: 1, total: Some(2), note: Some("x".repeat(5_000)) });
         notebook.changed().await;
         assert!(notebook.fields().get("progress").unwrap().len() < 1 << 12);

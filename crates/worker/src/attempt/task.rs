@@ -50,7 +50,7 @@ pub(super) async fn settle(claim: &Claim, means: &Means, rules: &Rules, stop: &S
     }
     let started = clock.now();
     let timeout = task.timeout;
-    let notebook = Arc::new(Notebook::new(*clock));
+    let notebook = Arc::new(Notebook::new(*clock, Some((claim.pen(), stop.clone()))));
     let outcome = execute(claim, means, registered, task, &notebook, stop).await;
     let at = clock.now();
     let told = notebook.fields();
@@ -110,6 +110,7 @@ fn task(
         op,
         input: payload("input").unwrap_or(Payload { encoding: Encoding::Json, bytes: b"null".to_vec() }),
         context: payload("context").filter(|context| !context.bytes.is_empty()),
+        checkpoint: payload("checkpoint").filter(|checkpoint| !checkpoint.bytes.is_empty()),
         fence: taken.fence,
         attempt: retries.attempts + 1,
         max_attempts: retries.policy.max_attempts.get(),

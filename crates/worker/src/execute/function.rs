@@ -285,6 +285,28 @@ impl Context {
         self.0.desk.progress(Progress { done, total, note: note.map(str::to_owned) });
     }
 
+    /// What an earlier attempt saved, if one did: the work goes on from there.
+    pub fn checkpoint<T: DeserializeOwned>(&self) -> Result<Option<T>, Problem> {
+        let read =
+            |payload: &Payload| payload.read().map_err(|error| Problem::fail(format!("its checkpoint: {error}")));
+        self.0.task.checkpoint.as_ref().map(read).transpose()
+    }
+
+    /// Saves how far the work has come, so that another attempt goes on from there: after an error, the loss of this worker, a drain, or
+    /// in a later execution of its flow. At most [`queue_core::job::CHECKPOINT_MAX_BYTES`]. It is kept when this returns. After an error the
+    /// work must not go on: hand it back with `?`. A row has no checkpoint.
+    pub async fn save<T: Serialize + ?Sized>(&self, checkpoint: &T) -> Result<(), Problem> {
+        let encoding = self.0.task.input.encoding;
+        let checkpoint = Payload::write(encoding, checkpoint)
+            .map_err(|error| Problem::fail(format!("its checkpoint can't be written: {error}")))?;
+        self.0.desk.save(checkpoint).await
+    }
+
+    /// The same for code that blocks.
+    pub fn save_blocking<T: Serialize + ?Sized>(&self, checkpoint: &T) -> Result<(), Problem> {
+        tokio::runtime::Handle::current().block_on(self.save(checkpoint))
+    }
+
     /// Keeps a line with the job. The newest some KiB of them are kept; those of rows are not.
     pub fn log(&self, line: &str) {
         self.0.desk.log(line);

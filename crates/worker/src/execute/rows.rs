@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use async_trait::async_trait;
 use queue_core::ids::{App, Fence, JobId, Op, User};
 use queue_core::model::Status;
 use queue_core::model::batch::{Counts, Row, RowEnd, RowResult};
@@ -239,12 +240,6 @@ impl Feed {
         std::mem::take(&mut self.state().answers)
     }
 
-    /// Gives all rows that are begun and not answered this answer.
-    pub fn answer_open(&self, with: impl Fn() -> RowAnswer, is_open: impl Fn(usize) -> bool) {
-        let next = self.state().next;
-        (0..next).filter(|place| is_open(*place)).for_each(|place| self.answer(place, with()));
-    }
-
     /// The task that stands for a row where a handler knows of tasks alone.
     pub fn task_of(&self, row: BegunRow) -> Task {
         let of = &self.of;
@@ -255,6 +250,7 @@ impl Feed {
             op: of.op.clone(),
             input: Payload { encoding: of.encoding, bytes: row.input },
             context: of.context.clone(),
+            checkpoint: None,
             fence: of.fence,
             attempt: of.attempt,
             max_attempts: of.max_attempts,
@@ -304,10 +300,14 @@ pub enum RowsEnd {
 /// Rows keep no progress and no log lines: what they have to say is a message.
 pub struct NoDesk;
 
+#[async_trait]
 impl Desk for NoDesk {
     fn progress(&self, _: Progress) {}
     fn log(&self, line: &str) {
         tracing::debug!(line, "a row says");
+    }
+    async fn save(&self, _: Payload) -> Result<(), Problem> {
+        Err(Problem::fail("a row is tried again from its beginning: it saves no checkpoint"))
     }
 }
 

@@ -32,6 +32,8 @@ pub struct Task {
     pub input: Payload,
     /// What the submitter says besides, the same for all tasks of one kind of request.
     pub context: Option<Payload>,
+    /// What an earlier attempt saved, to go on from: see [`Desk::save`].
+    pub checkpoint: Option<Payload>,
     /// Greater than that of every earlier holder of the job: who writes elsewhere can have it compared there, so that an attempt
     /// that was given up does no harm.
     pub fence: Fence,
@@ -56,12 +58,16 @@ pub struct RowOf {
     pub line: u64,
 }
 
-/// What a handler may tell while it works. It never waits: what comes too fast is thinned out, what is too long is cut.
+/// What a handler may tell while it works. But for saving it never waits: what comes too fast is thinned out, what is too long is cut.
+#[async_trait]
 pub trait Desk: Send + Sync {
     /// How far the work has come. The latest counts.
     fn progress(&self, progress: Progress);
     /// A line to be kept with the job.
     fn log(&self, line: &str);
+    /// Keeps how far the work has come, so that another attempt goes on from there, by whomever. It is kept when this returns; an error
+    /// says that it may not be, or that the task is another worker's by now, and the handler must not go on.
+    async fn save(&self, checkpoint: Payload) -> Result<(), Problem>;
 }
 
 /// How one call ended, and what has become of its output.
