@@ -303,21 +303,26 @@ async fn several_daemons_share_a_folder_and_each_file_is_one_batch() {
     let house = House::build().await;
     let config = house.config(&[BOOK]);
     let daemons = [house.start_with(&config), house.start_with(&config), house.start_with(&config)];
-    for n in 0..200 {
-        house.put(format!("{n}.jsonl"), &format!("{n}\n{n}\n"));
+    // Until more than one of them has taken files.
+    let mut count = 0;
+    let takers = || daemons.iter().filter(|daemon| daemon.output().contains("it is a batch")).count();
+    while count < 200 || takers() < 2 {
+        assert!(count < 900, "one of them took all");
+        for n in count..count + 100 {
+            house.put(format!("{n}.jsonl"), &format!("{n}\n{n}\n"));
+        }
+        count += 100;
+        let sources = house.sources(count).await;
+        assert_eq!(sources.len(), count, "each file is one batch");
+        assert!(sources.values().all(|view| view.counts.rows == 2));
     }
-    let sources = house.sources(200).await;
-    assert_eq!(sources.len(), 200, "each file is one batch");
-    assert!(sources.values().all(|view| view.counts.rows == 2));
     house.settled().await;
-    assert_eq!(house.list().await.len(), 200);
+    assert_eq!(house.list().await.len(), count);
     let files = house.files();
-    assert!(files.len() == 200 && files.iter().all(|name| name.starts_with(".archive/")), "{files:?}");
+    assert!(files.len() == count && files.iter().all(|name| name.starts_with(".archive/")), "{files:?}");
     for daemon in &daemons {
         stop(daemon);
     }
-    let takers = daemons.iter().filter(|daemon| daemon.output().contains("it is a batch")).count();
-    assert!(takers > 1, "more than one of them took files");
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -425,6 +425,9 @@ pub const LAYOUT: &[KeyRule] = &[
     ("drayman:batch_blocks:{}", "hash"),
     ("drayman:batch_results:{}", "hash"),
     ("drayman:batch_parts:{}", "set"),
+    ("drayman:flows", "zset"),
+    ("drayman:flow_steps:{}", "hash"),
+    ("drayman:flow_instance:{}", "hash"),
     ("drayman:full", "string"),
     ("drayman:confirming", "string"),
 ];
@@ -479,15 +482,20 @@ pub fn of_keys(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String])
         let mut field = |name: &str| ask(&mut redis, &["HGET", &key, name]);
         let owned = match rule.0 {
             "batch:jobs:{}" => jobs.contains(parameter) && lives_ms > 0,
-            "batch:locks:{}" | "drayman:leader" | "drayman:pace:{}" | "drayman:confirming" => lives_ms > 0,
+            "batch:locks:{}"
+            | "drayman:leader"
+            | "drayman:pace:{}"
+            | "drayman:confirming"
+            | "drayman:flow_instance:{}" => lives_ms > 0,
             "drayman:session:{}" => sessions.contains(parameter) && field("dead")?.is_nil(),
             "drayman:pool:{}" => {
                 let idle = field("running")?.text() == "0" && field("blocked")?.is_nil();
                 pools.contains(parameter) && idle
             }
-            "drayman:batch_rows:{}" | "drayman:batch_blocks:{}" | "drayman:batch_results:{}" => {
-                jobs.contains(parameter)
-            }
+            "drayman:batch_rows:{}"
+            | "drayman:batch_blocks:{}"
+            | "drayman:batch_results:{}"
+            | "drayman:flow_steps:{}" => jobs.contains(parameter),
             "drayman:debt:{}" => pools.contains(parameter),
             "drayman:parked:{}" => {
                 let parked = ask(&mut redis, &["ZRANGE", &key, "0", "-1"])?.texts();
@@ -495,7 +503,7 @@ pub fn of_keys(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String])
             }
             "drayman:services" => !sessions.is_empty(),
             "drayman:sessions" | "drayman:version" | "drayman:term" | "drayman:pools" | "drayman:turn"
-            | "drayman:batches" | "drayman:finished" | "drayman:expiring" | "drayman:kept" => true,
+            | "drayman:batches" | "drayman:flows" | "drayman:finished" | "drayman:expiring" | "drayman:kept" => true,
             // Queues, claims, work lists, the due, the busy, the lost and the rejected: nothing is left to do.
             _ => false,
         };
