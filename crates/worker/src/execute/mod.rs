@@ -8,6 +8,7 @@ use queue_core::ids::{Fence, JobId, User};
 use queue_core::model::batch::RowResult;
 use tokio_util::sync::CancellationToken;
 
+pub mod chunks;
 pub mod command;
 pub mod function;
 pub mod handlers;

@@ -1,0 +1,420 @@
+//! Tasks that work on many items in chunks: read, process, write, and save behind each chunk how far they have come.
+//!
+//! Another attempt goes on behind the last chunk that was committed: after an error, the loss of the worker, a drain, or in a later
+//! execution of its flow. A chunk whose writing was not followed by its checkpoint is undone by a writer that can (a file is
+//! shortened), or was committed together with it (a database); any other writer sees it again.
+//!
+//! All this is code that blocks: it belongs into a [`blocking_handler`](super::function::Application::blocking_handler).
+
+use std::num::NonZeroUsize;
+use std::thread;
+use std::time::Duration;
+
+use queue_core::ids::JobId;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::function::Context;
+use super::task::{Problem, Wish};
+
+pub mod files;
+pub mod sqlite;
+
+/// Most skipped items whose errors are kept.
+const SKIPPED_KEPT: usize = 100;
+/// Most bytes of one such error.
+const ERROR_MAX_BYTES: usize = 256;
+
+/// What a task has done, over all its attempts. It stands in the task's checkpoint, so it tells of what was committed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counts {
+    /// Items that were read.
+    pub read_count: u64,
+    /// Items that were written.
+    pub write_count: u64,
+    /// Items of which the processor made nothing.
+    pub filter_count: u64,
+    /// Items that could not be read, processed or written, and were passed over.
+    pub skip_count: u64,
+    /// Chunks that were written.
+    pub commit_count: u64,
+    /// Chunks that were not, and undone.
+    pub rollback_count: u64,
+}
+
+/// An item that was passed over.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Skipped {
+    /// Which one it was, from 1 on in the order of reading.
+    pub item: u64,
+    /// Why.
+    pub error: String,
+}
+
+/// How far a task has come.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Checkpoint {
+    /// The same over all attempts of one run through the items, and of no other.
+    pub run: String,
+    /// What was done.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Behind what the reader goes on.
+    pub reader: Value,
+    /// Behind what the writer goes on.
+    pub writer: Value,
+    /// The first of the items that were passed over.
+    #[serde(default)]
+    pub skipped: Vec<Skipped>,
+}
+
+/// Where items come from, always in the same order.
+pub trait Reader {
+    /// An item.
+    type Item;
+
+    /// Begins behind a place, or at the beginning if that is null.
+    fn open(&mut self, behind: &Value) -> Result<(), Problem>;
+
+    /// The next item; none at the end. An error that is no wish to retry is of this one item: the next call goes on behind it.
+    fn read(&mut self) -> Option<Result<Self::Item, Problem>>;
+
+    /// The place behind the items that were read.
+    fn place(&self) -> Value;
+}
+
+/// Where items go.
+pub trait Writer {
+    /// An item.
+    type Item;
+
+    /// Begins behind what was committed. A writer that keeps checkpoints beside its items hands back its own: it may be later.
+    fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem>;
+
+    /// Writes a chunk: all of it, or after an error nothing. `checkpoint` is what is saved behind it; the writer says in it behind what it
+    /// goes on.
+    fn write(&mut self, items: &[Self::Item], checkpoint: &mut Checkpoint) -> Result<(), Problem>;
+}
+
+/// How items are worked on.
+#[derive(Debug, Clone, Copy)]
+pub struct Chunks {
+    size: NonZeroUsize,
+    skip_limit: u64,
+    item_attempts: u32,
+    pause: Duration,
+}
+
+impl Chunks {
+    /// In chunks of so many items that are read, none passed over, each tried once.
+    pub fn of(size: NonZeroUsize) -> Self {
+        Self { size, skip_limit: 0, item_attempts: 1, pause: Duration::ZERO }
+    }
+
+    /// With so many items that may be passed over. One more fails the task. What is passed over is kept with its error; where a chunk
+    /// can't be written, its items are written one by one to find out which.
+    #[must_use]
+    pub fn skip_limit(self, skip_limit: u64) -> Self {
+        Self { skip_limit, ..self }
+    }
+
+    /// With so many attempts at processing an item that asks for it by [`Problem::retry`], and a pause between them.
+    #[must_use]
+    pub fn item_attempts(self, item_attempts: u32, pause: Duration) -> Self {
+        Self { item_attempts: item_attempts.max(1), pause, ..self }
+    }
+
+    /// Works through all items, and says what was done over all attempts. The processor hands back nothing for what is not to be written.
+    pub fn run<R, W>(
+        &self,
+        context: &Context,
+        mut reader: R,
+        mut process: impl FnMut(&R::Item) -> Result<Option<W::Item>, Problem>,
+        mut writer: W,
+    ) -> Result<Counts, Problem>
+    where
+        R: Reader,
+        W: Writer,
+    {
+        let mut saved = match context.checkpoint::<Checkpoint>()? {
+            Some(saved) => saved,
+            None => {
+                let run = JobId::generate().to_string();
+                let (reader, writer) = (Value::Null, Value::Null);
+                Checkpoint { run, counts: Counts::default(), reader, writer, skipped: Vec::new() }
+            }
+        };
+        // Before anything is written, so that whoever writes knows its own again.
+        context.save_blocking(&saved)?;
+        if let Some(own) = writer.open(&saved)? {
+            let rollback_count = saved.counts.rollback_count.max(own.counts.rollback_count);
+            saved = Checkpoint { counts: Counts { rollback_count, ..own.counts }, ..own };
+        }
+        reader.open(&saved.reader)?;
+        loop {
+            let mut chunk = Chunk { items: Vec::with_capacity(self.size.get()), marks: Vec::new() };
+            let mut next = saved.clone();
+            let read = self.read(context, &mut reader, &mut process, &mut chunk, &mut next);
+            let is_last = match read {
+                Ok(is_last) => is_last,
+                Err(problem) => return Err(undone(context, saved, problem)),
+            };
+            if next.counts.read_count > saved.counts.read_count {
+                saved = self.commit(context, &mut writer, chunk, saved, next)?;
+                context.progress(saved.counts.read_count, None, None);
+            }
+            if is_last {
+                return Ok(saved.counts);
+            }
+            if context.stop().is_cancelled() {
+                return Err(Problem::retry("it was told to stop, and goes on behind the last chunk"));
+            }
+        }
+    }
+
+    /// Fills a chunk. Whether nothing is behind it.
+    fn read<R: Reader, O>(
+        &self,
+        context: &Context,
+        reader: &mut R,
+        process: &mut impl FnMut(&R::Item) -> Result<Option<O>, Problem>,
+        chunk: &mut Chunk<O>,
+        next: &mut Checkpoint,
+    ) -> Result<bool, Problem> {
+        let mut is_last = false;
+        for _ in 0..self.size.get() {
+            let Some(item) = reader.read() else {
+                is_last = true;
+                break;
+            };
+            next.counts.read_count += 1;
+            let processed = match item {
+                // It is not the item that is to blame.
+                Err(problem) if matches!(problem.wish, Wish::Retry { .. }) => return Err(problem),
+                Err(problem) => Err(problem),
+                Ok(item) => self.processed(context, &item, process),
+            };
+            match processed {
+                Ok(None) => next.counts.filter_count += 1,
+                Ok(Some(output)) => {
+                    chunk.items.push(output);
+                    // Where a chunk may be written item by item, it is known behind what each stands.
+                    if self.skip_limit > 0 {
+                        chunk.marks.push(Mark {
+                            reader: reader.place(),
+                            counts: next.counts,
+                            skipped: next.skipped.len(),
+                        });
+                    }
+                }
+                Err(problem) => self.skip(next, problem)?,
+            }
+        }
+        next.reader = reader.place();
+        Ok(is_last)
+    }
+
+    fn processed<I, O>(
+        &self,
+        context: &Context,
+        item: &I,
+        process: &mut impl FnMut(&I) -> Result<Option<O>, Problem>,
+    ) -> Result<Option<O>, Problem> {
+        let mut attempt = 1;
+        loop {
+            match process(item) {
+                Err(Problem { wish: Wish::Retry { after }, .. }) if attempt < self.item_attempts => {
+                    if context.stop().is_cancelled() {
+                        return Err(Problem::retry("it was told to stop"));
+                    }
+                    thread::sleep(after.unwrap_or(self.pause));
+                    attempt += 1;
+                }
+                // Nobody needs to care.
+                Err(Problem { wish: Wish::Ignore, .. }) => return Ok(None),
+                ended => return ended,
+            }
+        }
+    }
+
+    /// Passes over an item, if that is allowed still.
+    fn skip(&self, next: &mut Checkpoint, problem: Problem) -> Result<(), Problem> {
+        let item = next.counts.read_count;
+        if next.counts.skip_count >= self.skip_limit {
+            let reason = match self.skip_limit {
+                0 => format!("item {item}: {}", problem.reason),
+                limit => format!("item {item} is one too many to be passed over, {limit} may be: {}", problem.reason),
+            };
+            return Err(Problem { reason, ..problem });
+        }
+        next.pass_over(item, &problem.reason);
+        Ok(())
+    }
+
+    /// Writes a chunk and saves what is behind it.
+    fn commit<W: Writer>(
+        &self,
+        context: &Context,
+        writer: &mut W,
+        chunk: Chunk<W::Item>,
+        saved: Checkpoint,
+        mut next: Checkpoint,
+    ) -> Result<Checkpoint, Problem> {
+        next.counts.write_count += chunk.items.len() as u64;
+        next.counts.commit_count += 1;
+        match writer.write(&chunk.items, &mut next) {
+            Ok(()) => {
+                context.save_blocking(&next)?;
+                Ok(next)
+            }
+            Err(problem) if matches!(problem.wish, Wish::Retry { .. }) || self.skip_limit == 0 => {
+                Err(undone(context, saved, problem))
+            }
+            Err(_) => self.commit_singly(context, writer, chunk, saved, next),
+        }
+    }
+
+    /// Writes the items of a chunk that was undone one by one, and passes over those that can't be.
+    fn commit_singly<W: Writer>(
+        &self,
+        context: &Context,
+        writer: &mut W,
+        chunk: Chunk<W::Item>,
+        mut saved: Checkpoint,
+        whole: Checkpoint,
+    ) -> Result<Checkpoint, Problem> {
+        saved.counts.rollback_count += 1;
+        let mut bad: Vec<(u64, String)> = Vec::new();
+        for (item, mark) in chunk.items.into_iter().zip(chunk.marks) {
+            let at = mark.counts.read_count;
+            let skipped = whole.skipped[..mark.skipped].to_vec();
+            let (run, reader) = (whole.run.clone(), mark.reader);
+            let mut next =
+                Checkpoint { run, reader, counts: mark.counts, writer: Value::Null, skipped }.standing(&saved);
+            bad.iter().for_each(|(at, error)| next.pass_over(*at, error));
+            next.counts.write_count += 1;
+            next.counts.commit_count += 1;
+            match writer.write(std::slice::from_ref(&item), &mut next) {
+                Ok(()) => {
+                    context.save_blocking(&next)?;
+                    saved = next;
+                }
+                Err(problem) if matches!(problem.wish, Wish::Retry { .. }) => {
+                    return Err(undone(context, saved, problem));
+                }
+                Err(problem) => {
+                    self.skip(&mut next, problem.clone()).map_err(|problem| undone(context, saved.clone(), problem))?;
+                    bad.push((at, problem.reason));
+                }
+            }
+        }
+        // What stands behind the last item that was written.
+        let mut last = whole.standing(&saved);
+        bad.iter().for_each(|(at, error)| last.pass_over(*at, error));
+        writer.write(&[], &mut last)?;
+        context.save_blocking(&last)?;
+        Ok(last)
+    }
+}
+
+impl Checkpoint {
+    /// This place among the items, with what was really written so far.
+    fn standing(mut self, saved: &Checkpoint) -> Self {
+        self.writer.clone_from(&saved.writer);
+        self.counts.write_count = saved.counts.write_count;
+        self.counts.commit_count = saved.counts.commit_count;
+        self.counts.rollback_count = saved.counts.rollback_count;
+        self
+    }
+
+    fn pass_over(&mut self, item: u64, error: &str) {
+        self.counts.skip_count += 1;
+        if self.skipped.len() < SKIPPED_KEPT {
+            let error = error[..error.floor_char_boundary(ERROR_MAX_BYTES)].to_owned();
+            self.skipped.push(Skipped { item, error });
+        }
+    }
+}
+
+struct Chunk<T> {
+    items: Vec<T>,
+    /// For each item what is known behind it, where that may be needed.
+    marks: Vec<Mark>,
+}
+
+/// A place within a chunk.
+struct Mark {
+    reader: Value,
+    counts: Counts,
+    /// How many of the items that were passed over stand before it.
+    skipped: usize,
+}
+
+/// Counts that a chunk was undone. What can't be saved is not worth another error.
+fn undone(context: &Context, mut saved: Checkpoint, problem: Problem) -> Problem {
+    saved.counts.rollback_count += 1;
+    if let Err(unsaved) = context.save_blocking(&saved) {
+        tracing::debug!(reason = unsaved.reason, "a rollback was not counted");
+    }
+    problem
+}
+
+/// Reads what a function makes anew each time, in the same order: a list, a stream.
+pub fn items<I: Iterator>(make: impl Fn() -> I) -> impl Reader<Item = I::Item> {
+    Items { make, from: None, count: 0 }
+}
+
+struct Items<F, I> {
+    make: F,
+    from: Option<I>,
+    count: u64,
+}
+
+impl<I: Iterator, F: Fn() -> I> Reader for Items<F, I> {
+    type Item = I::Item;
+
+    fn open(&mut self, behind: &Value) -> Result<(), Problem> {
+        self.count = behind.as_u64().unwrap_or(0);
+        let mut from = (self.make)();
+        for _ in 0..self.count {
+            from.next();
+        }
+        self.from = Some(from);
+        Ok(())
+    }
+
+    fn read(&mut self) -> Option<Result<I::Item, Problem>> {
+        let item = self.from.as_mut()?.next()?;
+        self.count += 1;
+        Some(Ok(item))
+    }
+
+    fn place(&self) -> Value {
+        self.count.into()
+    }
+}
+
+/// Gives each chunk to a function. It may get a chunk again whose checkpoint was not saved.
+pub fn call<T>(write: impl FnMut(&[T]) -> Result<(), Problem>) -> impl Writer<Item = T> {
+    Call { write, of: std::marker::PhantomData }
+}
+
+struct Call<F, T> {
+    write: F,
+    of: std::marker::PhantomData<fn(T)>,
+}
+
+impl<T, F: FnMut(&[T]) -> Result<(), Problem>> Writer for Call<F, T> {
+    type Item = T;
+
+    fn open(&mut self, _: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
+        Ok(None)
+    }
+
+    fn write(&mut self, items: &[T], _: &mut Checkpoint) -> Result<(), Problem> {
+        match items.is_empty() {
+            true => Ok(()),
+            false => (self.write)(items),
+        }
+    }
+}
