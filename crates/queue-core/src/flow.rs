@@ -281,6 +281,9 @@ pub struct StepView {
     /// What its handler says of how far it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<String>,
+    /// What its handler saved last: of one that works in chunks its counts, and what it passed over.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub checkpoint: Option<Value>,
 }
 
 /// Which executions to list.
@@ -556,6 +559,9 @@ struct Facts {
     error: Option<String>,
     history: Option<String>,
     from: Option<String>,
+    /// To go on from, or for people alone.
+    checkpoint: Option<String>,
+    saved: Option<String>,
 }
 
 fn step_view(flow: &JobId, names: &[String], step: FlowStep) -> StepView {
@@ -584,6 +590,11 @@ fn step_view(flow: &JobId, names: &[String], step: FlowStep) -> StepView {
         error: facts.error,
         attempts: history.lines().filter_map(|line| serde_json::from_str(line).ok()).collect(),
         progress: said(step.progress),
+        checkpoint: facts
+            .saved
+            .or(facts.checkpoint)
+            .or(said(step.checkpoint))
+            .and_then(|saved| serde_json::from_str(&saved).ok()),
         name: step.name,
     }
 }

@@ -35,6 +35,8 @@ impl Example {
             ("DRAYMAN_REDIS__URL", &url),
             ("DRAYMAN_OBJECTS__URL", &place),
             ("DRAYMAN_CONFIG", "/dev/null"),
+            // As a leader it sees soon that another one is gone.
+            ("DRAYMAN_WORKER__SESSION_LIFETIME", "2s"),
         ];
         let worker = Daemon::spawn(bin(&format!("examples/{name}")), &[""; 0], &env);
         Self { redis, objects, worker }
@@ -120,4 +122,64 @@ fn the_worker_of_invoices_hands_back_a_result_and_a_file() {
     let file = invoices.drayman(&["result", "render", "--file", "invoice.txt"]).stdout;
     assert_eq!(String::from_utf8(file).unwrap().lines().count(), 2);
     invoices.stop();
+}
+
+#[test]
+fn the_worker_of_orders_loads_each_once_and_reports_however_often_it_is_killed() {
+    const ORDERS: i64 = 40_000;
+    let leader = Example::start("mail");
+    let home = leader.objects.path();
+    let place = |name: &str| home.join(name).display().to_string();
+    // Some have no price, some cost nothing.
+    let cents = |id: i64| if id % 1_000 == 7 { -1 } else { id % 5 * 100 };
+    let text: String = (1..=ORDERS).map(|id| format!("{id},\"c, {}\",{}\n", id % 13, cents(id))).collect();
+    std::fs::write(place("orders.csv"), format!("id,customer,cents\n{text}")).unwrap();
+    let url = leader.redis.url_db(DB);
+    let env =
+        [("DRAYMAN_REDIS__URL", &*url), ("DRAYMAN_CONFIG", "/dev/null"), ("DRAYMAN_WORKER__SESSION_LIFETIME", "2s")];
+    let start = || Daemon::spawn(bin("examples/orders"), &[""; 0], &env);
+    let definition = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/orders.toml");
+    let [orders, database, report] = ["orders.csv", "orders.db", "report.csv"].map(|name| place(name));
+    let params = json!({ "orders": orders, "database": database, "report": report }).to_string();
+    let launch = ["flow", "launch", definition, "--user", "ana", "--id", "day", "--params-json", &params];
+    assert_eq!(leader.drayman(&launch).status.code(), Some(0));
+    let steps = || -> Vec<Value> {
+        let said = leader.drayman(&["flow", "steps", "day", "--json"]).stdout;
+        String::from_utf8(said).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let read = || steps()[0]["checkpoint"]["read_count"].as_u64().unwrap_or(0);
+    let mut behind = 0;
+    for _ in 0..4 {
+        let worker = start();
+        testkit::eventually_blocking("some chunks", LONG, || {
+            (read() > behind || steps()[0]["status"] == "done").then_some(())
+        });
+        worker.kill9();
+        behind = read();
+    }
+    let worker = start();
+    let is_over = || (steps()[1]["status"] == "done").then_some(());
+    testkit::eventually_blocking("the report", LONG, is_over);
+    let counts = steps()[0]["checkpoint"].clone();
+    let told = ["read_count", "write_count", "filter_count", "skip_count"].map(|name| counts[name].as_i64().unwrap());
+    assert_eq!(told, [ORDERS, ORDERS - ORDERS / 5 - ORDERS / 1_000, ORDERS / 5, ORDERS / 1_000], "{counts}");
+    let db = rusqlite::Connection::open(place("orders.db")).unwrap();
+    let one = |sql: &str| db.query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+    assert_eq!(one("SELECT count(*) FROM orders"), told[1]);
+    let sum = |customer: i64| -> (i64, i64) {
+        let of = (1..=ORDERS).filter(|id| id % 13 == customer && cents(*id) > 0);
+        of.fold((0, 0), |(count, sum), id| (count + 1, sum + cents(id) + cents(id) / 5))
+    };
+    let mut wanted: Vec<String> = (0..13)
+        .map(|customer| {
+            let (orders, cents) = sum(customer);
+            format!("\"c, {customer}\",{orders},{cents}")
+        })
+        .collect();
+    wanted.sort_by(|a, b| a.split('"').nth(1).cmp(&b.split('"').nth(1)));
+    let text = std::fs::read_to_string(place("report.csv")).unwrap();
+    assert_eq!(text, format!("customer,orders,cents\n{}\n", wanted.join("\n")));
+    worker.signal(Signal::SIGTERM);
+    assert!(worker.wait(LONG).success(), "{}", worker.output());
+    leader.stop();
 }

@@ -122,11 +122,12 @@ step_over = function(id, status)
   for _, name in ipairs({'started_at', 'attempts', 'unclean'}) do
     if (try('HSTRLEN', job, name) or 0) <= 64 then facts[name] = redis.call('HGET', job, name) or nil end
   end
-  -- Where it was not done, another execution goes on from what it has saved.
-  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = status ~= 'done' and MAX_CHECKPOINT or 0}) do
+  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = MAX_CHECKPOINT}) do
     if (try('HSTRLEN', job, name) or 0) <= most then facts[name] = redis.call('HGET', job, name) or nil end
   end
   facts.error, facts.failed_reason = facts.failed_reason and string.sub(facts.failed_reason, 1, 1024), nil
+  -- Where it was not done, another execution goes on from there.
+  if status == 'done' then facts.saved, facts.checkpoint = facts.checkpoint, nil end
   local state = (status == 'done' or status == 'cancelled') and status or 'failed'
   end_step(flow, number, state, facts)
 end

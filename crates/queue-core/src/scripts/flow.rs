@@ -73,6 +73,7 @@ pub(crate) struct FlowStep {
     pub(crate) started_at: String,
     pub(crate) history: String,
     pub(crate) progress: String,
+    pub(crate) checkpoint: String,
 }
 
 fn text(items: &[Reply], at: usize) -> String {
@@ -153,6 +154,7 @@ impl Store {
                 started_at: text(&items, 7),
                 history: text(&items, 8),
                 progress: text(&items, 9),
+                checkpoint: text(&items, 10),
             })
         };
         reply.array(SCRIPT)?.into_iter().map(read).collect::<Result<_, Error>>().map(Some)

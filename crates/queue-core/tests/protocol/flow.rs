@@ -371,8 +371,15 @@ async fn a_step_that_was_not_done_goes_on_from_what_it_has_saved_in_whatever_exe
     launch(&flows, &shape, "f5").await.unwrap();
     let claim = take_one(&session).await;
     assert_eq!(saved(&claim).as_deref(), Some(r#"{"at":9}"#));
+    save(&claim, r#"{"at":20}"#).await;
     finish(claim, false).await;
     assert_eq!(work(&session, &[]).await, ["two"]);
+    let step = flows.steps(&job_id("f5")).await.unwrap().remove(0);
+    assert_eq!(
+        (step.status, step.checkpoint),
+        (StepStatus::Done, Some(json!({ "at": 20 }))),
+        "what is done tells of it"
+    );
     // What is forced begins at the beginning.
     let force = LaunchOptions { force: true, ..named("f6") };
     flows.launch(&shape, &user("ann"), &Map::new(), force).await.unwrap();
