@@ -1,22 +1,33 @@
-//! Flows end to end: how many of ten steps that do nothing one worker brings to their ends in a second, and how long one takes alone.
+//! Flows end to end: how many of ten steps that do nothing one worker brings to their ends in a second, and how long one takes alone; and
+//! how fast a step works through items in chunks, beside a bare loop that does the same.
 //!
 //! The worker is a process of its own: this program again, told to work. `benches/run-flows` builds everything and prints what
 //! `benches/RESULTS.md` records.
 
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, ensure};
+use anyhow::{Context as _, ensure};
 use benches::{cpu_seconds, line, percentiles};
 use clap::Parser;
 use queue_core::Store;
 use queue_core::config::{RedisConfig, Url};
 use queue_core::flow::{FlowFilter, FlowStatus, Flows, LaunchOptions};
+use queue_core::handle::JobHandle;
 use queue_core::ids::User;
 use queue_core::model::flow::{Flow, Step};
+use rusqlite::{Connection, Statement, params};
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use testkit::RedisServer;
+use testkit::{RedisServer, Scratch};
 use worker::builder::Worker;
+use worker::execute::chunks::Chunks;
+use worker::execute::chunks::files::csv;
+use worker::execute::chunks::sqlite::sqlite;
+use worker::execute::function::{Application, Context};
+use worker::execute::task::Problem;
 use worker::shutdown::Shutdown;
 
 const DB: u8 = 5;
@@ -41,6 +52,12 @@ struct Options {
     /// Samples of a flow that runs alone
     #[arg(long, default_value_t = 300)]
     samples: usize,
+    /// Items of the step that works in chunks
+    #[arg(long, default_value_t = 1_000_000)]
+    items: i64,
+    /// Items in a chunk
+    #[arg(long, default_value_t = 1_000)]
+    chunk: usize,
     /// Be the worker, on this Redis
     #[arg(long, hide = true)]
     work_on: Option<String>,
@@ -56,12 +73,72 @@ fn main() -> anyhow::Result<()> {
 }
 
 async fn work(url: &str, options: &Options) -> anyhow::Result<()> {
-    let worker = Worker::builder().redis(url).slots(options.slots.try_into()?).handler(
-        "bench",
-        "step",
-        |_params: Value, _| async { Ok(()) },
-    );
+    let size: NonZeroUsize = options.chunk.try_into()?;
+    let bench = Application::new("bench")
+        .and_then(|bench| bench.handler("step", |_, _params: Value, _| async { Ok(()) }))
+        .and_then(|bench| {
+            bench.blocking_handler("chunks", move |_, places, context| chunks(&places, size, Some(&context)))
+        })
+        .and_then(|bench| bench.blocking_handler("bare", move |_, places, _| chunks(&places, size, None)));
+    let worker = Worker::builder().redis(url).slots(options.slots.try_into()?).app(bench);
     worker.run(Shutdown::on_signals()?).await.map_err(anyhow::Error::from_boxed)
+}
+
+/// Where the items lie, and where they go.
+#[derive(Debug, Deserialize, Serialize)]
+struct Places {
+    csv: PathBuf,
+    database: PathBuf,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    id: i64,
+    customer: String,
+    cents: i64,
+}
+
+const INSERT: &str = "INSERT INTO orders VALUES (?1, ?2, ?3)";
+
+fn insert(statement: &mut Statement<'_>, order: &Order) -> rusqlite::Result<()> {
+    statement.execute(params![order.id, order.customer, order.cents]).map(drop)
+}
+
+fn with_tax(order: &Order) -> Option<Order> {
+    (order.cents > 0).then(|| Order { customer: order.customer.clone(), cents: order.cents * 6 / 5, ..*order })
+}
+
+/// CSV to SQLite, in chunks under a claim, or in a loop that only commits as often. Says how many seconds that took.
+fn chunks(places: &Places, size: NonZeroUsize, context: Option<&Context>) -> Result<f64, Problem> {
+    let wrong = |error: &dyn std::fmt::Display| Problem::fail(error.to_string());
+    let database = Connection::open(&places.database).map_err(|error| wrong(&error))?;
+    let table = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; \
+                 CREATE TABLE orders (id INTEGER PRIMARY KEY, customer TEXT, cents INTEGER)";
+    database.execute_batch(table).map_err(|error| wrong(&error))?;
+    let begun = Instant::now();
+    if let Some(context) = context {
+        let write = sqlite(&places.database, INSERT, insert);
+        Chunks::of(size).run(context, csv(&places.csv), |order| Ok(with_tax(order)), write)?;
+        return Ok(begun.elapsed().as_secs_f64());
+    }
+    let mut reader = ::csv::Reader::from_path(&places.csv).map_err(|error| wrong(&error))?;
+    let mut orders = reader.deserialize::<Order>();
+    loop {
+        database.execute_batch("BEGIN IMMEDIATE").map_err(|error| wrong(&error))?;
+        let mut statement = database.prepare_cached(INSERT).map_err(|error| wrong(&error))?;
+        let mut count = 0;
+        for order in orders.by_ref().take(size.get()) {
+            count += 1;
+            if let Some(order) = with_tax(&order.map_err(|error| wrong(&error))?) {
+                insert(&mut statement, &order).map_err(|error| wrong(&error))?;
+            }
+        }
+        drop(statement);
+        database.execute_batch("COMMIT").map_err(|error| wrong(&error))?;
+        if count < size.get() {
+            return Ok(begun.elapsed().as_secs_f64());
+        }
+    }
 }
 
 /// The worker's process, killed when it is dropped.
@@ -74,9 +151,11 @@ impl Drop for Working {
     }
 }
 
-fn start(url: &str, slots: usize) -> anyhow::Result<Working> {
+fn start(url: &str, slots: usize, chunk: usize) -> anyhow::Result<Working> {
     let mut command = Command::new(std::env::current_exe()?);
-    command.args(["--work-on", url, "--slots", &slots.to_string()]).env("DRAYMAN_CONFIG", "/dev/null");
+    command
+        .args(["--work-on", url, "--slots", &slots.to_string(), "--chunk", &chunk.to_string()])
+        .env("DRAYMAN_CONFIG", "/dev/null");
     Ok(Working(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().context("the worker")?))
 }
 
@@ -109,7 +188,7 @@ async fn measure(options: Options) -> anyhow::Result<()> {
             launch(&flows, &flow, number % 100, &format!("r{repetition}-{number}")).await?;
         }
         launched_rates.push(options.flows as f64 / begun.elapsed().as_secs_f64());
-        let worker = start(&url, options.slots)?;
+        let worker = start(&url, options.slots, options.chunk)?;
         let before = cpu_seconds(server)?;
         let begun = Instant::now();
         // What has not ended keeps no record that expires.
@@ -134,7 +213,7 @@ async fn measure(options: Options) -> anyhow::Result<()> {
 
     let store = Store::connect(&RedisConfig { url: Url::new(&url), ..RedisConfig::default() }).await?;
     let flows = Flows::new(store);
-    let _worker = start(&url, options.slots)?;
+    let worker = start(&url, options.slots, options.chunk)?;
     launch(&flows, &flow, 0, "first").await?;
     wait(&flows, "first").await?;
     let mut samples = Vec::new();
@@ -146,6 +225,39 @@ async fn measure(options: Options) -> anyhow::Result<()> {
         samples.push(begun.elapsed());
     }
     percentiles("  one alone, from the launch to its end", samples);
+    in_chunks(&flows, &worker, &options).await
+}
+
+/// A flow of one step that works in chunks, in turn with the bare loop.
+async fn in_chunks(flows: &Flows, worker: &Working, options: &Options) -> anyhow::Result<()> {
+    let folder = Scratch::new("bench-chunks");
+    let source = folder.path().join("orders.csv");
+    let mut writer = ::csv::Writer::from_path(&source)?;
+    for id in 1..=options.items {
+        writer.serialize(Order { id, customer: format!("customer {}", id % 1_000), cents: id % 10_000 })?;
+    }
+    writer.flush()?;
+    let (mut rates, mut bare_rates) = (Vec::new(), Vec::new());
+    for repetition in 0..options.repetitions {
+        for (op, rates) in [("bare", &mut bare_rates), ("chunks", &mut rates)] {
+            let database = folder.path().join(format!("{op}-{repetition}.db"));
+            let places = serde_json::to_value(Places { csv: source.clone(), database })?;
+            let step = Step::task("only", "bench", op).map(|step| step.input(places));
+            let flow = Flow::builder(op).any_params().step(step).build()?;
+            let id = format!("{op}-{repetition}");
+            launch(flows, &flow, 0, &id).await?;
+            wait(flows, &id).await?;
+            let job = JobHandle::new(flows.store().clone(), format!("{id}:only").parse()?);
+            let seconds: f64 = job.result().await?;
+            rates.push(options.items as f64 / seconds);
+        }
+    }
+    let status = std::fs::read_to_string(format!("/proc/{}/status", worker.0.id()))?;
+    let most = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap_or("").trim();
+    println!("one step, {} items in chunks of {}, CSV → function → SQLite (WAL)", options.items, options.chunk);
+    line("  a loop that does the same", "items/s", bare_rates);
+    line("  in chunks, each with its checkpoint", "items/s", rates);
+    println!("  most memory of the worker: {most}");
     Ok(())
 }
 

@@ -337,6 +337,11 @@ impl Flows {
         Self { store }
     }
 
+    /// The connection.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
     /// Launches a flow for a user. The instance is made of user, flow and identifying parameters: where its last execution failed or
     /// was stopped, this one goes on from there. One that runs, is done or was abandoned is refused.
     pub async fn launch(

@@ -167,7 +167,7 @@ impl Chunks {
                 return Ok(saved.counts);
             }
             if context.stop().is_cancelled() {
-                return Err(Problem::retry("it was told to stop, and goes on behind the last chunk"));
+                return Err(Problem::retry("it was told to stop, and goes on behind what it has committed"));
             }
         }
     }
@@ -183,6 +183,10 @@ impl Chunks {
     ) -> Result<bool, Problem> {
         let mut is_last = false;
         for _ in 0..self.size.get() {
+            // What was read so far is a chunk, too.
+            if context.stop().is_cancelled() {
+                break;
+            }
             let Some(item) = reader.read() else {
                 is_last = true;
                 break;

@@ -4,6 +4,8 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::marker::PhantomData;
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -12,6 +14,9 @@ use serde_json::{Value, json};
 use super::{Checkpoint, Reader, Writer};
 use crate::execute::task::Problem;
 
+/// How long a file is waited for that another attempt writes to, and how often it is looked at.
+const LOCK_WAIT: Duration = Duration::from_secs(30);
+const LOCK_LOOK: Duration = Duration::from_millis(20);
 /// Longest line of JSON that is read, in bytes.
 const LINE_MAX_BYTES: u64 = 16 << 20;
 
@@ -164,8 +169,14 @@ impl<T, E: FnMut(&T, &mut Vec<u8>, bool) -> Result<(), Problem>> FileWriter<T, E
             .truncate(false)
             .open(&self.path)
             .map_err(|error| wrong(&error))?;
-        // An attempt that was given up may not have noticed yet.
-        file.try_lock().map_err(|_| wrong(&"another attempt still writes to it"))?;
+        // An attempt that was given up may not have noticed yet; when it saves the next time it does.
+        let begun = Instant::now();
+        while file.try_lock().is_err() {
+            if begun.elapsed() >= LOCK_WAIT {
+                return Err(wrong(&"another attempt still writes to it"));
+            }
+            thread::sleep(LOCK_LOOK);
+        }
         let length = committed.as_u64().unwrap_or(0);
         let there = file.metadata().map_err(|error| wrong(&error))?.len();
         if there < length {
