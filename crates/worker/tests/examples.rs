@@ -183,3 +183,43 @@ fn the_worker_of_orders_loads_each_once_and_reports_however_often_it_is_killed()
     assert!(worker.wait(LONG).success(), "{}", worker.output());
     leader.stop();
 }
+
+#[test]
+fn the_samples_of_flows_do_what_they_are_there_to_show() {
+    let samples = Example::start("samples");
+    let wait = format!("--wait={}s", LONG.as_secs());
+    let launch = |name: &str, more: &[&str]| {
+        let file = format!("{}/examples/samples/{name}.toml", env!("CARGO_MANIFEST_DIR"));
+        let args = ["flow", "launch", &file, "--user", "ana", "--id", name, &wait];
+        samples.drayman(&[&args[..], more].concat()).status.code()
+    };
+    let json = |args: &[&str]| -> Vec<Value> {
+        let said = samples.drayman(&[args, &["--json"]].concat()).stdout;
+        String::from_utf8(said).unwrap().lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    };
+    let steps = |name: &str| json(&["flow", "steps", name]);
+    let stand = |name: &str| -> Vec<String> {
+        steps(name).iter().map(|step| format!("{} {}", step["name"], step["status"]).replace('"', "")).collect()
+    };
+    assert_eq!(
+        (launch("sample_job", &[]), stand("sample_job")),
+        (Some(0), vec!["step1 done".into(), "step2 done".into()])
+    );
+    assert_eq!(launch("failing_job", &[]), Some(1));
+    assert_eq!(stand("failing_job"), ["fails failed", "never skipped", "cleanup done"]);
+    assert_eq!(steps("failing_job")[0]["error"], "this step always fails");
+    assert_eq!(launch("retry_job", &[]), Some(0));
+    assert_eq!(steps("retry_job")[0]["attempts"].as_array().unwrap().len(), 2);
+    let given = ["-p", "name=Ana", "-p", "date=2026-03-01", "-p", "count=7"];
+    assert_eq!(launch("parameterized_job", &given), Some(0));
+    let result = samples.drayman(&["result", "parameterized_job:shows"]).stdout;
+    let result: Value = serde_json::from_slice(&result).unwrap();
+    assert_eq!(result, json!({ "greeting": "Ana, it is 2026-03-01", "count": 7, "rate": 0.5 }));
+    let params = json(&["flow", "params", "parameterized_job"]).remove(0);
+    assert_eq!(params["rate"], json!({ "type": "float", "value": 0.5, "identifying": false }));
+    assert_eq!(launch("chunk_job", &[]), Some(0));
+    let counts = steps("chunk_job")[0]["checkpoint"].clone();
+    let told = ["read_count", "write_count", "filter_count", "commit_count"].map(|name| counts[name].as_i64().unwrap());
+    assert_eq!(told, [50, 25, 25, 5]);
+    samples.stop();
+}
