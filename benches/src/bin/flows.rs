@@ -56,7 +56,7 @@ struct Options {
     #[arg(long, default_value_t = 1_000_000)]
     items: i64,
     /// Items in a chunk
-    #[arg(long, default_value_t = 1_000)]
+    #[arg(long, default_value_t = 5_000)]
     chunk: usize,
     /// Be the worker, on this Redis
     #[arg(long, hide = true)]
@@ -112,7 +112,7 @@ fn with_tax(order: &Order) -> Option<Order> {
 fn chunks(places: &Places, size: NonZeroUsize, context: Option<&Context>) -> Result<f64, Problem> {
     let wrong = |error: &dyn std::fmt::Display| Problem::fail(error.to_string());
     let database = Connection::open(&places.database).map_err(|error| wrong(&error))?;
-    let table = "PRAGMA journal_mode = WAL; PRAGMA synchronous = NORMAL; \
+    let table = "PRAGMA journal_mode = WAL; \
                  CREATE TABLE orders (id INTEGER PRIMARY KEY, customer TEXT, cents INTEGER)";
     database.execute_batch(table).map_err(|error| wrong(&error))?;
     let begun = Instant::now();
