@@ -139,7 +139,7 @@ fn the_worker_of_orders_loads_each_once_and_reports_however_often_it_is_killed()
         [("DRAYMAN_REDIS__URL", &*url), ("DRAYMAN_CONFIG", "/dev/null"), ("DRAYMAN_WORKER__SESSION_LIFETIME", "2s")];
     let start = || Daemon::spawn(bin("examples/orders"), &[""; 0], &env);
     let definition = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/orders.toml");
-    let [orders, database, report] = ["orders.csv", "orders.db", "report.csv"].map(|name| place(name));
+    let [orders, database, report] = ["orders.csv", "orders.db", "report.csv"].map(place);
     let params = json!({ "orders": orders, "database": database, "report": report }).to_string();
     let launch = ["flow", "launch", definition, "--user", "ana", "--id", "day", "--params-json", &params];
     assert_eq!(leader.drayman(&launch).status.code(), Some(0));
