@@ -58,6 +58,8 @@ enum Case {
     RowsSql,
     /// A statement, a task that follows it, and a task that is not to run.
     Flow,
+    /// A task that writes items in chunks into a database, each chunk with its checkpoint.
+    Chunks,
     /// A simple one whose worker leads.
     Leading,
 }
@@ -66,6 +68,7 @@ impl Case {
     const JOBS: [Case; 6] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Task, Case::Leading];
     const BATCHES: [Case; 2] = [Case::Rows, Case::RowsSql];
     const FLOWS: [Case; 1] = [Case::Flow];
+    const CHUNKS: [Case; 1] = [Case::Chunks];
 
     fn is_batch(self) -> bool {
         matches!(self, Case::Rows | Case::RowsSql)
@@ -83,7 +86,7 @@ impl Case {
             Case::Cancel => format!("{}; SELECT pg_sleep(600)", effect("0")),
             Case::RowsSql => format!("INSERT INTO effects VALUES ('{id}', $1)"),
             Case::Flow => effect("0"),
-            Case::Task | Case::Rows => unreachable!("it has none"),
+            Case::Task | Case::Rows | Case::Chunks => unreachable!("it has none"),
         }
     }
 
@@ -95,6 +98,8 @@ impl Case {
             Case::Fallback => ("failed", &["0.onerror", "onerror"]),
             Case::Cancel => ("cancelled", &[]),
             Case::Rows | Case::RowsSql => ("done", &["1", "2", "3"]),
+            // All items, and as many different ones.
+            Case::Chunks => ("done", &["5000 5000"]),
             // The task's effect stands in a file of its own.
             Case::Flow => ("done", &["0"]),
         }
@@ -206,6 +211,9 @@ impl House {
             postgres.host_port().1,
         );
         std::fs::write(scratch.path().join("worker.toml"), config).expect("it can be written");
+        let orders: String = (1..=5_000).map(|id| format!("{id},customer,{id}\n")).collect();
+        std::fs::write(scratch.path().join("orders.csv"), format!("id,customer,cents\n{orders}"))
+            .expect("it can be written");
         Arc::new(Self { redis, postgres, reader, scratch })
     }
 
@@ -237,6 +245,16 @@ impl House {
                 Flows::new(store.clone()).launch(&flow, &ann, &given, options).await.expect("redis answers");
                 return;
             }
+            Case::Chunks => {
+                let place = |name: &str| self.scratch.path().join(name).display().to_string();
+                let places = serde_json::json!({
+                    "orders": place("orders.csv"),
+                    "database": place(&format!("{id}.db")),
+                    "report": place(&format!("{id}.csv")),
+                });
+                let (app, input) = (App::new("shop").unwrap(), Payload::json(&places).unwrap());
+                NewJob { id: job_id(id), ..NewJob::task(ann, app, op("load"), input) }
+            }
             Case::Task => NewJob { id: job_id(id), ..NewJob::task(ann, app, op("task"), Payload::json(&()).unwrap()) },
             _ => self.job(id, case.query(id)),
         };
@@ -266,6 +284,13 @@ impl House {
             // No worker is killed but one.
             assert!(text.lines().count() <= 2 * lines.len(), "{id}: {text}");
             return lines.into_iter().map(str::to_owned).collect();
+        }
+        let database = self.scratch.path().join(format!("{id}.db"));
+        if database.exists() {
+            let database = rusqlite::Connection::open(database).expect("it can be opened");
+            let count = |what| database.query_row(what, [], |row| row.get::<_, i64>(0)).expect("a number");
+            let (all, different) = ("SELECT count(*) FROM orders", "SELECT count(DISTINCT id) FROM orders");
+            return vec![format!("{} {}", count(all), count(different))];
         }
         let sql = format!("SELECT step FROM effects WHERE job = '{id}' ORDER BY step");
         self.postgres.query(DATABASE, &sql).await.into_iter().map(|mut row| row.remove(0).unwrap()).collect()
@@ -301,7 +326,11 @@ impl Lane {
         Self { house: house.clone(), db, inspect: Inspect::new(store.clone()), store, aside, leader }
     }
 
-    fn worker(&self, url: &str) -> Daemon {
+    fn worker(&self, case: Case, url: &str) -> Daemon {
+        if case == Case::Chunks {
+            let env = [&SETTINGS[..], &[("DRAYMAN_CONFIG", "/dev/null"), ("DRAYMAN_REDIS__URL", url)]].concat();
+            return Daemon::spawn(bin("examples/orders"), &[""; 0], &env);
+        }
         let config = self.house.scratch.path().join("worker.toml").display().to_string();
         daemon(url, &[&SETTINGS[..], &[("DRAYMAN_CONFIG", &config)]].concat())
     }
@@ -326,7 +355,7 @@ impl Lane {
         house.submit(&self.store, case, &id).await;
         let proxy = Proxy::start(house.redis.addr());
         let tap = house.reader.tap(&proxy, stop);
-        let worker = self.worker(&proxy.redis_url(self.db));
+        let worker = self.worker(case, &proxy.redis_url(self.db));
         let stopped = || proxy.stopped() > 0;
 
         if case == Case::Cancel {
@@ -382,7 +411,7 @@ impl Lane {
     async fn settle(&self, case: Case, id: &str) {
         // A job that is over at the first look needs nobody any more, unless a part of a batch is left.
         let left = self.count("HLEN", "drayman:claims") > 0 || !self.is_over(case, id).await;
-        let rescuer = left.then(|| self.worker(&self.house.redis.url_db(self.db)));
+        let rescuer = left.then(|| self.worker(case, &self.house.redis.url_db(self.db)));
         let view = ended(&self.inspect, id).await;
         let (status, effects) = case.end();
         assert_eq!(view.status(), status, "{id}: {:?}", view.text("failed_reason"));
@@ -470,6 +499,14 @@ async fn killed_at_any_call_a_worker_leaves_a_flow_that_goes_on_and_whose_steps_
     assert!(found.contains(&(Case::Flow, ("finish", 2))), "{found:?}");
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn killed_at_any_call_a_worker_leaves_a_task_in_chunks_that_writes_each_item_once() {
+    let found = kill_everywhere(&Case::CHUNKS).await;
+    // The first save, and one behind each of five chunks.
+    assert!(found.contains(&(Case::Chunks, ("mark", 6))), "{found:?}");
+    assert_found(&found, Case::Chunks, &["take", "finish"]);
+}
+
 fn assert_found(found: &[(Case, Call)], case: Case, names: &[&'static str]) {
     for &name in names {
         assert!(found.contains(&(case, (name, 1))), "{name} is not among {found:?}");
@@ -491,6 +528,8 @@ async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
                 Case::Simple => of_a_job || name == "session_beat",
                 _ => ["take", "mark", "finish", "batch_cut"].contains(&name),
             };
+            // The saves of its chunks, and not what is told of them now and then.
+            let count = if case == Case::Chunks { count.min(6) } else { count };
             let count = if of_a_job || case.is_batch() || case == Case::Flow { count } else { 1 };
             if looked_at {
                 seen.extend((1..=count).map(|number| (case, (name, number))));
@@ -601,7 +640,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
         let there = matches!(again, Submitted::AlreadyThere(_));
         assert_eq!((there, queued(&id)), (point != Point::BeforeCall, 1), "{point:?}");
 
-        let worker = lane.worker(&url);
+        let worker = lane.worker(Case::Simple, &url);
         for id in [format!("killed-{point:?}"), format!("cut-{point:?}"), id] {
             assert_eq!(ended(&lane.inspect, &id).await.status(), "done");
             assert_eq!(house.effects(&id).await, ["0"], "{id}");
