@@ -31,6 +31,21 @@ for line in sys.stdin:
         answer = {"type": "error", "id": job["id"], "error": "no such file: prices.csv"}
     if what == "flaky" and job["attempt"] < 3:
         answer = {"type": "error", "id": job["id"], "error": f"busy {job['attempt']}", "wish": "retry"}
+    if what == "quit":
+        # Before it has read that it was saved.
+        print(json.dumps({"type": "checkpoint", "id": job["id"], "value": job["attempt"]}), flush=True)
+        os._exit(7)
+    if what == "count":
+        start = job.get("checkpoint", {"at": 0})["at"]
+        for n in range(start, 50):
+            if n % 10 == 0:
+                print(json.dumps({"type": "checkpoint", "id": job["id"], "value": {"at": n}}), flush=True)
+                assert json.loads(sys.stdin.readline()) == {"type": "saved", "id": job["id"]}
+            if n == 25 and not os.path.exists(os.path.join(home, "mended")):
+                os._exit(1)
+            with open(os.path.join(home, "counted"), "a") as counted:
+                print(n, file=counted)
+        answer["result"] = start
     while what == "wait" and not os.path.exists(os.path.join(home, "go")):
         time.sleep(0.02)
     print(json.dumps(answer), flush=True)
@@ -315,6 +330,31 @@ fn an_execution_is_stopped_restarted_and_abandoned() {
     for command in ["steps", "params", "show", "stop", "abandon", "restart"] {
         assert_eq!(house.run(&[command, "nobody"]).code, 3, "{command}");
     }
+    house.stop(&worker);
+}
+
+#[test]
+fn a_program_saves_how_far_it_has_come_and_goes_on_from_there() {
+    let house = House::build();
+    let worker = house.worker();
+    let file = house.calls("counts", &["counts count"]);
+    let failed = house.launch(&file, &["--id", "c1", "--wait=30s"]);
+    assert_eq!(failed.code, 1);
+    assert!(failed.err.contains("the program ended with exit code 1 before it had answered"), "{}", failed.err);
+    assert_eq!(house.ok(&["steps", "c1", "--json"]).json()[0]["checkpoint"], json!({ "at": 20 }));
+    fs::write(house.path("mended"), "").unwrap();
+    assert_eq!(house.launch(&file, &["--id", "c2", "--wait=30s"]).code, 0);
+    let counted = fs::read_to_string(house.path("counted")).unwrap();
+    let wanted: String = (0..25).chain(20..50).map(|n| format!("{n}\n")).collect();
+    assert_eq!(counted, wanted);
+    assert_eq!(house.drayman.run(&["result", "c2:counts"]).out.trim(), "20");
+    // One that ends before it has read that it was saved has begun all the same: it costs an attempt, and is not given back for ever.
+    let step = "[[steps]]\nname = 'quits'\nkind = 'task'\napp = 'etl'\nop = 'step'\ninput = { do = 'quit' }\n\
+                max_attempts = 3\nretry_delay = '10ms'\n";
+    let quits = house.file("quits.toml", &format!("name = 'quits'\n{step}"));
+    assert_eq!(house.launch(&quits, &["--id", "q1", "--wait=30s"]).code, 1);
+    let step = house.ok(&["steps", "q1", "--json"]).json().remove(0);
+    assert_eq!((step["attempts"].as_array().unwrap().len(), &step["checkpoint"]), (3, &json!(3)), "{step}");
     house.stop(&worker);
 }
 

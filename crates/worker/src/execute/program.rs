@@ -22,6 +22,8 @@ use async_trait::async_trait;
 use futures::FutureExt;
 use futures::future::join_all;
 use queue_core::model::retry::RetryPolicy;
+use queue_core::model::task::{Encoding, Payload};
+use serde_json::Value;
 use tokio::process::ChildStdout;
 use tokio::sync::{Mutex, Semaphore, oneshot};
 use tokio::task::JoinHandle;
@@ -34,7 +36,7 @@ use super::task::{Desk, Handler, Outcome, Output, Problem, Task, Wish};
 
 mod lines;
 
-use lines::{RowsWriter, is_ready, line_of, mark_done_line, read, read_rows, shown};
+use lines::{RowsWriter, Says, is_ready, line_of, mark_done_line, read, read_rows, saved_line, shown};
 
 /// A process that is not heard of and still runs after this time has started: it need not say so.
 const STARTED_AFTER: Duration = Duration::from_secs(1);
@@ -98,6 +100,8 @@ struct Member {
     stderr: Said,
     /// It has answered a task.
     proven: bool,
+    /// It has said something about the line that it has: it has read it.
+    has_spoken: bool,
 }
 
 /// How a process's work on a line ended.
@@ -111,8 +115,15 @@ enum Turn<T> {
 }
 
 /// Reads a line: an answer, something by the way, or a breach of the rules.
-trait Reader<T>: Fn(&Line) -> Result<Option<Outcome<T>>, Problem> + Sync {}
-impl<T, F: Fn(&Line) -> Result<Option<Outcome<T>>, Problem> + Sync> Reader<T> for F {}
+trait Reader<T>: Fn(&Line) -> Result<Says<T>, Problem> + Sync {}
+impl<T, F: Fn(&Line) -> Result<Says<T>, Problem> + Sync> Reader<T> for F {}
+
+/// Saves what a program wants to go on from, as its task is written.
+async fn save(desk: &dyn Desk, encoding: Encoding, value: &Value) -> Result<(), Problem> {
+    let checkpoint = Payload::write(encoding, value)
+        .map_err(|error| Problem::fail(format!("the program's checkpoint can't be written: {error}")))?;
+    desk.save(checkpoint).await
+}
 
 /// How far the end of a task has come that is to stop.
 #[derive(Clone, Copy, PartialEq)]
@@ -126,14 +137,14 @@ impl Member {
     /// Has a line worked on, and each line that comes back read.
     async fn work<T>(
         &mut self,
-        call: u64,
-        line: &str,
+        (call, line, encoding): (u64, &str, Encoding),
         settings: &ProgramSettings,
         desk: &dyn Desk,
         stop: &CancellationToken,
         read: &impl Reader<T>,
     ) -> Turn<T> {
         self.stderr.forget();
+        self.has_spoken = false;
         self.stdin.push(line.as_bytes());
         let mut stopping = Stopping::No;
         let mut patience = Instant::now();
@@ -163,16 +174,23 @@ impl Member {
                     let Some(line) = line else {
                         break self.lost("closed its standard output", desk).await;
                     };
-                    match read(&line) {
-                        Ok(None) => {}
-                        Ok(Some(outcome)) => {
+                    let said = read(&line);
+                    self.has_spoken |= said.is_ok();
+                    match said {
+                        Ok(Says::Aside) => {}
+                        Ok(Says::Save(value)) => match save(desk, encoding, &value).await {
+                            Ok(()) => self.stdin.push(saved_line(call).as_bytes()),
+                            // It must not go on.
+                            Err(problem) => break problem,
+                        },
+                        Ok(Says::Answer(outcome)) => {
                             self.hear(desk);
                             return Turn::Answered(outcome);
                         }
                         Err(problem) => break problem,
                     }
                 }
-                _ = self.process.ended() => match self.last_answer(read).await {
+                _ = self.process.ended() => match self.last_answer(desk, encoding, read).await {
                     Ok(Some(outcome)) => return Turn::Answered(outcome),
                     Ok(None) => break self.lost("", desk).await,
                     Err(problem) => break problem,
@@ -183,11 +201,20 @@ impl Member {
     }
 
     /// An answer that the process wrote before it ended.
-    async fn last_answer<T>(&mut self, read: &impl Reader<T>) -> Result<Option<Outcome<T>>, Problem> {
+    async fn last_answer<T>(
+        &mut self,
+        desk: &dyn Desk,
+        encoding: Encoding,
+        read: &impl Reader<T>,
+    ) -> Result<Option<Outcome<T>>, Problem> {
         let rest = async {
             while let Some(line) = self.stdout.next().await {
-                if let Some(outcome) = read(&line)? {
-                    return Ok(Some(outcome));
+                let said = read(&line)?;
+                self.has_spoken = true;
+                match said {
+                    Says::Aside => {}
+                    Says::Save(value) => save(desk, encoding, &value).await?,
+                    Says::Answer(outcome) => return Ok(Some(outcome)),
                 }
             }
             Ok(None)
@@ -370,6 +397,7 @@ impl Program {
             stdout: Lines::new(started.stdout, *max_output),
             stderr: Said::new(started.stderr),
             proven: false,
+            has_spoken: false,
         })
     }
 
@@ -399,7 +427,7 @@ impl Program {
     async fn ask<T>(
         &self,
         hand: &mut Option<Member>,
-        (call, line): (u64, &str),
+        line: (u64, &str, Encoding),
         desk: &dyn Desk,
         stop: &CancellationToken,
         read: impl Reader<T>,
@@ -412,7 +440,7 @@ impl Program {
                     Err(reason) => return Outcome::NotReady(reason),
                 },
             };
-            let turn = member.work(call, line, &self.settings, desk, stop, &read).await;
+            let turn = member.work(line, &self.settings, desk, stop, &read).await;
             match turn {
                 Turn::Answered(outcome) => {
                     member.proven = true;
@@ -421,9 +449,9 @@ impl Program {
                     return outcome;
                 }
                 Turn::Broken(problem) => {
-                    let Member { process, stdin, proven, .. } = member;
+                    let Member { process, stdin, proven, has_spoken, .. } = member;
                     process.kill().await;
-                    let unread = stdin.is_unread();
+                    let unread = !has_spoken && stdin.is_unread();
                     // It was about to end when it was given the task, as one does that has answered enough, and has seen
                     // nothing of it.
                     if proven && unread {
@@ -447,13 +475,19 @@ impl Program {
     }
 
     /// Has one line answered.
-    async fn ask_once(&self, call: u64, line: String, desk: &dyn Desk, stop: &CancellationToken) -> Outcome {
+    async fn ask_once(
+        &self,
+        (call, line, encoding): (u64, String, Encoding),
+        desk: &dyn Desk,
+        stop: &CancellationToken,
+    ) -> Outcome {
         let Some(permit) = stop.run_until_cancelled(self.size.acquire()).await else {
             return Outcome::NotReady(IN_VAIN.into());
         };
         let _permit = permit.expect("the semaphore is never closed");
         let mut hand = None;
-        let outcome = self.ask(&mut hand, (call, &line), desk, stop, |line: &Line| read(line, call, desk)).await;
+        let outcome =
+            self.ask(&mut hand, (call, &line, encoding), desk, stop, |line: &Line| read(line, call, desk)).await;
         if let Some(member) = hand {
             self.shelve(member).await;
         }
@@ -494,7 +528,10 @@ impl Program {
         let Some(row) = feed.next() else { return Ok(()) };
         let (place, call) = (row.place, self.next_call());
         let outcome = match line_of(call, &feed.task_of(row)) {
-            Ok(line) => self.ask(hand, (call, &line), &NoDesk, stop, |line: &Line| read(line, call, &NoDesk)).await,
+            Ok(line) => {
+                let line = (call, line.as_str(), feed.of().encoding);
+                self.ask(hand, line, &NoDesk, stop, |line: &Line| read(line, call, &NoDesk)).await
+            }
             Err(reason) => Outcome::Failed(Problem::fail(reason)),
         };
         feed.answer_unless_cut_short(place, answer_of(outcome, feed.of().encoding)?, stop);
@@ -523,7 +560,7 @@ impl Program {
         let outcome = match line {
             Ok(line) => {
                 let read = |line: &Line| read_rows(line, call, count, of.encoding, &NoDesk);
-                self.ask(hand, (call, &line), &NoDesk, stop, read).await
+                self.ask(hand, (call, &line, of.encoding), &NoDesk, stop, read).await
             }
             Err(reason) => Outcome::Failed(Problem::fail(reason)),
         };
@@ -546,8 +583,9 @@ impl Handler for Program {
         let call = self.next_call();
         match line_of(call, &task) {
             Ok(line) => {
+                let encoding = task.input.encoding;
                 drop(task);
-                self.ask_once(call, line, &*desk, &stop).await
+                self.ask_once((call, line, encoding), &*desk, &stop).await
             }
             Err(reason) => Outcome::Failed(Problem::fail(reason)),
         }
@@ -570,7 +608,7 @@ impl Handler for Program {
         }
         let call = self.next_call();
         match mark_done_line(call, &end) {
-            Ok(line) => self.ask_once(call, line, &NoDesk, &stop).await,
+            Ok(line) => self.ask_once((call, line, Encoding::Json), &NoDesk, &stop).await,
             Err(reason) => Outcome::Failed(Problem::fail(reason)),
         }
     }

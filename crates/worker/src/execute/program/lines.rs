@@ -46,6 +46,16 @@ struct Head<'a> {
     traceparent: Option<&'a str>,
 }
 
+/// What a line of a program says.
+pub(super) enum Says<T> {
+    /// Something by the way.
+    Aside,
+    /// How far the work has come.
+    Save(Value),
+    /// What became of the call.
+    Answer(Outcome<T>),
+}
+
 /// What a program may say.
 #[derive(Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase", deny_unknown_fields)]
@@ -60,6 +70,10 @@ enum Word {
     Log {
         id: u64,
         line: String,
+    },
+    Checkpoint {
+        id: u64,
+        value: Value,
     },
     Result {
         id: u64,
@@ -136,9 +150,11 @@ pub(super) fn line_of(call: u64, task: &Task) -> Result<String, String> {
     };
     let context = context_text(task.context.as_ref())?;
     let input = text("input", &task.input)?;
+    let checkpoint = task.checkpoint.as_ref().map(|checkpoint| text("checkpoint", checkpoint)).transpose()?;
+    let checkpoint = checkpoint.map_or(String::new(), |checkpoint| format!(",\"checkpoint\":{checkpoint}"));
     let head = serde_json::to_string(&head).map_err(|error| error.to_string())?;
     let head = head.trim_end_matches('}');
-    of_length(format!("{head},\"context\":{context},\"input\":{input}}}\n"))
+    of_length(format!("{head}{checkpoint},\"context\":{context},\"input\":{input}}}\n"))
 }
 
 fn text(what: &str, payload: &Payload) -> Result<String, String> {
@@ -226,6 +242,11 @@ impl RowsWriter {
     }
 }
 
+/// The line that says that a checkpoint is kept.
+pub(super) fn saved_line(call: u64) -> String {
+    format!("{{\"type\":\"saved\",\"id\":{call}}}\n")
+}
+
 /// The line that tells of the end of a batch.
 pub(super) fn mark_done_line(call: u64, end: &BatchEnd) -> Result<String, String> {
     let end = end.to_json_line()?;
@@ -257,21 +278,25 @@ fn ours(id: u64, call: u64) -> Result<(), Problem> {
 }
 
 /// Reads a line that came while a task runs: an answer, or something by the way.
-pub(super) fn read(line: &Line, call: u64, desk: &dyn Desk) -> Result<Option<Outcome>, Problem> {
+pub(super) fn read(line: &Line, call: u64, desk: &dyn Desk) -> Result<Says<Output>, Problem> {
     let line = whole(line)?;
     let word = serde_json::from_slice(line).map_err(|error| no_message(line, &error))?;
     let ours = |id| ours(id, call);
     match word {
-        Word::Ready => Ok(None),
+        Word::Ready => Ok(Says::Aside),
         Word::Progress { id, done, total, note } => {
             ours(id)?;
             desk.progress(Progress { done, total, note });
-            Ok(None)
+            Ok(Says::Aside)
         }
         Word::Log { id, line } => {
             ours(id)?;
             desk.log(&line);
-            Ok(None)
+            Ok(Says::Aside)
+        }
+        Word::Checkpoint { id, value } => {
+            ours(id)?;
+            Ok(Says::Save(value))
         }
         Word::Result { id, result, messages, files } => {
             ours(id)?;
@@ -280,7 +305,7 @@ pub(super) fn read(line: &Line, call: u64, desk: &dyn Desk) -> Result<Option<Out
                 Err(error) => Err(Problem::fail(format!("the program's file {name:?} is not Base64: {error}"))),
             };
             let files = files.into_iter().map(read).collect::<Result<_, _>>()?;
-            Ok(Some(Outcome::Done(Output { result: payload(result), messages, files })))
+            Ok(Says::Answer(Outcome::Done(Output { result: payload(result), messages, files })))
         }
         Word::Error { id, error, wish, after_ms, messages, result } => {
             ours(id)?;
@@ -289,11 +314,11 @@ pub(super) fn read(line: &Line, call: u64, desk: &dyn Desk) -> Result<Option<Out
                 Wanted::Fail => Wish::Fail,
                 Wanted::Ignore => Wish::Ignore,
             };
-            Ok(Some(Outcome::Failed(Problem { wish, reason: error, messages, result: payload(result) })))
+            Ok(Says::Answer(Outcome::Failed(Problem { wish, reason: error, messages, result: payload(result) })))
         }
         Word::Stopped { id } => {
             ours(id)?;
-            Ok(Some(Outcome::Stopped))
+            Ok(Says::Answer(Outcome::Stopped))
         }
     }
 }
@@ -391,7 +416,7 @@ pub(super) fn read_rows(
     count: usize,
     encoding: Encoding,
     desk: &dyn Desk,
-) -> Result<Option<Outcome<Vec<RowAnswer>>>, Problem> {
+) -> Result<Says<Vec<RowAnswer>>, Problem> {
     let bytes = whole(line)?;
     let RowsSaid { id, results, .. } = match serde_json::from_slice(bytes) {
         Ok(said) => said,
@@ -401,11 +426,12 @@ pub(super) fn read_rows(
                 return Err(no_message(bytes, &error));
             }
             return match read(line, call, desk)? {
-                None => Ok(None),
+                Says::Aside => Ok(Says::Aside),
+                Says::Save(value) => Ok(Says::Save(value)),
                 // Of all rows.
-                Some(Outcome::Failed(problem)) => Ok(Some(Outcome::Failed(problem))),
-                Some(Outcome::Stopped) => Ok(Some(Outcome::Stopped)),
-                Some(_) => Err(Problem::fail("the program answered rows as if they were one task")),
+                Says::Answer(Outcome::Failed(problem)) => Ok(Says::Answer(Outcome::Failed(problem))),
+                Says::Answer(Outcome::Stopped) => Ok(Says::Answer(Outcome::Stopped)),
+                Says::Answer(_) => Err(Problem::fail("the program answered rows as if they were one task")),
             };
         }
     };
@@ -415,7 +441,7 @@ pub(super) fn read_rows(
         return Err(Problem::fail(reason));
     }
     let answers = results.into_iter().map(|said| said.answer(encoding)).collect::<Result<_, _>>()?;
-    Ok(Some(Outcome::Done(answers)))
+    Ok(Says::Answer(Outcome::Done(answers)))
 }
 
 /// Whether it says that it is ready.
