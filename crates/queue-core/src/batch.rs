@@ -5,7 +5,7 @@
 //! chunks. [`Batches`] submits and answers; a [`Loader`] hands over rows of which only some are in memory at a time.
 
 use std::collections::BTreeMap;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde::Serialize;
 use sha2::{Digest, Sha256};
@@ -21,7 +21,7 @@ use crate::model::retry::{Backoff, RetryChoice};
 use crate::model::task::{Encoding, File, Payload};
 use crate::objects::{Objects, ObjectsError};
 use crate::producer::{Database, Priority};
-use crate::scripts::{Aborted, Fields, Inspected, Inspection, Released};
+use crate::scripts::{Aborted, Fields, Inspected, Released};
 use crate::store::Store;
 
 mod load;
@@ -37,8 +37,6 @@ pub const LISTED_MAX: usize = 10_000;
 pub const CONTEXT_MAX_BYTES: usize = 1 << 18;
 /// Most bytes of a statement for rows.
 pub const STATEMENT_MAX_BYTES: usize = 1 << 16;
-/// How many records are read in one step.
-const LIST_PAGE: isize = 200;
 /// The key of the load with which a batch is submitted.
 const FIRST_LOAD: &str = "first";
 
@@ -461,7 +459,7 @@ impl Batches {
 
     async fn look(&self, id: &JobId) -> Result<(BatchView, Encoding), BatchError> {
         let found = self.store.inspect(VIEW, [id.as_str()]).await?.pop();
-        found.and_then(|found| view_of(id.as_str(), found)).ok_or_else(|| BatchError::NotFound(id.clone()))
+        found.and_then(|found| view_of(id.as_str(), &found)).ok_or_else(|| BatchError::NotFound(id.clone()))
     }
 
     /// Waits until it is over, however it ends. With a limit it gives up after that time and tells how it stands then.
@@ -492,28 +490,9 @@ impl Batches {
 
     /// The batches that a filter finds, the latest first, at most so many.
     pub async fn list(&self, filter: &BatchFilter, most: usize) -> Result<Vec<BatchView>, BatchError> {
-        let since = filter.age.map_or(0, |age| {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            now.saturating_sub(age).as_millis()
-        });
-        let (key, since) = (self.store.keys().batches(), since.to_string());
-        let mut found: Vec<BatchView> = Vec::new();
-        let mut from = 0;
-        while found.len() < most.min(LISTED_MAX) {
-            let (offset, page) = (from.to_string(), LIST_PAGE.to_string());
-            let args: [&[u8]; 6] =
-                [key.as_bytes(), b"+inf", since.as_bytes(), b"LIMIT", offset.as_bytes(), page.as_bytes()];
-            let ids = self.store.command("ZREVRANGEBYSCORE", &args).await?.texts("ZREVRANGEBYSCORE")?;
-            let views = self.store.inspect(VIEW, ids.iter().map(String::as_str)).await?;
-            let views = ids.iter().zip(views).filter_map(|(id, found)| view_of(id, found)).map(|(view, _)| view);
-            found.extend(views.filter(|view| filter.allows(view)));
-            if ids.len() < LIST_PAGE as usize {
-                break;
-            }
-            from += LIST_PAGE;
-        }
-        found.truncate(most);
-        Ok(found)
+        let view = |id: &str, found: &Inspected| Some(view_of(id, found)?.0).filter(|view| filter.allows(view));
+        let index = self.store.keys().batches();
+        Ok(self.store.newest(&index, filter.age, most.min(LISTED_MAX), VIEW, view).await?)
     }
 
     /// An output file, piece by piece, into whatever takes bytes. Returns how many they were.
@@ -541,15 +520,8 @@ impl BatchFilter {
     }
 }
 
-fn view_of(id: &str, found: Inspected) -> Option<(BatchView, Encoding)> {
-    let Inspected::Found { values, .. } = found else { return None };
-    let text = |name: &str| {
-        let place = VIEW.iter().position(|(field, _)| *field == name)?;
-        match values.get(place)? {
-            Inspection::Bytes(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
-            Inspection::Absent | Inspection::TooLarge(_) => None,
-        }
-    };
+fn view_of(id: &str, found: &Inspected) -> Option<(BatchView, Encoding)> {
+    let text = |name: &str| found.text(VIEW, name);
     if text("kind")? != "batch" {
         return None;
     }

@@ -3,7 +3,7 @@
 //! An execution of a flow is a job of its own kind that is never claimed. Its steps are ordinary jobs of its user, and the script that
 //! ends one queues those that follow it in the same step. So a flow is run by no process of its own, and survives any.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -15,14 +15,13 @@ use crate::model::Status;
 use crate::model::flow::{Flow, FlowError, On, Params, Step, StepWork, fill, filled};
 use crate::model::task::Payload;
 use crate::producer::{Database, NewJob, SqlWork, Work};
-use crate::scripts::{Fields, FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped, Inspected, Inspection};
+use crate::scripts::{Fields, FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped, Inspected};
 use crate::store::Store;
 
 /// Longest id of an execution, in bytes: the ids of its steps' jobs are made of it.
 pub const EXECUTION_ID_MAX_BYTES: usize = 64;
 /// Most executions that a list gives.
 pub const LISTED_MAX: usize = 10_000;
-const LIST_PAGE: u64 = 200;
 
 /// How a flow is to be launched.
 #[derive(Debug, Clone, Default)]
@@ -422,12 +421,12 @@ impl Flows {
         const FIELDS: &[(&str, usize)] = &[("kind", 16), ("definition", 1 << 19)];
         let found = self.store.inspect(FIELDS, [id.as_str()]).await?.pop();
         let not_found = || FlowsError::NotFound(id.clone());
-        let Some(Inspected::Found { values, .. }) = found else { return Err(not_found()) };
-        match values.as_slice() {
-            [Inspection::Bytes(kind), Inspection::Bytes(text)] if kind == b"flow" => serde_json::from_slice(text)
-                .map_err(|error| FlowsError::Unreadable { id: id.clone(), reason: error.to_string() }),
-            _ => Err(not_found()),
-        }
+        let Some(found) = found.filter(|found| found.text(FIELDS, "kind").as_deref() == Some("flow")) else {
+            return Err(not_found());
+        };
+        let text = found.text(FIELDS, "definition").ok_or_else(not_found)?;
+        serde_json::from_str(&text)
+            .map_err(|error| FlowsError::Unreadable { id: id.clone(), reason: error.to_string() })
     }
 
     /// The steps of an execution, each behind those that it comes after.
@@ -448,29 +447,9 @@ impl Flows {
 
     /// The executions that a filter finds, the latest first, at most so many.
     pub async fn list(&self, filter: &FlowFilter, most: usize) -> Result<Vec<FlowView>, FlowsError> {
-        let since = filter.age.map_or(0, |age| {
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-            now.saturating_sub(age).as_millis()
-        });
-        let (key, since) = (self.store.keys().flows(), since.to_string());
-        let most = most.min(LISTED_MAX);
-        let mut found: Vec<FlowView> = Vec::new();
-        let mut from = 0;
-        while found.len() < most {
-            let (offset, page) = (from.to_string(), LIST_PAGE.to_string());
-            let args: [&[u8]; 6] =
-                [key.as_bytes(), b"+inf", since.as_bytes(), b"LIMIT", offset.as_bytes(), page.as_bytes()];
-            let ids = self.store.command("ZREVRANGEBYSCORE", &args).await?.texts("ZREVRANGEBYSCORE")?;
-            let views = self.store.inspect(VIEW, ids.iter().map(String::as_str)).await?;
-            let views = ids.iter().zip(&views).filter_map(|(id, found)| view_of(id, found));
-            found.extend(views.filter(|view| filter.allows(view)));
-            if ids.len() < LIST_PAGE as usize {
-                break;
-            }
-            from += LIST_PAGE;
-        }
-        found.truncate(most);
-        Ok(found)
+        let view = |id: &str, found: &Inspected| view_of(id, found).filter(|view| filter.allows(view));
+        let index = self.store.keys().flows();
+        Ok(self.store.newest(&index, filter.age, most.min(LISTED_MAX), VIEW, view).await?)
     }
 }
 
@@ -520,14 +499,7 @@ fn job_of(step: &Step, user: &User, params: &Params, traceparent: Option<&String
 }
 
 fn view_of(id: &str, found: &Inspected) -> Option<FlowView> {
-    let Inspected::Found { values, .. } = found else { return None };
-    let text = |name: &str| {
-        let place = VIEW.iter().position(|(field, _)| *field == name)?;
-        match values.get(place)? {
-            Inspection::Bytes(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
-            Inspection::Absent | Inspection::TooLarge(_) => None,
-        }
-    };
+    let text = |name: &str| found.text(VIEW, name);
     if text("kind")? != "flow" {
         return None;
     }

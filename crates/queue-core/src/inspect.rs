@@ -470,9 +470,7 @@ impl Inspect {
 
     /// What time it is at the server, in ms since 1970.
     pub async fn now_ms(&self) -> Result<u64, Error> {
-        let items = self.store.command("TIME", &[]).await?.array("TIME")?;
-        let part = |at: usize| items.get(at).map_or(Ok(0), |item| item.int("TIME"));
-        Ok((part(0)? * 1_000 + part(1)? / 1_000) as u64)
+        self.store.now_ms().await
     }
 
     /// One job; `None` if there is no hash of it.

@@ -26,6 +26,9 @@ pub(crate) use batch::{Aborted, Load, Loaded, PackedBlock, Released};
 pub(crate) use flow::{FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped};
 pub(crate) use tracker::{TrackCreated, TrackEnded, TrackHold, TrackSet, TrackStarted, read_data};
 
+/// How many jobs of an index are looked at in one round trip.
+const NEWEST_PAGE: usize = 200;
+
 /// One script.
 #[derive(Debug)]
 pub struct Script {
@@ -521,6 +524,17 @@ pub enum Inspected {
     },
 }
 
+impl Inspected {
+    /// A field as text, by its name among those that were asked for; what is not UTF-8 in it becomes a replacement character.
+    pub(crate) fn text(&self, fields: &[(&'static str, usize)], name: &str) -> Option<String> {
+        let Inspected::Found { values, .. } = self else { return None };
+        match values.get(fields.iter().position(|(field, _)| *field == name)?)? {
+            Inspection::Bytes(bytes) => Some(String::from_utf8_lossy(bytes).into_owned()),
+            Inspection::Absent | Inspection::TooLarge(_) => None,
+        }
+    }
+}
+
 /// One field of a job as it is found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Inspection {
@@ -898,6 +912,46 @@ impl Store {
         let replies = self.call(&INSPECT, args.0).await?.array("inspect")?;
         expect_len(&replies, count, "inspect")?;
         replies.into_iter().map(|reply| inspected(reply, fields.len())).collect()
+    }
+
+    /// What a view makes of the jobs in an index by the time when they were made: the latest first, of those made within an age, at most so
+    /// many.
+    pub(crate) async fn newest<V>(
+        &self,
+        index: &str,
+        age: Option<Duration>,
+        most: usize,
+        fields: &[(&'static str, usize)],
+        view: impl Fn(&str, &Inspected) -> Option<V>,
+    ) -> Result<Vec<V>, Error> {
+        const COMMAND: &str = "ZREVRANGEBYSCORE";
+        let since = match age {
+            Some(age) => u128::from(self.now_ms().await?).saturating_sub(age.as_millis()),
+            None => 0,
+        };
+        let (since, page) = (since.to_string(), NEWEST_PAGE.to_string());
+        let (mut found, mut from) = (Vec::new(), 0);
+        while found.len() < most {
+            let offset = from.to_string();
+            let range: [&[u8]; 6] =
+                [index.as_bytes(), b"+inf", since.as_bytes(), b"LIMIT", offset.as_bytes(), page.as_bytes()];
+            let ids = self.command(COMMAND, &range).await?.texts(COMMAND)?;
+            let views = self.inspect(fields, ids.iter().map(String::as_str)).await?;
+            found.extend(ids.iter().zip(&views).filter_map(|(id, found)| view(id, found)));
+            if ids.len() < NEWEST_PAGE {
+                break;
+            }
+            from += NEWEST_PAGE;
+        }
+        found.truncate(most);
+        Ok(found)
+    }
+
+    /// The server's clock, in ms since 1970.
+    pub(crate) async fn now_ms(&self) -> Result<u64, Error> {
+        let items = self.command("TIME", &[]).await?.array("TIME")?;
+        let part = |at: usize| items.get(at).map_or(Ok(0), |item| item.int("TIME"));
+        Ok((part(0)? * 1_000 + part(1)? / 1_000) as u64)
     }
 
     /// Registers a session.

@@ -129,7 +129,7 @@ impl Pen {
     /// How the batch stands.
     pub async fn batch_view(&self, batch: &JobId) -> Result<Option<BatchView>, Error> {
         let found = self.store().inspect(VIEW, [batch.as_str()]).await?.pop();
-        Ok(found.and_then(|found| view_of(batch.as_str(), found)).map(|(view, _)| view))
+        Ok(found.and_then(|found| view_of(batch.as_str(), &found)).map(|(view, _)| view))
     }
 
     /// Reads the rows of a batch in the order of their lines.
