@@ -133,6 +133,8 @@ impl House {
 }
 
 fn stop(daemon: &Daemon) {
+    // Before it listens to signals one ends it as it would any program.
+    daemon.wait_for_line("taking files in", LONG);
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait(LONG).code(), Some(0), "{}", daemon.output());
 }
