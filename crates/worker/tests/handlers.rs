@@ -127,7 +127,8 @@ async fn a_worker_that_cannot_reach_redis_stops_its_tasks_when_they_may_be_anoth
     });
     let worker = start(worker);
     house.submit("one", "pay").await;
-    running(&house.inspect, "one").await;
+    // It stands among the claims before the worker has heard of it.
+    eventually("the task to run", LONG, async || (calls.load(Ordering::SeqCst) > 0).then_some(())).await;
     proxy.refuse(true);
     proxy.cut();
     eventually("the task to be told to stop", LONG, async || told.load(Ordering::SeqCst).then_some(())).await;
