@@ -206,6 +206,9 @@ struct Chosen {
     bytes: usize,
     most: usize,
     after: Option<RowCursor>,
+    /// The first row for which there was no room. None behind it is chosen, whatever room smaller ones would find: the next page
+    /// begins behind the last row of this one.
+    left_out: Option<RowCursor>,
     /// Others stand behind the last of them.
     has_more: bool,
 }
@@ -215,9 +218,15 @@ impl Chosen {
         self.rows.len() >= self.most || self.bytes >= PAGE_MAX_BYTES
     }
 
+    fn is_behind(&self, at: RowCursor) -> bool {
+        self.left_out.is_some_and(|left_out| at >= left_out)
+            || self.is_full() && self.rows.last_key_value().is_some_and(|(last, _)| at > *last)
+    }
+
     /// Whether no row from this line on could be chosen.
     fn is_full_before(&mut self, line: u64) -> bool {
-        let is_full = self.is_full() && self.rows.last_key_value().is_some_and(|(last, _)| last.line < line);
+        let is_full = self.left_out.is_some_and(|left_out| left_out.line < line)
+            || self.is_full() && self.rows.last_key_value().is_some_and(|(last, _)| last.line < line);
         self.has_more |= is_full;
         is_full
     }
@@ -226,7 +235,7 @@ impl Chosen {
         if self.after.is_some_and(|after| at <= after) {
             return;
         }
-        if self.is_full() && self.rows.last_key_value().is_some_and(|(last, _)| at > *last) {
+        if self.is_behind(at) {
             self.has_more = true;
             return;
         }
@@ -234,8 +243,9 @@ impl Chosen {
         self.bytes += bytes_of(&view);
         self.rows.insert(at, view);
         while self.rows.len() > 1 && (self.rows.len() > self.most || self.bytes > PAGE_MAX_BYTES) {
-            let Some((_, last)) = self.rows.pop_last() else { return };
+            let Some((at, last)) = self.rows.pop_last() else { return };
             self.bytes -= bytes_of(&last);
+            self.left_out = Some(at);
             self.has_more = true;
         }
     }

@@ -785,6 +785,30 @@ async fn pages_of_any_size_give_each_row_once_in_the_order_of_lines() {
     assert!(batches.rows(&job_id("b1"), Which::All, Some(beyond), 10).await.unwrap().rows.is_empty());
 }
 
+#[tokio::test]
+async fn pages_that_are_full_by_their_bytes_leave_no_small_row_out() {
+    let rig = Rig::start().await;
+    let (batches, session) = (batches(&rig), rig.session(POOL, 1).await);
+    batches.submit(new("b1"), rows(1..=40)).await.unwrap();
+    while view(&batches, "b1").await.counts.pending > 0 {
+        let claim = take_one(&session).await;
+        let own = chunk(&claim);
+        let results: Vec<_> = (own.first..own.first + own.count)
+            .map(|place| {
+                let mut result = RowResult::of(RowEnd::Done);
+                let text = "x".repeat(if place % 3 == 0 { 900_000 } else { 10 });
+                result.files.insert("out".into(), text);
+                Some(result)
+            })
+            .collect();
+        end_rows(claim, &results).await;
+    }
+    for which in [Which::All, Which::WithFiles] {
+        let read = read(&batches, "b1", which, 1_000).await;
+        assert_eq!(read.iter().map(|row| row.at.line).collect::<Vec<_>>(), (1..=40).collect::<Vec<_>>(), "{which:?}");
+    }
+}
+
 fn rmp_serde_of(number: usize) -> Vec<u8> {
     Payload::msgpack(&number).unwrap().bytes
 }
