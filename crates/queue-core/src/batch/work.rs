@@ -81,6 +81,12 @@ pub fn partial_fields(chunk: &Chunk, results: &[Option<RowResult>]) -> Fields {
 }
 
 impl Pen {
+    /// When a batch was made, as its record says; `None` if it is gone. Another batch may have its id later.
+    pub async fn batch_made(&self, batch: &JobId) -> Result<Option<Vec<u8>>, Error> {
+        let key = self.store().keys().job(batch.as_str());
+        Ok(self.store().command("HGET", &[key.as_bytes(), b"created_at"]).await?.into_bytes())
+    }
+
     /// What all rows of a batch have in common; `None` if it is gone.
     pub async fn batch_facts(&self, batch: &JobId) -> Result<Option<Facts>, Error> {
         let key = self.store().keys().job(batch.as_str());

@@ -375,7 +375,15 @@ local function look(id, line)
   end
   if h.user and h.user ~= '' and h.user ~= user then return 'reject', 'it belongs to another user than its queue' end
   if is_over(h.status, h.fallback_status) then return 'drop', h.status end
-  if h.kind == 'flow' or (h.kind == 'batch' and redis.call('HEXISTS', job, 'cursor') == 0) then return 'drop' end
+  if h.kind == 'flow' then return 'drop' end
+  if h.kind == 'batch' then
+    local b = redis.call('HMGET', job, 'cursor', 'loads')
+    if not b[1] then return 'drop' end
+    -- A take that met what it can't read would fail, and so would every take behind it.
+    if not string.find(b[1], '^%d+ %d+ %d+ %d+$') or not tonumber(b[2] or '') then
+      return 'reject', 'it is no batch that was handed over as one', true
+    end
+  end
   local batch = h.kind == 'part' and string.match(h.part or '', '^rows (%S+)')
   if batch and not takes_results(batch) then
     drop_part(batch, id)

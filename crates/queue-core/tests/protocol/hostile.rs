@@ -74,6 +74,24 @@ async fn rig() -> (Rig, Session) {
 }
 
 #[tokio::test]
+async fn what_says_that_it_is_a_batch_and_is_none_is_set_aside() {
+    let (rig, session) = rig().await;
+    let reason = "it is no batch that was handed over as one";
+    for (id, cursor, loads) in [("b1", "nonsense", "1"), ("b2", "0 0 0 1", "many"), ("b3", "", "1")] {
+        submit(
+            &rig,
+            b"eve",
+            id.as_bytes(),
+            &[(b"kind", b"batch"), (b"cursor", cursor.as_bytes()), (b"loads", loads.as_bytes())],
+        );
+    }
+    submit(&rig, b"ann", b"bystander", &[]);
+    look(&rig).await;
+    assert_eq!(run_all(&session).await, ["bystander"]);
+    assert_eq!(rig.rejected(), ["b1", "b2", "b3"].map(|id| (id.to_owned(), reason.to_owned())));
+}
+
+#[tokio::test]
 async fn ids_that_can_stand_in_no_comment_are_set_aside() {
     let (rig, session) = rig().await;
     let huge = "x".repeat(10_000);

@@ -1,5 +1,6 @@
 //! Blocks of rows and facts about batches that this worker has read: chunks of one block are mostly taken one after the other, and a
-//! block is read once for all of them.
+//! block is read once for all of them. An id may be given to another batch once its record is gone, so what was read is known by
+//! when its batch was made, too.
 
 use std::collections::VecDeque;
 use std::hash::Hash;
@@ -15,14 +16,16 @@ use tokio::sync::OnceCell;
 /// How many of each are kept.
 const KEPT: usize = 32;
 
+/// A batch, and when it was made.
+type Batch = (JobId, Vec<u8>);
 /// A block of a batch.
-type Key = (JobId, BlockName);
+type Key = (Batch, BlockName);
 
 /// What was read lately. Cheap to clone.
 #[derive(Clone, Default)]
 pub struct Blocks {
     rows: Arc<Latest<Key, Option<Vec<Row>>>>,
-    facts: Arc<Latest<JobId, Option<Facts>>>,
+    facts: Arc<Latest<Batch, Option<Facts>>>,
 }
 
 impl Blocks {
@@ -30,18 +33,22 @@ impl Blocks {
     pub(super) async fn rows(
         &self,
         pen: &Pen,
-        batch: &JobId,
+        (batch, made): (&JobId, &[u8]),
         block: BlockName,
         first: usize,
         count: usize,
     ) -> Result<Option<Vec<Row>>, BatchError> {
-        let rows = self.rows.get((batch.clone(), block), pen.block(batch, block)).await?;
+        let rows = self.rows.get(((batch.clone(), made.to_vec()), block), pen.block(batch, block)).await?;
         Ok(rows.as_ref().as_ref().and_then(|rows| rows.get(first..first + count)).map(<[Row]>::to_vec))
     }
 
     /// What the rows of a batch have in common; nothing if it is gone.
-    pub(super) async fn facts(&self, pen: &Pen, batch: &JobId) -> Result<Arc<Option<Facts>>, BatchError> {
-        self.facts.get(batch.clone(), async { Ok(pen.batch_facts(batch).await?) }).await
+    pub(super) async fn facts(
+        &self,
+        pen: &Pen,
+        (batch, made): (&JobId, &[u8]),
+    ) -> Result<Arc<Option<Facts>>, BatchError> {
+        self.facts.get((batch.clone(), made.to_vec()), async { Ok(pen.batch_facts(batch).await?) }).await
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use queue_core::batch::BatchError;
 use queue_core::batch::work::{Facts, end_fields, partial_fields};
+use queue_core::error::Error;
 use queue_core::model::batch::{Chunk, Row, RowResult};
 use queue_core::scripts::{Fields, Mark, Taken, Verdict};
 use queue_core::session::Claim;
@@ -57,13 +58,18 @@ pub(super) async fn settle(
     if taken.number("unclean") > 0 && rows.len() > 1 && !is_statement {
         // One at a time from here on, so that a row that ends its worker is found. What a lost worker did for a statement is
         // settled for the chunk as it was.
-        match claim.pen().cut(1, &results).await {
+        match cut_patiently(claim, 1, &results, rules.session_lifetime).await {
             Ok(Mark::Held) => {
                 rows.truncate(1);
                 results.truncate(1);
             }
             Ok(Mark::CancelAsked) => return Some(ended(&results, rules)),
             Ok(Mark::Stale) => return None,
+            // Whether they are is not known: the record alone says which rows are whose.
+            Err(error) if error.is_transient() => {
+                tracing::warn!(%error, "whether rows were set apart is not known");
+                return None;
+            }
             Err(error) => {
                 tracing::warn!(%error, "rows could not be set apart, they are tried again");
                 return Some(soon(partial_fields(&chunk, &results)));
@@ -121,7 +127,7 @@ pub(super) async fn settle(
         Ok(of) => of,
         Err(reason) => return Some(all_failed(chunk.count, "invalid", &reason, rules)),
     };
-    let ran = run(claim, means, registered, Feed::new(of, open), &results, stop).await;
+    let ran = run(claim, means, registered, Feed::new(of, open), &results, stop, rules.session_lifetime).await;
     if let Some(reason) = &ran.not_ready {
         tracing::warn!(reason, "the handler is not well, rows go back");
         means.handlers.fell_ill(&taken.pool);
@@ -216,8 +222,10 @@ async fn read(
     means: &Means,
 ) -> Result<Option<(Facts, Vec<Row>, Vec<Option<RowResult>>)>, BatchError> {
     let pen = claim.pen();
-    let Some(facts) = means.blocks.facts(&pen, &chunk.batch).await?.as_ref().clone() else { return Ok(None) };
-    let rows = means.blocks.rows(&pen, &chunk.batch, chunk.block, chunk.first, chunk.count).await?;
+    let Some(made) = pen.batch_made(&chunk.batch).await? else { return Ok(None) };
+    let batch = (&chunk.batch, made.as_slice());
+    let Some(facts) = means.blocks.facts(&pen, batch).await?.as_ref().clone() else { return Ok(None) };
+    let rows = means.blocks.rows(&pen, batch, chunk.block, chunk.first, chunk.count).await?;
     let Some(rows) = rows else { return Ok(None) };
     let mut results = if chunk.has_partial { pen.partial().await? } else { Vec::new() };
     results.resize_with(rows.len(), || None);
@@ -286,6 +294,7 @@ async fn run(
     feed: Feed,
     earlier: &[Option<RowResult>],
     stop: &Stop,
+    lifetime: Duration,
 ) -> Ran {
     let (feed, begun_at) = (Arc::new(feed), Instant::now());
     let timeout = feed.of().timeout;
@@ -324,7 +333,7 @@ async fn run(
                 }
                 if kept == earlier.len() && patience_ends.is_none() && begun_at.elapsed() >= CUT_AFTER && feed.has_more() {
                     let first = feed.shorten();
-                    kept = cut(claim, first, earlier, stop).await;
+                    kept = cut(claim, first, earlier, stop, lifetime).await;
                 }
             }
         }
@@ -345,18 +354,18 @@ async fn run(
     }
     let begun = feed.shorten();
     if begun < kept && begun > 0 {
-        kept = cut(claim, begun, earlier, stop).await.min(kept);
+        kept = cut(claim, begun, earlier, stop, lifetime).await.min(kept);
     }
     let kept = if begun == 0 { 0 } else { kept };
     Ran { answers: feed.take_answers(), begun, kept, unanswered, not_ready }
 }
 
 /// Leaves all but the first rows to others. Returns how many the chunk has then.
-async fn cut(claim: &Claim, keep: usize, earlier: &[Option<RowResult>], stop: &Stop) -> usize {
+async fn cut(claim: &Claim, keep: usize, earlier: &[Option<RowResult>], stop: &Stop, lifetime: Duration) -> usize {
     if keep == 0 || keep >= earlier.len() {
         return earlier.len();
     }
-    match claim.pen().cut(keep, earlier).await {
+    match cut_patiently(claim, keep, earlier, lifetime).await {
         Ok(Mark::Held) => keep,
         Ok(Mark::CancelAsked) => {
             stop.ask(Cause::Cancelled);
@@ -366,10 +375,37 @@ async fn cut(claim: &Claim, keep: usize, earlier: &[Option<RowResult>], stop: &S
             stop.ask(Cause::ClaimLost);
             keep
         }
+        Err(error) if error.is_transient() => {
+            // They may be another chunk's by now, and would be counted twice.
+            tracing::warn!(%error, "whether rows were left to others is not known");
+            stop.ask(Cause::ClaimLost);
+            keep
+        }
         Err(error) => {
             // They stay this chunk's, and go back with it.
             tracing::warn!(%error, "rows could not be left to others");
             earlier.len()
+        }
+    }
+}
+
+/// Asks again while Redis does not answer, for as long as the claim can be held: a cut whose answer was lost has been made.
+async fn cut_patiently(
+    claim: &Claim,
+    keep: usize,
+    earlier: &[Option<RowResult>],
+    lifetime: Duration,
+) -> Result<Mark, Error> {
+    let since = Instant::now();
+    let mut pause = Duration::from_millis(50);
+    loop {
+        match claim.pen().cut(keep, earlier).await {
+            Err(error) if error.is_transient() && since.elapsed() + pause < lifetime => {
+                tracing::debug!(%error, "rows were not cut off, asking again");
+                tokio::time::sleep(pause).await;
+                pause = (pause * 2).min(Duration::from_secs(1));
+            }
+            answer => return answer,
         }
     }
 }

@@ -101,7 +101,8 @@ fn failed(reason: &str, rules: &Rules) -> Ending {
 async fn end_of(claim: &Claim, batch: &JobId, means: &Means, attempt: u64) -> Result<Option<BatchEnd>, BatchError> {
     let (pen, taken) = (claim.pen(), claim.job());
     let Some(view) = pen.batch_view(batch).await? else { return Ok(None) };
-    let facts = means.blocks.facts(&pen, batch).await?;
+    let Some(made) = pen.batch_made(batch).await? else { return Ok(None) };
+    let facts = means.blocks.facts(&pen, (batch, &made)).await?;
     let Some((app, op)) = taken.pool.handler() else { return Ok(None) };
     Ok(Some(BatchEnd {
         batch: batch.clone(),

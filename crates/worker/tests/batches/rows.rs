@@ -8,6 +8,7 @@ use queue_core::model::batch::RowStatus;
 use queue_core::model::retry::{Backoff, RetryChoice};
 use queue_core::model::task::{Message, Payload};
 use queue_core::producer::{NewJob, Producer};
+use queue_core::scripts::BATCH_CUT;
 use serde_json::Value;
 use worker::execute::function::{Application, Context};
 
@@ -256,5 +257,78 @@ async fn rows_that_take_long_are_shared_with_whoever_is_free() {
     assert_eq!(calls.iter().map(|call| call.1).collect::<Vec<_>>(), (1..=10).collect::<Vec<_>>(), "each once");
     first.stop().await;
     second.stop().await;
+    house.nothing_runs().await;
+}
+
+#[tokio::test]
+async fn an_id_that_is_given_to_another_batch_has_the_rows_and_the_context_of_that_one() {
+    let house = House::build().await;
+    let worker = Running::start(
+        house.worker().handler("bank", "post", |input: Value, _: Context| async move { Ok::<_, Problem>(input) }),
+    );
+    for lines in [1..=3, 7..=8] {
+        let new = NewBatch { id: job_id("b1"), keep: Some(Duration::from_millis(1)), ..house.batch("post") };
+        let held = NewBatch { held: true, keep: Some(Duration::from_secs(600)), ..new.clone() };
+        let new = if *lines.start() == 1 { new } else { held };
+        house.batches.submit(new, rows(lines.clone())).await.unwrap();
+        if *lines.start() == 7 {
+            house.batches.release(&job_id("b1")).await.unwrap();
+            house.over("b1").await;
+            let read = house.rows("b1").await;
+            assert!(read.iter().all(|row| row.result.as_ref() == Some(&row.input)), "{read:?}");
+        } else {
+            eventually("its record is gone", LONG, async || house.batches.view(&job_id("b1")).await.err()).await;
+        }
+    }
+    worker.stop().await;
+}
+
+#[tokio::test]
+async fn a_cut_whose_answer_is_lost_leaves_each_row_to_one_chunk() {
+    let house = House::build().await;
+    let proxy = testkit::Proxy::start(house.redis.addr());
+    // The server knows the script, so that the call goes by its digest.
+    let store = store(&house.redis).await;
+    let text = BATCH_CUT.text(&queue_core::scripts::prelude(store.keys()));
+    house.redis.raw_db(DB, &["SCRIPT", "LOAD", &text]);
+    let digest = store.digest(&BATCH_CUT).to_owned();
+    // Those of the first two calls: that of the cut after a second, and that of the one when the handler has stopped.
+    let (lost, mut cuts) = (Arc::new(AtomicUsize::new(0)), 0);
+    let seen = lost.clone();
+    proxy.gate(move |words| {
+        let is_cut = words.get(1).is_some_and(|word| *word == digest.as_bytes());
+        cuts += usize::from(is_cut);
+        let lose = is_cut && cuts <= 2;
+        seen.fetch_add(usize::from(lose), Ordering::SeqCst);
+        lose.then_some(testkit::Point::BeforeReply)
+    });
+    let mut config = config_of(&house.redis);
+    config.worker.pools.clear();
+    config.redis.url = Url::new(proxy.redis_url(DB));
+    let calls = Arc::<Mutex<Vec<u64>>>::default();
+    let called = calls.clone();
+    let slow = Worker::builder().config(config).slots(1.try_into().unwrap()).handler(
+        "bank",
+        "post",
+        move |_: Value, context: Context| {
+            called.lock().unwrap().push(context.line().unwrap());
+            async {
+                tokio::time::sleep(Duration::from_millis(400)).await;
+                Ok::<_, Problem>(())
+            }
+        },
+    );
+    house.submit("b1", "post", 1..=10).await;
+    let worker = Running::start(slow);
+    for count in [1, 2] {
+        eventually("a cut", LONG, async || (lost.load(Ordering::SeqCst) >= count).then_some(())).await;
+        proxy.cut();
+    }
+    let view = house.over("b1").await;
+    assert_eq!(view.counts, counts(10, 10, 0, 0));
+    let mut calls = calls.lock().unwrap().clone();
+    calls.sort_unstable();
+    assert_eq!(calls, (1..=10).collect::<Vec<_>>(), "each once");
+    worker.stop().await;
     house.nothing_runs().await;
 }
