@@ -82,6 +82,10 @@ fn pool_of(work: &StepWork) -> Result<Pool, Failure> {
     match work {
         StepWork::Sql { database, .. } => Pool::of_database(database).map_err(Failure::usage),
         StepWork::Task { app, op, .. } | StepWork::Command { app, op, .. } => Ok(Pool::of_handler(app, op)),
+        StepWork::Chunk(work) => {
+            let (app, op) = work.handler();
+            Ok(Pool::of_handler(&app, &op))
+        }
     }
 }
 

@@ -12,6 +12,7 @@ use crate::error::Error;
 use crate::handle::{JobError, JobHandle};
 use crate::ids::{FlowName, JobId, StepName, User};
 use crate::model::Status;
+use crate::model::chunk::ChunkInput;
 use crate::model::flow::{Flow, FlowError, On, Params, Step, StepWork, fill, filled};
 use crate::model::task::Payload;
 use crate::producer::{Database, NewJob, SqlWork, Work};
@@ -490,6 +491,12 @@ fn job_of(step: &Step, user: &User, params: &Params, traceparent: Option<&String
         StepWork::Command { app, op, args } => {
             let args: Vec<String> = args.iter().map(|arg| fill(arg, &values)).collect();
             task(app, op, &serde_json::json!({ "args": args }))?
+        }
+        StepWork::Chunk(work) => {
+            let (app, op) = work.handler();
+            more = more.with("chunk", "1");
+            let input = ChunkInput { work: work.filled(&values).map_err(fault)?, params: values };
+            task(&app, &op, &serde_json::to_value(input).map_err(|error| fault(error.to_string()))?)?
         }
     };
     let job =

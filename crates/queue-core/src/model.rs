@@ -7,6 +7,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 
 pub mod batch;
+pub mod chunk;
 pub mod cron;
 pub mod flow;
 pub mod retry;

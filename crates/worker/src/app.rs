@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use crate::attempt::{Blocks, Means, Results, Rules};
 use crate::config::Config;
 use crate::dispatch::{self, Ended, Hints, Limits};
-use crate::execute::Executor;
+use crate::execute::chunks::declared::Declared;
 use crate::execute::handlers::{Handlers, Registration};
 use crate::execute::sql::SqlExecutor;
 use crate::maintenance;
@@ -48,9 +48,12 @@ pub async fn run(
     limits: watch::Receiver<Limits>,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let sql: Arc<dyn Executor> = Arc::new(SqlExecutor::new(config.databases()).context("databases")?);
-    let handlers = config.handlers().context("handlers")?.into_iter().chain(handlers).collect();
+    let sql = Arc::new(SqlExecutor::new(config.databases()).context("databases")?);
+    let chunks = Arc::new(Declared::new(sql.clone(), config.chunks.folder.clone()));
+    let own = config.chunks.serve.then(|| chunks.clone().registration(config.chunks.concurrency));
+    let handlers = config.handlers().context("handlers")?.into_iter().chain(handlers).chain(own).collect();
     let handlers = Arc::new(Handlers::new(handlers, config.tasks.threads).context("handlers")?);
+    chunks.beside(&handlers);
     let objects = Objects::open(&config.objects)?;
     let store =
         Store::connect(&config.redis).await.with_context(|| format!("cannot connect to {}", config.redis.url))?;
@@ -60,7 +63,7 @@ pub async fn run(
     let notify = Notify::default();
     let host = config.worker.name.clone().unwrap_or_else(host_name);
     let results = Results { objects: objects.clone(), max_inline_bytes: config.objects.max_inline_bytes.0 };
-    let means = Means { sql, handlers: handlers.clone(), results, blocks: Blocks::default() };
+    let means = Means { sql, handlers: handlers.clone(), chunks, results, blocks: Blocks::default() };
     let service = dispatch::Service { means, pools: pools(&config) };
 
     // The maintenance outlives sessions: a worker that lost its session may still lead.

@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::num::{NonZeroU32, NonZeroUsize};
+use std::path::PathBuf;
 use std::time::Duration;
 
 pub use queue_core::config::{ConfigError, Layers};
@@ -43,6 +44,8 @@ pub struct Config {
     pub sql: SqlSettings,
     /// `[tasks]`
     pub tasks: TasksConfig,
+    /// `[chunks]`
+    pub chunks: ChunksConfig,
     /// `[capacity]`
     pub capacity: CapacityConfig,
     /// `[retry]`
@@ -119,6 +122,24 @@ pub struct TasksConfig {
 impl Default for TasksConfig {
     fn default() -> Self {
         Self { timeout: Duration::from_secs(3600), threads: None }
+    }
+}
+
+/// How steps of flows that work in chunks are run.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ChunksConfig {
+    /// Whether this worker takes those that name no handler.
+    pub serve: bool,
+    /// How many of them at the same time.
+    pub concurrency: NonZeroUsize,
+    /// Where the files are that they name.
+    pub folder: Option<PathBuf>,
+}
+
+impl Default for ChunksConfig {
+    fn default() -> Self {
+        Self { serve: false, concurrency: const { NonZeroUsize::new(2).unwrap() }, folder: None }
     }
 }
 
@@ -234,7 +255,8 @@ pub enum CheckError {
 
 impl Configuration for Config {
     fn validate(&self) -> Result<(), Fault> {
-        if self.worker.pools.is_empty() && self.handlers.is_empty() && self.databases.is_empty() {
+        let serves_tasks = self.chunks.serve || !self.handlers.is_empty();
+        if self.worker.pools.is_empty() && !serves_tasks && self.databases.is_empty() {
             return Err(Fault::new("worker.pools", "names no pool, and there are no databases and handlers"));
         }
         self.check_values()
@@ -266,6 +288,9 @@ impl Config {
         positive("worker.reconcile_interval", self.worker.reconcile_interval)?;
         positive("sql.statement_timeout", self.sql.statement_timeout)?;
         positive("tasks.timeout", self.tasks.timeout)?;
+        if self.chunks.folder.as_ref().is_some_and(|folder| !folder.is_absolute()) {
+            return Err(Fault::new("chunks.folder", "must be absolute"));
+        }
         self.handlers()?;
         self.retention.validate()?;
         self.objects.validate()?;

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::num::NonZeroU32;
+use std::num::{NonZeroU32, NonZeroUsize};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -10,6 +10,7 @@ use serde_json::{Map, Number, Value};
 use sha2::{Digest, Sha256};
 
 use super::Status;
+use super::chunk::{ChunkWork, ItemProcessor, ItemReader, ItemWriter};
 use super::retry::{Backoff, RetryChoice};
 use super::sql::SqlJob;
 use crate::ids::{App, FlowName, IdError, Op, StepName, User};
@@ -263,6 +264,8 @@ pub enum StepWork {
         /// Its arguments.
         args: Vec<String>,
     },
+    /// Reads, processes and writes items in chunks.
+    Chunk(Box<ChunkWork>),
 }
 
 impl Step {
@@ -285,6 +288,11 @@ impl Step {
     pub fn command(name: &str, app: &str, op: &str, args: &[&str]) -> Result<Self, FlowError> {
         let args = args.iter().map(|arg| (*arg).to_owned()).collect();
         Self::of(name, StepWork::Command { app: App::new(app)?, op: Op::new(op)?, args })
+    }
+
+    /// One that works in chunks.
+    pub fn chunk(name: &str, work: ChunkWork) -> Result<Self, FlowError> {
+        Self::of(name, StepWork::Chunk(Box::new(work)))
     }
 
     /// With what its handler gets.
@@ -348,22 +356,26 @@ impl Step {
 
     /// The texts of it in which parameters are looked for.
     fn texts(&self) -> Vec<&str> {
-        fn strings<'a>(value: &'a Value, into: &mut Vec<&'a str>) {
-            match value {
-                Value::String(text) => into.push(text),
-                Value::Array(items) => items.iter().for_each(|item| strings(item, into)),
-                Value::Object(fields) => fields.values().for_each(|item| strings(item, into)),
-                Value::Null | Value::Bool(_) | Value::Number(_) => {}
-            }
-        }
-        let mut texts = Vec::new();
         match &self.work {
-            StepWork::Sql { query, .. } => texts.push(query.as_str()),
-            StepWork::Task { input: Some(input), .. } => strings(input, &mut texts),
-            StepWork::Task { input: None, .. } => {}
-            StepWork::Command { args, .. } => texts.extend(args.iter().map(String::as_str)),
+            StepWork::Sql { query, .. } => vec![query],
+            StepWork::Task { input, .. } => {
+                let mut texts = Vec::new();
+                input.iter().for_each(|input| strings(input, &mut texts));
+                texts
+            }
+            StepWork::Command { args, .. } => args.iter().map(String::as_str).collect(),
+            StepWork::Chunk(work) => work.texts(),
         }
-        texts
+    }
+}
+
+/// The texts in a value.
+pub(super) fn strings<'a>(value: &'a Value, into: &mut Vec<&'a str>) {
+    match value {
+        Value::String(text) => into.push(text),
+        Value::Array(items) => items.iter().for_each(|item| strings(item, into)),
+        Value::Object(fields) => fields.values().for_each(|item| strings(item, into)),
+        Value::Null | Value::Bool(_) | Value::Number(_) => {}
     }
 }
 
@@ -576,12 +588,20 @@ impl Flow {
                     }
                 }
             }
-            if let StepWork::Sql { database, query, .. } = &step.work {
-                if database.is_empty() || database.len() > 128 || database.chars().any(char::is_control) {
+            match &step.work {
+                StepWork::Sql { database, .. } if !is_database(database) => {
                     return Err(step_fault(&step.name, "its database is no valid name"));
                 }
-                SqlJob::parse(query, Status::Pending, None, None, None, None)
-                    .map_err(|error| step_fault(&step.name, &error.to_string()))?;
+                StepWork::Sql { query, .. } => {
+                    SqlJob::parse(query, Status::Pending, None, None, None, None)
+                        .map_err(|error| step_fault(&step.name, &error.to_string()))?;
+                }
+                StepWork::Chunk(work) => {
+                    if let Some(fault) = work.fault() {
+                        return Err(step_fault(&step.name, &fault));
+                    }
+                }
+                StepWork::Task { .. } | StepWork::Command { .. } => {}
             }
         }
         let bytes = serde_json::to_vec(&self).map_or(0, |text| text.len());
@@ -643,9 +663,14 @@ fn step_fault(step: &StepName, reason: &str) -> FlowError {
     FlowError::Step { step: step.to_string(), reason: reason.to_owned() }
 }
 
-/// Names that a SQL job knows anyway.
+/// Whether a text can be the name of a database.
+pub(super) fn is_database(name: &str) -> bool {
+    !name.is_empty() && name.len() <= 128 && !name.chars().any(char::is_control)
+}
+
+/// Names that SQL knows anyway.
 fn is_ours(work: &StepWork, name: &str) -> bool {
-    matches!(work, StepWork::Sql { .. }) && matches!(name, "job_id" | "error_message")
+    matches!(work, StepWork::Sql { .. } | StepWork::Chunk(_)) && matches!(name, "job_id" | "error_message")
 }
 
 fn check_name(name: &str) -> Result<(), FlowError> {
@@ -851,6 +876,20 @@ struct StepText {
     input: Option<Value>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     args: Option<Vec<String>>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    reader: Option<ItemReader>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    processor: Option<ItemProcessor>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    writer: Option<ItemWriter>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    chunk_size: Option<NonZeroUsize>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    skip_limit: Option<u64>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    item_attempts: Option<NonZeroU32>,
+    #[serde(default, with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    item_delay: Option<Duration>,
 }
 
 impl TryFrom<FlowText> for Flow {
@@ -883,17 +922,23 @@ impl TryFrom<StepText> for Step {
             ("op", text.op.is_some(), &["task", "command"]),
             ("input", text.input.is_some(), &["task"]),
             ("args", text.args.is_some(), &["command"]),
+            ("reader", text.reader.is_some(), &["chunk"]),
+            ("processor", text.processor.is_some(), &["chunk"]),
+            ("writer", text.writer.is_some(), &["chunk"]),
+            ("chunk_size", text.chunk_size.is_some(), &["chunk"]),
+            ("skip_limit", text.skip_limit.is_some(), &["chunk"]),
+            ("item_attempts", text.item_attempts.is_some(), &["chunk"]),
+            ("item_delay", text.item_delay.is_some(), &["chunk"]),
         ];
         let kind = text.kind.as_str();
-        if !["sql", "task", "command"].contains(&kind) {
-            return Err(step_fault(&name, &format!("its kind {kind:?} is none of sql, task, command")));
+        if !["sql", "task", "command", "chunk"].contains(&kind) {
+            return Err(step_fault(&name, &format!("its kind {kind:?} is none of sql, task, command, chunk")));
         }
         if let Some((field, ..)) = said.iter().find(|(_, is_said, kinds)| *is_said && !kinds.contains(&kind)) {
             return Err(step_fault(&name, &format!("a {kind} step has no `{field}`")));
         }
-        let needs = |field: &str, value: Option<String>| {
-            value.ok_or_else(|| step_fault(&name, &format!("a {kind} step needs `{field}`")))
-        };
+        let missing = |field: &str| step_fault(&name, &format!("a {kind} step needs `{field}`"));
+        let needs = |field: &str, value: Option<String>| value.ok_or_else(|| missing(field));
         let fault = |error: IdError| step_fault(&name, &error.to_string());
         let handler = |app, op| {
             let (app, op) = (needs("app", app)?, needs("op", op)?);
@@ -908,6 +953,18 @@ impl TryFrom<StepText> for Step {
             "task" => {
                 let (app, op) = handler(text.app, text.op)?;
                 StepWork::Task { app, op, input: text.input }
+            }
+            "chunk" => {
+                let reader = text.reader.ok_or_else(|| missing("reader"))?;
+                let work = ChunkWork::new(reader, text.writer.ok_or_else(|| missing("writer"))?);
+                StepWork::Chunk(Box::new(ChunkWork {
+                    processor: text.processor,
+                    chunk_size: text.chunk_size.unwrap_or(work.chunk_size),
+                    skip_limit: text.skip_limit.unwrap_or(work.skip_limit),
+                    item_attempts: text.item_attempts.unwrap_or(work.item_attempts),
+                    item_delay: text.item_delay.unwrap_or(work.item_delay),
+                    ..work
+                }))
             }
             _ => {
                 let (app, op) = handler(text.app, text.op)?;
@@ -961,12 +1018,27 @@ impl From<Step> for StepText {
             },
             StepWork::Task { app, op, input } => StepText { input, ..handler("task", app, op) },
             StepWork::Command { app, op, args } => StepText { args: Some(args), ..handler("command", app, op) },
+            StepWork::Chunk(work) => {
+                let ChunkWork { reader, processor, writer, chunk_size, skip_limit, item_attempts, item_delay } = *work;
+                StepText {
+                    kind: "chunk".into(),
+                    reader: Some(reader),
+                    processor,
+                    writer: Some(writer),
+                    chunk_size: Some(chunk_size),
+                    skip_limit: Some(skip_limit),
+                    item_attempts: Some(item_attempts),
+                    item_delay: Some(item_delay),
+                    ..text
+                }
+            }
         }
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::chunk::Condition;
     use super::*;
 
     fn toml(steps: &str) -> Result<Flow, FlowError> {
@@ -975,6 +1047,12 @@ mod tests {
 
     fn task(name: &str, more: &str) -> String {
         format!("[[steps]]\nname = '{name}'\nkind = 'task'\napp = 'etl'\nop = '{name}'\n{more}\n")
+    }
+
+    const LIST: &str = "writer = { kind = 'list' }";
+
+    fn chunk(file: &str, more: &str) -> String {
+        format!("[[steps]]\nname = 'a'\nkind = 'chunk'\nreader = {{ kind = 'csv', file = '{file}' }}\n{more}\n")
     }
 
     fn given(text: &str) -> Map<String, Value> {
@@ -1029,10 +1107,20 @@ mod tests {
             op = "alarm"
             after = ["extract", "load"]
             on = "failed"
+
+            [[steps]]
+            name = "copy"
+            kind = "chunk"
+            after = []
+            chunk_size = 50
+            skip_limit = 2
+            reader = { kind = "csv", file = "in-<%= day %>.csv" }
+            processor = { kind = "filter", keep = [{ field = "state", values = ["paid"] }] }
+            writer = { kind = "sql", database = "shop", query = "INSERT INTO t VALUES (:id, <%= day %>)" }
         "#;
         let read = Flow::from_toml(text).unwrap();
         let names = |flow: &Flow| flow.steps().iter().map(|step| step.name().to_string()).collect::<Vec<_>>();
-        assert_eq!(names(&read), ["extract", "load", "report", "alarm"], "each behind what it comes after");
+        assert_eq!(names(&read), ["extract", "load", "report", "alarm", "copy"], "each behind what it comes after");
         let input = serde_json::json!({ "day": "<%= day %>", "note": "<%= chunk %> of <%= day %>" });
         let retry = RetryChoice {
             max_attempts: NonZeroU32::new(3),
@@ -1041,6 +1129,17 @@ mod tests {
         };
         let day = Param { min: Some("2020-01-01".into()), ..Param::new(ParamKind::DateTime) };
         let chunk = Param { identifying: false, default: Some(100.into()), ..Param::new(ParamKind::Integer) };
+        let copy = ChunkWork::new(
+            ItemReader::Csv { file: "in-<%= day %>.csv".into() },
+            ItemWriter::Sql { database: "shop".into(), query: "INSERT INTO t VALUES (:id, <%= day %>)".into() },
+        );
+        let paid = Condition { field: "state".into(), values: Some(vec!["paid".into()]), min: None, max: None };
+        let copy = ChunkWork {
+            processor: Some(ItemProcessor::Filter { keep: vec![paid] }),
+            chunk_size: NonZeroUsize::new(50).unwrap(),
+            skip_limit: 2,
+            ..copy
+        };
         let built = Flow::builder("nightly")
             .description("of each day")
             .restartable()
@@ -1054,6 +1153,7 @@ mod tests {
             .step(Step::task("load", "etl", "load").map(|step| step.input(input).retry(retry)))
             .step(Step::command("report", "tools", "report", &["--day", "<%= day %>"]))
             .step(Step::task("alarm", "etl", "alarm").and_then(|step| step.on(On::Failed).after(&["extract", "load"])))
+            .step(Step::chunk("copy", copy).and_then(|step| step.after(&[])))
             .build()
             .unwrap();
         assert_eq!(built, read);
@@ -1080,7 +1180,19 @@ mod tests {
             (task("a", "input = { x = '<%= day %>' }"), "names the parameter \"day\", which the flow does not have"),
             ("[[steps]]\nname = 'a'\nkind = 'sql'\nquery = 'x'".into(), "a sql step needs `database`"),
             ("[[steps]]\nname = 'a'\nkind = 'sql'\nquery = '[]'\ndatabase = 'd'".into(), "step"),
-            ("[[steps]]\nname = 'a'\nkind = 'dance'".into(), "its kind \"dance\" is none of sql, task, command"),
+            ("[[steps]]\nname = 'a'\nkind = 'dance'".into(), "its kind \"dance\" is none of sql, task, command, chunk"),
+            (task("a", "chunk_size = 5"), "a task step has no `chunk_size`"),
+            (chunk("a.csv", ""), "a chunk step needs `writer`"),
+            (chunk("../a.csv", LIST), "no path within the workers' folder"),
+            (chunk("/etc/passwd", LIST), "no path within the workers' folder"),
+            (chunk("a.csv", "writer = { kind = 'csv', file = 'b.csv', columns = [] }"), "its writer needs `columns`"),
+            (chunk("a.csv", "writer = { kind = 'json-lines', file = 'a.csv' }"), "reads and writes the same file"),
+            (chunk("a.csv", "writer = { kind = 'dance' }"), "unknown variant `dance`"),
+            (chunk("<%= day %>.csv", LIST), "names the parameter \"day\", which the flow does not have"),
+            (
+                chunk("a.csv", &format!("{LIST}\nprocessor = {{ kind = 'filter', keep = [{{ field = 'x' }}] }}")),
+                "its filter says nothing of \"x\"",
+            ),
             (
                 "params.x = { type = 'integer', default = 'many' }\n".to_owned() + &task("a", ""),
                 "default that is no integer",

@@ -15,6 +15,7 @@ use tracing::Instrument;
 use crate::config::RetryConfig;
 use crate::execute::Executor;
 use crate::execute::handlers::Handlers;
+use crate::execute::task::Handler;
 use crate::stop::{Cause, Stop};
 
 mod blocks;
@@ -66,6 +67,8 @@ pub struct Means {
     pub sql: Arc<dyn Executor>,
     /// Runs tasks.
     pub handlers: Arc<Handlers>,
+    /// Runs the steps in chunks among them, with a handler or without.
+    pub chunks: Arc<dyn Handler>,
     /// Keeps what tasks hand back.
     pub results: Results,
     /// What was read of batches.

@@ -252,7 +252,7 @@ fn rows_of(
         fence: taken.fence,
         attempt: retries.attempts + 1,
         max_attempts: retries.policy.max_attempts.get(),
-        timeout: call_limit(taken, registered, rules),
+        timeout: call_limit(taken, registered.timeout, rules),
         traceparent: telemetry::traceparent(&tracing::Span::current()),
     })
 }

@@ -14,7 +14,7 @@ use super::desk::Notebook;
 use super::results::list;
 use super::{Clock, Ending, History, Means, Retries, Rules, final_verdict, set_aside_reason, sleep_until};
 use crate::execute::handlers::Registered;
-use crate::execute::task::{Outcome, Problem, Task, Wish};
+use crate::execute::task::{Handler, Outcome, Problem, Task, Wish};
 use crate::stop::{Cause, Stop};
 
 /// The least time between two writes of progress and log lines.
@@ -41,7 +41,8 @@ pub(super) async fn settle(claim: &Claim, means: &Means, rules: &Rules, stop: &S
         // Its configuration has changed since it opened its session. Others serve it.
         return Some(given_back());
     };
-    let (task, has_deadline) = match task(taken, &retries, registered, rules, clock) {
+    let callee = Callee::of(taken, means, registered);
+    let (task, has_deadline) = match task(taken, &retries, &callee, rules, clock) {
         Ok(task) => task,
         Err(reason) => return Some(failed(&reason)),
     };
@@ -51,7 +52,7 @@ pub(super) async fn settle(claim: &Claim, means: &Means, rules: &Rules, stop: &S
     let started = clock.now();
     let timeout = task.timeout;
     let notebook = Arc::new(Notebook::new(*clock, Some((claim.pen(), stop.clone()))));
-    let outcome = execute(claim, means, registered, task, &notebook, stop).await;
+    let outcome = execute(claim, means, callee, task, &notebook, stop).await;
     let at = clock.now();
     let told = notebook.fields();
     let problem = match (outcome, stop.cause()) {
@@ -76,10 +77,32 @@ pub(super) async fn settle(claim: &Claim, means: &Means, rules: &Rules, stop: &S
     Some(failed_attempt(problem, told, result, &retries, rules, &started, &at))
 }
 
-/// How long one call of the handler may take, by the job's, the user's, the handler's and the worker's limits.
-pub(super) fn call_limit(taken: &Taken, registered: &Registered, rules: &Rules) -> Duration {
+/// What runs a task: the handler of its pool, or what works in chunks beside it.
+struct Callee {
+    handler: Arc<dyn Handler>,
+    timeout: Option<Duration>,
+    stop_grace: Duration,
+}
+
+impl Callee {
+    fn of(taken: &Taken, means: &Means, registered: &Registered) -> Self {
+        let stop_grace = registered.stop_grace;
+        match taken.bytes("chunk").is_some_and(|chunk| !chunk.is_empty()) {
+            // The handler's own time is that of one item.
+            true => Self {
+                handler: means.chunks.clone(),
+                timeout: None,
+                stop_grace: stop_grace.max(means.chunks.stop_grace()),
+            },
+            false => Self { handler: registered.handler.clone(), timeout: registered.timeout, stop_grace },
+        }
+    }
+}
+
+/// How long one call of a handler may take, by the job's, the user's, the handler's and the worker's limits.
+pub(super) fn call_limit(taken: &Taken, own: Option<Duration>, rules: &Rules) -> Duration {
     let limits = [Some(taken.number("timeout")), taken.user_timeout_ms].into_iter().flatten().filter(|ms| *ms > 0);
-    let limits = limits.map(Duration::from_millis).chain(registered.timeout);
+    let limits = limits.map(Duration::from_millis).chain(own);
     limits.fold(rules.task_timeout, |least, limit| least.min(limit))
 }
 
@@ -87,7 +110,7 @@ pub(super) fn call_limit(taken: &Taken, registered: &Registered, rules: &Rules) 
 fn task(
     taken: &Taken,
     retries: &Retries<'_>,
-    registered: &Registered,
+    callee: &Callee,
     rules: &Rules,
     clock: &Clock,
 ) -> Result<(Task, bool), String> {
@@ -97,7 +120,7 @@ fn task(
         None => Encoding::default(),
     };
     let payload = |field| taken.bytes(field).map(|bytes| Payload { encoding, bytes: bytes.to_vec() });
-    let limit = call_limit(taken, registered, rules);
+    let limit = call_limit(taken, callee.timeout, rules);
     let left = match taken.number("deadline") {
         0 => Duration::MAX,
         at_ms => Duration::from_millis(at_ms.saturating_sub(clock.now_ms())),
@@ -126,7 +149,7 @@ fn task(
 async fn execute(
     claim: &Claim,
     means: &Means,
-    registered: &Registered,
+    callee: Callee,
     task: Task,
     notebook: &Arc<Notebook>,
     stop: &Stop,
@@ -136,7 +159,7 @@ async fn execute(
     let span = tracing::info_span!("handler", app = %task.app, op = %task.op);
     let begun = Instant::now();
     let handler_stop = stop.token().child_token();
-    let handler = registered.handler.clone();
+    let handler = callee.handler;
     let work = {
         let (notebook, handler_stop) = (notebook.clone(), handler_stop.clone());
         let (taken, results) = (claim.job().clone(), means.results.clone());
@@ -160,7 +183,7 @@ async fn execute(
             biased;
             ended = &mut running => return ended.unwrap_or_else(|error| Outcome::Failed(panicked(error))),
             () = token.cancelled(), if patience_ends.is_none() => {
-                patience_ends = Some(Instant::now() + registered.stop_grace);
+                patience_ends = Some(Instant::now() + callee.stop_grace);
             }
             () = sleep_until(begun.checked_add(timeout)), if patience_ends.is_none() => stop.ask(Cause::TimedOut),
             () = sleep_until(patience_ends), if patience_ends.is_some() => break,

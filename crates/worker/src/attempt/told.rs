@@ -51,7 +51,7 @@ pub(super) async fn settle(
         }
     };
     let started = clock.now();
-    let timeout = call_limit(taken, registered, rules);
+    let timeout = call_limit(taken, registered.timeout, rules);
     let (handler, handler_stop) = (registered.handler.clone(), stop.token().child_token());
     let mut running = means.handlers.spawn(async move { handler.mark_done(end, handler_stop).await });
     let timeout_at = Instant::now().checked_add(timeout);

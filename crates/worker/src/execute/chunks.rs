@@ -17,7 +17,9 @@ use serde_json::Value;
 use super::function::Context;
 use super::task::{Problem, Wish};
 
+pub mod declared;
 pub mod files;
+pub mod sql;
 pub mod sqlite;
 
 /// Most skipped items whose errors are kept.
@@ -96,6 +98,34 @@ pub trait Writer {
     fn write(&mut self, items: &[Self::Item], checkpoint: &mut Checkpoint) -> Result<(), Problem>;
 }
 
+impl<R: Reader + ?Sized> Reader for Box<R> {
+    type Item = R::Item;
+
+    fn open(&mut self, behind: &Value) -> Result<(), Problem> {
+        (**self).open(behind)
+    }
+
+    fn read(&mut self) -> Option<Result<R::Item, Problem>> {
+        (**self).read()
+    }
+
+    fn place(&self) -> Value {
+        (**self).place()
+    }
+}
+
+impl<W: Writer + ?Sized> Writer for Box<W> {
+    type Item = W::Item;
+
+    fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
+        (**self).open(committed)
+    }
+
+    fn write(&mut self, items: &[W::Item], checkpoint: &mut Checkpoint) -> Result<(), Problem> {
+        (**self).write(items, checkpoint)
+    }
+}
+
 /// How items are worked on.
 #[derive(Debug, Clone, Copy)]
 pub struct Chunks {
@@ -128,10 +158,25 @@ impl Chunks {
     pub fn run<R, W>(
         &self,
         context: &Context,
+        reader: R,
+        process: impl FnMut(&R::Item) -> Result<Option<W::Item>, Problem>,
+        writer: W,
+    ) -> Result<Counts, Problem>
+    where
+        R: Reader,
+        W: Writer,
+    {
+        self.run_through(context, reader, process, writer).map(|ended| ended.counts)
+    }
+
+    /// The same, and says what stands behind the last item.
+    pub(crate) fn run_through<R, W>(
+        &self,
+        context: &Context,
         mut reader: R,
         mut process: impl FnMut(&R::Item) -> Result<Option<W::Item>, Problem>,
         mut writer: W,
-    ) -> Result<Counts, Problem>
+    ) -> Result<Checkpoint, Problem>
     where
         R: Reader,
         W: Writer,
@@ -164,7 +209,7 @@ impl Chunks {
                 context.progress(saved.counts.read_count, None, None);
             }
             if is_last {
-                return Ok(saved.counts);
+                return Ok(saved);
             }
             if context.stop().is_cancelled() {
                 return Err(Problem::retry("it was told to stop, and goes on behind what it has committed"));
@@ -322,6 +367,21 @@ impl Chunks {
 }
 
 impl Checkpoint {
+    /// The checkpoint that a database has of the same run, which is this one or a later one.
+    fn beside(&self, own: Option<String>) -> Result<Option<Checkpoint>, Problem> {
+        let read = |text: String| serde_json::from_str(&text);
+        let own = own.map(read).transpose();
+        let own =
+            own.map_err(|error| Problem::fail(format!("its checkpoint in the database can't be read: {error}")))?;
+        match (&own, self.counts.commit_count) {
+            (None, 1..) => Err(Problem::fail(format!(
+                "{} chunks were committed, and the database knows of none",
+                self.counts.commit_count
+            ))),
+            _ => Ok(own),
+        }
+    }
+
     /// This place among the items, with what was really written so far.
     fn standing(mut self, saved: &Checkpoint) -> Self {
         self.writer.clone_from(&saved.writer);
@@ -420,5 +480,40 @@ impl<T, F: FnMut(&[T]) -> Result<(), Problem>> Writer for Call<F, T> {
             true => Ok(()),
             false => (self.write)(items),
         }
+    }
+}
+
+/// Most bytes of the items of a list, as JSON.
+const LIST_MAX_BYTES: usize = 48 << 10;
+
+/// Keeps items in the checkpoint, for few and small ones: each is there once, whatever happens. A step that is declared so has them as its
+/// result.
+pub fn list_to<T: Serialize>() -> impl Writer<Item = T> {
+    List(std::marker::PhantomData)
+}
+
+struct List<T>(std::marker::PhantomData<fn(T)>);
+
+impl<T: Serialize> Writer for List<T> {
+    type Item = T;
+
+    fn open(&mut self, _: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
+        Ok(None)
+    }
+
+    fn write(&mut self, items: &[T], checkpoint: &mut Checkpoint) -> Result<(), Problem> {
+        let unwritten = |error: serde_json::Error| Problem::fail(error.to_string());
+        let new = items.iter().map(serde_json::to_value).collect::<Result<Vec<_>, _>>().map_err(unwritten)?;
+        let mut list = checkpoint.writer.as_array().cloned().unwrap_or_default();
+        list.extend(new);
+        let bytes = serde_json::to_vec(&list).map_err(unwritten)?.len();
+        if bytes > LIST_MAX_BYTES {
+            let reason = format!(
+                "a list of {bytes} bytes is too long, {LIST_MAX_BYTES} are allowed: write to a file or a database"
+            );
+            return Err(Problem::fail(reason));
+        }
+        checkpoint.writer = list.into();
+        Ok(())
     }
 }

@@ -224,7 +224,7 @@ struct Said {
 
 impl Context {
     /// Its time runs from `begun` on.
-    fn new(task: Task, desk: Arc<dyn Desk>, stop: CancellationToken, begun: Instant) -> Self {
+    pub(super) fn new(task: Task, desk: Arc<dyn Desk>, stop: CancellationToken, begun: Instant) -> Self {
         let ends = end_of(begun, task.timeout);
         Self(Arc::new(Call { task, desk, stop, ends, said: Mutex::default() }))
     }
@@ -501,7 +501,10 @@ fn written<O: Serialize>(context: &Context, output: &O) -> Result<Option<Payload
 }
 
 /// Runs something that blocks on a thread of its own.
-async fn on_its_own_thread<T: Send + 'static>(job: JobId, work: impl FnOnce() -> T + Send + 'static) -> Option<T> {
+pub(super) async fn on_its_own_thread<T: Send + 'static>(
+    job: JobId,
+    work: impl FnOnce() -> T + Send + 'static,
+) -> Option<T> {
     let mut call = Deaf { job, has_ended: false };
     let ended = tokio::task::spawn_blocking(work).await;
     call.has_ended = true;

@@ -1,5 +1,6 @@
 //! Items in files: CSV with a header, and JSON values on lines.
 
+use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, BufWriter, Seek, SeekFrom, Write};
 use std::marker::PhantomData;
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use super::{Checkpoint, Reader, Writer};
@@ -146,6 +148,29 @@ pub fn csv_to<T: Serialize>(path: impl Into<PathBuf>) -> impl Writer<Item = T> {
         let mut writer = csv::WriterBuilder::new().has_headers(is_first).from_writer(&mut *out);
         writer.serialize(item).map_err(|error| Problem::fail(error.to_string()))?;
         writer.flush().map_err(|error| Problem::fail(error.to_string()))
+    };
+    FileWriter { path: path.into(), open: None, encode, of: PhantomData }
+}
+
+/// Writes objects, texts in JSON, as records of a CSV file that is this task's alone: these of their fields, in this order. What was not
+/// committed is cut off when it is opened again.
+pub(super) fn columns_to(path: impl Into<PathBuf>, columns: Vec<String>) -> impl Writer<Item = Box<RawValue>> {
+    #[expect(clippy::borrowed_box, reason = "a writer is handed its items so")]
+    let encode = move |item: &Box<RawValue>, out: &mut Vec<u8>, is_first| {
+        let wrong = |error: &dyn std::fmt::Display| Problem::fail(format!("the item can't be written as CSV: {error}"));
+        let fields: HashMap<String, &RawValue> = serde_json::from_str(item.get()).map_err(|error| wrong(&error))?;
+        let field = |name| match fields.get(name).map(|value| value.get()) {
+            None | Some("null") => Ok(String::new()),
+            Some(text) if text.starts_with('"') => serde_json::from_str(text).map_err(|error| wrong(&error)),
+            Some(text) => Ok(text.to_owned()),
+        };
+        let record = columns.iter().map(field).collect::<Result<Vec<String>, _>>()?;
+        let mut writer = csv::Writer::from_writer(&mut *out);
+        if is_first {
+            writer.write_record(&columns).map_err(|error| wrong(&error))?;
+        }
+        writer.write_record(&record).map_err(|error| wrong(&error))?;
+        writer.flush().map_err(|error| wrong(&error))
     };
     FileWriter { path: path.into(), open: None, encode, of: PhantomData }
 }

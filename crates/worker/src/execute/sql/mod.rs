@@ -1,9 +1,10 @@
 //! SQL statements against PostgreSQL and SQLite.
 
+pub mod chunk;
 mod classify;
 pub mod databases;
 mod postgres;
-mod rows;
+pub(super) mod rows;
 mod sqlite;
 pub mod template;
 
@@ -11,10 +12,12 @@ use std::collections::BTreeMap;
 use std::future::Future;
 
 use async_trait::async_trait;
+use queue_core::ids::User;
 use tokio_util::sync::CancellationToken;
 
 use self::databases::{DatabaseSettings, Databases, PostgresSettings, SettingFault, SqlSettings, SqliteSettings};
 use self::postgres::{Address, Server, Tls};
+pub(super) use self::sqlite::chunk as sqlite_chunk;
 use super::{
     ClaimLost, End, Executor, Failure, Ledger, Report, RowAnswers, RowsLedger, RowsWork, SqlRowsEnd, Target, Trace,
     Work,
@@ -101,12 +104,16 @@ impl SqlExecutor {
 
     /// Where the work is to be done.
     fn place(&self, work: &Work) -> Result<Place, String> {
-        let name = match &work.target {
+        match &work.target {
             Target::Host { host, port, dbname, dbuser, pass } => {
-                return self.named_by_job(host, *port, dbname, dbuser, pass).map(Place::Postgres);
+                self.named_by_job(host, *port, dbname, dbuser, pass).map(Place::Postgres)
             }
-            Target::Named(name) => name,
-        };
+            Target::Named(name) => self.named(name, &work.user),
+        }
+    }
+
+    /// The database that the configuration names so, as a user sees it.
+    fn named(&self, name: &str, user: &User) -> Result<Place, String> {
         match self.databases.get(name) {
             None => Err(format!("database '{name}' is not known to this worker (databases.{name})")),
             Some(Database::Postgres(settings, tls)) => {
@@ -118,20 +125,21 @@ impl SqlExecutor {
                     name: format!("database '{name}'"),
                     address: Address::new(&settings.host, settings.port),
                     tls: tls.clone(),
-                    dbname: settings.dbname_of(&work.user),
-                    role: settings.role_of(&work.user),
+                    dbname: settings.dbname_of(user),
+                    role: settings.role_of(user),
                     password,
                     connect_timeout: self.sql.connect_timeout,
                 }))
             }
             Some(Database::Sqlite(settings)) => {
-                Ok(Place::Sqlite(sqlite::File { path: settings.path_of(&work.user)?, create: settings.create }))
+                Ok(Place::Sqlite(sqlite::File { path: settings.path_of(user)?, create: settings.create }))
             }
         }
     }
 }
 
 /// A database that work can be done on.
+#[derive(Clone)]
 enum Place {
     Postgres(Server),
     Sqlite(sqlite::File),

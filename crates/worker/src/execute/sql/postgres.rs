@@ -4,6 +4,7 @@
 //! Whatever happens in between, a statement in a transaction of ours takes effect once: its transaction id is noted with
 //! the job before COMMIT, and `pg_xact_status` tells whoever comes later how that ended.
 
+pub(super) mod chunk;
 mod exclusion;
 mod link;
 mod returned;

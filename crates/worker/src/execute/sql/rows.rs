@@ -23,7 +23,7 @@ const PARAMETERS_MAX: usize = 32_766;
 
 /// A value for a parameter.
 #[derive(Clone, PartialEq)]
-pub(super) enum Value {
+pub(in crate::execute) enum Value {
     Null,
     Bool(bool),
     /// A number in the digits of the row.
@@ -50,7 +50,7 @@ impl Value {
 
 /// How the parameters of a statement are called.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Parameters {
+pub(in crate::execute) enum Parameters {
     /// So many, by their numbers.
     Numbered(usize),
     /// By names, each at its first place. None at all is this, too.
@@ -253,7 +253,8 @@ impl JsonObject {
         self.json(name, &serde_json::Value::from(text).to_string());
     }
 
-    fn end(mut self) -> String {
+    /// The whole of it.
+    pub fn end(mut self) -> String {
         self.0.push_str(if self.0.is_empty() { "{}" } else { "}" });
         self.0
     }

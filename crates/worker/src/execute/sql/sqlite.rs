@@ -6,6 +6,7 @@
 //!
 //! SQLite blocks, so it runs on a thread of its own; what it must ask of the claim goes through a channel.
 
+pub(in crate::execute) mod chunk;
 mod rows;
 
 use std::path::PathBuf;
@@ -36,7 +37,8 @@ const MARKER_AGE_MAX_S: i64 = 7 * 24 * 3600;
 /// Longest string or row that a statement may build, in bytes.
 const VALUE_MAX_BYTES: i32 = 64 << 20;
 
-const MARKERS: &str = "drayman_applied";
+/// Tables that no job may write.
+const OF_OURS: [&str; 2] = ["drayman_applied", "drayman_checkpoints"];
 const CREATE_MARKERS: &str = "CREATE TABLE IF NOT EXISTS main.drayman_applied(\
     job TEXT NOT NULL, step TEXT NOT NULL, fence TEXT NOT NULL, at INTEGER NOT NULL, PRIMARY KEY (job, step))";
 const FIND_MARKER: &str = "SELECT count(*) FROM main.drayman_applied WHERE job = ?1 AND step = ?2 AND fence = ?3";
@@ -54,7 +56,8 @@ const FORBIDDEN_PRAGMAS: [&str; 6] = [
 ];
 
 /// Where a database is.
-pub(super) struct File {
+#[derive(Clone)]
+pub(in crate::execute) struct File {
     pub path: PathBuf,
     /// Make it if it is missing.
     pub create: bool,
@@ -251,22 +254,14 @@ impl Run {
         if self.work.earlier == Some(Trace::Untransacted) && self.lost == LostStatement::Unknown {
             return Err(End::Unknown(LOST_UNTRANSACTED.into()));
         }
-        let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        flags.set(OpenFlags::SQLITE_OPEN_CREATE, self.file.create);
-        let mut connection = Connection::open_with_flags(&self.file.path, flags).map_err(|error| {
-            // SQLite's message would tell where the file is.
-            let missing = error.sqlite_error_code() == Some(ErrorCode::CannotOpen);
-            let message = if missing { "unable to open database file".into() } else { describe(&error) };
-            End::Failed(Failure { message, ..Failure::default() })
-        })?;
+        let mut connection =
+            open(&self.file).map_err(|message| End::Failed(Failure { message, ..Failure::default() }))?;
         self.prepare(&mut connection).map_err(|error| self.failed(&error, true))?;
         Ok(connection)
     }
 
     fn prepare(&self, connection: &mut Connection) -> rusqlite::Result<()> {
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
-        connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, VALUE_MAX_BYTES)?;
-        connection.set_limit(Limit::SQLITE_LIMIT_WORKER_THREADS, 0)?;
+        guarded(connection)?;
         let brake = self.brake.clone();
         connection.progress_handler(STEPS_BETWEEN_LOOKS, Some(move || brake.look()))?;
         let brake = self.brake.clone();
@@ -426,7 +421,7 @@ impl Watch {
     fn judge(&self, context: &AuthContext<'_>, in_transaction: bool) -> Authorization {
         // Other databases: attached to memory, or VACUUM's copy.
         let elsewhere = context.database_name.is_some_and(|name| name != "main" && name != "temp");
-        let markers = |name: &str| name.eq_ignore_ascii_case(MARKERS) && !elsewhere;
+        let of_ours = |name: &str| OF_OURS.into_iter().find(|ours| name.eq_ignore_ascii_case(ours) && !elsewhere);
         let denied = match context.action {
             AuthAction::Transaction { .. } if in_transaction => {
                 self.transaction_control.store(true, Ordering::Relaxed);
@@ -459,10 +454,8 @@ impl Watch {
             | AuthAction::CreateTempTrigger { table_name, .. }
             | AuthAction::CreateView { view_name: table_name }
             | AuthAction::CreateTempView { view_name: table_name }
-            | AuthAction::CreateVtable { table_name, .. }
-                if markers(table_name) =>
-            {
-                Some(format!("the table {MARKERS} is Drayman's own"))
+            | AuthAction::CreateVtable { table_name, .. } => {
+                of_ours(table_name).map(|name| format!("the table {name} is Drayman's own"))
             }
             _ => None,
         };
@@ -472,6 +465,25 @@ impl Watch {
         *self.denied.lock().unwrap_or_else(PoisonError::into_inner) = denied;
         Authorization::Deny
     }
+}
+
+/// Opens a file, or says why not.
+fn open(file: &File) -> Result<Connection, String> {
+    let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    flags.set(OpenFlags::SQLITE_OPEN_CREATE, file.create);
+    Connection::open_with_flags(&file.path, flags).map_err(|error| {
+        // SQLite's message would tell where the file is.
+        let missing = error.sqlite_error_code() == Some(ErrorCode::CannotOpen);
+        if missing { "unable to open database file".into() } else { describe(&error) }
+    })
+}
+
+/// What holds for every connection on which others' SQL runs.
+fn guarded(connection: &Connection) -> rusqlite::Result<()> {
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, true)?;
+    connection.set_limit(Limit::SQLITE_LIMIT_LENGTH, VALUE_MAX_BYTES)?;
+    connection.set_limit(Limit::SQLITE_LIMIT_WORKER_THREADS, 0)?;
+    Ok(())
 }
 
 /// SQLite's own message, without the SQL that rusqlite adds.

@@ -418,6 +418,20 @@ impl Link {
         row.ok_or_else(|| Fault::Client("the database returned no row".into()))
     }
 
+    /// The rows of a query, as texts. As interruptible as [`run`](Self::run).
+    pub async fn rows(&mut self, sql: &str, stop: &CancellationToken) -> Result<Vec<Vec<Option<String>>>, Fault> {
+        let Link { client, guard, ear, interrupt, .. } = self;
+        let reading = async { Ok(client.simple_query(sql).await?) };
+        let watched = Watched { guard, ear, interrupt };
+        let for_ever = Instant::now() + Duration::from_secs(30 * 86_400);
+        let messages = watched.run(Listening::No, reading, stop, for_ever).await?;
+        let columns = |message| match message {
+            SimpleQueryMessage::Row(row) => Some((0..row.len()).map(|i| row.get(i).map(str::to_owned)).collect()),
+            _ => None,
+        };
+        Ok(messages.into_iter().filter_map(columns).collect())
+    }
+
     /// Runs a user's text as one message. Interrupts it when `stop` fires or `deadline` is over, and waits until that is
     /// settled; the text may have got through all the same.
     pub async fn run(&mut self, text: &str, stop: &CancellationToken, deadline: Instant) -> Result<(), Fault> {

@@ -21,12 +21,12 @@ use crate::execute::{End, Failure, RowAnswers, SqlRow, Work};
 
 /// Most rows of a group, and how many the first one has. Each savepoint in which something is written is a transaction of its own
 /// to the server, which remembers 64 of them without effort: a reason more for groups.
-const GROUP_MAX: usize = 128;
+pub(super) const GROUP_MAX: usize = 128;
 /// Most bytes of values of a group, but for one that holds a single large row.
 const GROUP_MAX_BYTES: usize = 256 << 10;
 
 /// Begins the transaction. A constraint that waits for the end of it would make a row's fate depend on its neighbours in the chunk.
-const BEGIN: &str = "BEGIN; SET CONSTRAINTS ALL IMMEDIATE";
+pub(super) const BEGIN: &str = "BEGIN; SET CONSTRAINTS ALL IMMEDIATE";
 const SAVEPOINT: &str = "SAVEPOINT drayman_rows";
 /// Leaves the savepoint where it was, for the next group.
 const UNDO: &str = "ROLLBACK TO SAVEPOINT drayman_rows";
@@ -201,7 +201,7 @@ impl From<Fault> for Broken {
 }
 
 /// How many of the first rows make a group.
-fn group_len(rows: &[Vec<Value>], most: usize) -> usize {
+pub(super) fn group_len(rows: &[Vec<Value>], most: usize) -> usize {
     let mut bytes = 0;
     let fits = |row: &&Vec<Value>| {
         bytes += row.iter().map(Value::bytes).sum::<usize>();
@@ -211,7 +211,7 @@ fn group_len(rows: &[Vec<Value>], most: usize) -> usize {
 }
 
 /// Whether an error is the row's own: what the statement makes of its values, and no want or trouble of the server.
-fn is_of_the_row(fault: &Fault) -> bool {
+pub(super) fn is_of_the_row(fault: &Fault) -> bool {
     !fault.is_fatal() && !loses_a_race(fault) && fault.code().is_some_and(|code| !is_want(code.code()))
 }
 

@@ -196,7 +196,7 @@ fn returned(connection: &Connection, statement: &mut Statement<'_>, values: &[Va
     Ok(returned)
 }
 
-fn write(out: &mut JsonObject, name: &str, value: Option<ValueRef<'_>>) {
+pub(super) fn write(out: &mut JsonObject, name: &str, value: Option<ValueRef<'_>>) {
     match value {
         Some(ValueRef::Integer(number)) => out.json(name, &number.to_string()),
         Some(ValueRef::Real(number)) => match serde_json::Number::from_f64(number) {
