@@ -53,7 +53,7 @@ async fn connect(common: &Common) -> Result<(Store, Flows), Failure> {
 fn failure(error: FlowsError) -> Failure {
     let code = match error {
         FlowsError::Redis(error) => return error.into(),
-        FlowsError::Flow(_) | FlowsError::InvalidId => console::USAGE,
+        FlowsError::Flow(_) | FlowsError::InvalidId | FlowsError::LongId { .. } => console::USAGE,
         FlowsError::NotFound(_) => console::NOT_FOUND,
         FlowsError::Running(_)
         | FlowsError::Done(_)

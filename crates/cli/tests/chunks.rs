@@ -25,7 +25,7 @@ seen = {}
 
 def made(item):
     n = int(item["n"])
-    if item.get("do") == "bad":
+    if item.get("do") == "bad" and not os.path.exists(os.path.join(home, "mended")):
         return {"status": "failed", "error": f"{n} is no good"}
     if item.get("do") == "none":
         return {}
@@ -111,6 +111,17 @@ impl House {
     fn worker(&self) -> Daemon {
         let config = self.path("worker.toml").display().to_string();
         Daemon::spawn(bin("drayman-worker"), &["--config", &config], &[])
+    }
+
+    /// It leads, and runs nothing: so what a killed one leaves is found at once.
+    fn leader(&self) -> Daemon {
+        let idle = self.path("idle.toml");
+        let url = self.server.url_db(DB);
+        fs::write(&idle, format!("[redis]\nurl = '{url}'\n[worker]\npools = ['db:none']\nsession_lifetime = '2s'\n"))
+            .unwrap();
+        let leader = Daemon::spawn(bin("drayman-worker"), &["--config", &idle.display().to_string()], &[]);
+        until("it leads", || leader.output().contains("leading"));
+        leader
     }
 
     fn sqlite(&self) -> rusqlite::Connection {
@@ -305,13 +316,7 @@ fn a_worker_that_is_killed_again_and_again_writes_each_item_once() {
     assert_eq!(house.launch("run", &steps.concat(), &[]).code, 0);
     let committed = |step: &str| house.step("run", step)["checkpoint"]["commit_count"].as_u64().unwrap_or(0);
     let total = || ["bank", "shop", "file"].map(committed).iter().sum::<u64>();
-    // It leads, and runs nothing: so what a killed one leaves is found at once.
-    let idle = house.path("idle.toml");
-    let url = house.server.url_db(DB);
-    fs::write(&idle, format!("[redis]\nurl = '{url}'\n[worker]\npools = ['db:none']\nsession_lifetime = '2s'\n"))
-        .unwrap();
-    let leader = Daemon::spawn(bin("drayman-worker"), &["--config", &idle.display().to_string()], &[]);
-    until("it leads", || leader.output().contains("leading"));
+    let leader = house.leader();
     let mut kills = 0;
     while total() < 150 {
         let before = total();
@@ -465,4 +470,105 @@ fn what_cannot_be_done_is_refused_with_a_reason_and_passes_nothing_over() {
     let count: i64 = house.sqlite().query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap();
     assert_eq!(count, 0);
     house.stop(&worker);
+}
+
+/// A flow whose rows are a file's, and are worked on by the program.
+const BATCH: &str = "[[steps]]\nname = 'square'\nkind = 'batch'\napp = 'etl'\nop = 'step'\n\
+    reader = { kind = 'csv', file = 'numbers.csv' }\nprocessor = { kind = 'filter', keep = [{ field = 'n', min = 3 }] }\n\
+    [[steps]]\nname = 'insert'\nkind = 'batch'\ndatabase = 'shop'\nquery = 'INSERT INTO t VALUES (:n)'\n\
+    reader = { kind = 'json-lines', file = 'numbers.jsonl' }\n";
+
+fn rows(done: u64, skipped: u64, failed: u64, aborted: u64) -> Value {
+    let all = done + failed + aborted;
+    json!({ "rows": all, "pending": 0, "done": done, "skipped": skipped, "failed": failed, "aborted": aborted })
+}
+
+#[test]
+fn a_step_that_is_a_batch_ends_with_its_rows_and_repeats_none_that_are_done() {
+    let house = House::build();
+    house.sqlite().execute_batch("CREATE TABLE t (n INTEGER)").unwrap();
+    house.file("numbers.csv", &csv((1..=500).map(|n| (n, if n == 77 { "bad" } else { "" }))));
+    house.file("numbers.jsonl", &(1..=300).map(|n| format!("{{\"n\": {n}}}\n")).collect::<String>());
+    let worker = house.worker();
+    assert_eq!(house.launch("one", BATCH, &["--wait"]).code, 1);
+    let square = house.step("one", "square");
+    assert_eq!((&square["status"], &square["rows"]), (&json!("failed"), &rows(497, 0, 1, 0)), "{square}");
+    assert_eq!(square["error"], "1 of 498 rows failed");
+    assert_eq!(house.step("one", "insert")["status"], "skipped");
+    let failed = house.drayman.run(&["batch", "rows", "one:square:rows", "--failed", "--json"]).json();
+    assert_eq!(failed.len(), 1);
+
+    fs::write(house.path("mended"), "").unwrap();
+    assert_eq!(house.drayman.run(&["flow", "restart", "one", "--id", "two", "--wait"]).code, 0);
+    assert_eq!(house.step("two", "square")["rows"], rows(1, 0, 0, 0), "the one that had failed");
+    assert_eq!(house.step("two", "insert")["rows"], rows(300, 0, 0, 0));
+    let mut made: Vec<u64> = house.text("made").lines().map(|n| n.parse().unwrap()).collect();
+    made.sort_unstable();
+    let mut expected: Vec<u64> = (3..=500).chain([77]).collect();
+    expected.sort_unstable();
+    assert_eq!(made, expected);
+    let inserted: (i64, i64) = house
+        .sqlite()
+        .query_row("SELECT count(*), count(DISTINCT n) FROM t", [], |row| Ok((row.get(0)?, row.get(1)?)))
+        .unwrap();
+    assert_eq!(inserted, (300, 300));
+    house.stop(&worker);
+}
+
+#[test]
+fn a_batch_that_is_stopped_goes_on_with_the_rows_that_are_not_done() {
+    let house = House::build();
+    house.sqlite().execute_batch("CREATE TABLE t (n INTEGER)").unwrap();
+    house.file("numbers.csv", &csv((1..=400).map(|n| (n, if n == 200 { "wait" } else { "" }))));
+    house.file("numbers.jsonl", "");
+    let worker = house.worker();
+    assert_eq!(house.launch("one", BATCH, &[]).code, 0);
+    until("a row waits", || house.text("made").lines().any(|n| n == "200"));
+    until("it shows how far it is", || house.step("one", "square")["progress"].to_string().contains("398"));
+    assert_eq!(house.step("one", "square")["status"], "running");
+    let healthy = house.drayman.run(&["doctor"]);
+    assert_eq!(healthy.code, 0, "{healthy:?}");
+    assert_eq!(house.drayman.run(&["flow", "stop", "one"]).code, 0);
+    fs::write(house.path("go"), "").unwrap();
+    until("it is stopped", || house.step("one", "square")["status"] == "cancelled");
+    let before = &house.step("one", "square")["rows"];
+    let (done, aborted) = (before["done"].as_u64().unwrap(), before["aborted"].as_u64().unwrap());
+    assert!(aborted > 0 && done + aborted == 398, "{before}");
+    assert_eq!(house.drayman.run(&["flow", "restart", "one", "--id", "two", "--wait"]).code, 0);
+    assert_eq!(house.step("two", "square")["rows"], rows(aborted, 0, 0, 0));
+    assert_eq!(house.step("two", "insert")["rows"], rows(0, 0, 0, 0), "of nothing nothing is left to do");
+    house.stop(&worker);
+}
+
+#[test]
+fn a_worker_that_is_killed_while_it_loads_or_works_on_rows_loses_none_and_doubles_none() {
+    const ROWS: u64 = 30_000;
+    let house = House::build();
+    house.sqlite().execute_batch("CREATE TABLE t (n INTEGER)").unwrap();
+    house.file("numbers.jsonl", &(1..=ROWS).map(|n| format!("{{\"n\": {n}}}\n")).collect::<String>());
+    let step = "[[steps]]\nname = 'insert'\nkind = 'batch'\ndatabase = 'shop'\nquery = 'INSERT INTO t VALUES (:n)'\n\
+        processor = { kind = 'handler', app = 'etl', op = 'step' }\nreader = { kind = 'json-lines', file = 'numbers.jsonl' }\n";
+    assert_eq!(house.launch("run", step, &[]).code, 0);
+    let leader = house.leader();
+    let read = || house.step("run", "insert")["checkpoint"]["read_count"].as_u64().unwrap_or(0);
+    let inserted = || -> i64 { house.sqlite().query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap() };
+    for at in [2_000, 5_000] {
+        let worker = house.worker();
+        until("some are loaded", || read() >= at);
+        worker.signal(Signal::SIGKILL);
+        worker.wait(LONG);
+    }
+    for at in [1, 8_000] {
+        let worker = house.worker();
+        until("some are inserted", || inserted() >= at);
+        worker.signal(Signal::SIGKILL);
+        worker.wait(LONG);
+    }
+    let worker = house.worker();
+    assert_eq!(house.drayman.run(&["watch", "run"]).code, 0);
+    let distinct: i64 = house.sqlite().query_row("SELECT count(DISTINCT n) FROM t", [], |row| row.get(0)).unwrap();
+    assert_eq!((inserted(), distinct), (ROWS as i64, ROWS as i64));
+    assert_eq!(house.step("run", "insert")["rows"], rows(ROWS, 0, 0, 0));
+    house.stop(&worker);
+    house.stop(&leader);
 }

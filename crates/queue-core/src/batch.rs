@@ -399,6 +399,11 @@ impl Batches {
         Self { keep, ..self }
     }
 
+    /// How long that is.
+    pub fn keeps(&self) -> Duration {
+        self.keep
+    }
+
     /// Submits a batch with all its rows. All of them are looked at before anything is stored.
     pub async fn submit(&self, new: NewBatch, rows: Vec<Row>) -> Result<Loaded, BatchError> {
         let mut loader = self.open(new)?;

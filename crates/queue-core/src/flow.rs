@@ -10,9 +10,10 @@ use serde_json::{Map, Value};
 
 use crate::error::Error;
 use crate::handle::{JobError, JobHandle};
-use crate::ids::{FlowName, JobId, StepName, User};
+use crate::ids::{FlowName, IdError, JobId, StepName, User};
 use crate::model::Status;
-use crate::model::chunk::ChunkInput;
+use crate::model::batch::{BATCH_ID_MAX_BYTES, Counts};
+use crate::model::chunk::{ChunkInput, ItemWriter};
 use crate::model::flow::{Flow, FlowError, On, Params, Step, StepWork, fill, filled};
 use crate::model::task::Payload;
 use crate::producer::{Database, NewJob, SqlWork, Work};
@@ -73,6 +74,14 @@ pub enum FlowsError {
     /// The id can't be that of an execution.
     #[error("an execution's id has at most {EXECUTION_ID_MAX_BYTES} bytes and no colon")]
     InvalidId,
+    /// With that of a step it makes an id that is too long for a batch.
+    #[error("with the name of step {step}, the execution's id makes the id of a batch of more than {most} bytes")]
+    LongId {
+        /// The step.
+        step: StepName,
+        /// How many bytes are allowed.
+        most: usize,
+    },
     /// There is no such execution, or its record has expired.
     #[error("there is no execution {0} (any more)")]
     NotFound(JobId),
@@ -281,6 +290,9 @@ pub struct StepView {
     /// What its handler says of how far it is.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<String>,
+    /// Of a batch that has ended, what became of its rows.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub rows: Option<Counts>,
     /// What its handler saved last: of one that works in chunks its counts, and what it passed over.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub checkpoint: Option<Value>,
@@ -355,6 +367,11 @@ impl Flows {
         let id = options.id.unwrap_or_else(JobId::generate);
         if id.as_str().len() > EXECUTION_ID_MAX_BYTES || id.as_str().contains(':') {
             return Err(FlowsError::InvalidId);
+        }
+        let is_long = |step: &&Step| rows_of(&id, step.name().as_str()).len() > BATCH_ID_MAX_BYTES;
+        if let Some(step) = flow.steps().iter().filter(|step| step.work().is_batch()).find(is_long) {
+            let step = step.name().clone();
+            return Err(FlowsError::LongId { step, most: BATCH_ID_MAX_BYTES });
         }
         let jobs = flow.steps().iter().map(|step| job_of(step, user, &params, options.traceparent.as_ref()));
         let json = |value: Result<String, serde_json::Error>| value.expect("texts, numbers and lists can be written");
@@ -454,18 +471,28 @@ impl Flows {
     }
 }
 
-/// The names of the steps, the numbers of those that each comes after, and on which end.
+/// The names of the steps, the numbers of those that each comes after, on which end, and which are batches.
 fn plan_of(flow: &Flow) -> Vec<u8> {
     let number = |name: &StepName| flow.steps().iter().position(|step| step.name() == name).map(|at| at + 1);
-    let plan: Vec<(&str, Vec<usize>, &str)> = flow
+    let plan: Vec<(&str, Vec<usize>, &str, &str)> = flow
         .steps()
         .iter()
         .map(|step| {
             let after = step.follows().iter().filter_map(number).collect();
-            (step.name().as_str(), after, step.follows_on().as_str())
+            let kind = if step.work().is_batch() { "batch" } else { "" };
+            (step.name().as_str(), after, step.follows_on().as_str(), kind)
         })
         .collect();
     rmp_serde::to_vec(&plan).expect("texts and numbers can be packed")
+}
+
+fn rows_of(execution: &JobId, step: &str) -> String {
+    format!("{execution}:{step}:rows")
+}
+
+/// The id of the batch that the job of a step loads.
+pub fn rows_of_job(job: &JobId) -> Result<JobId, IdError> {
+    JobId::new(format!("{job}:rows"))
 }
 
 /// What the job of a step says.
@@ -495,12 +522,17 @@ fn job_of(step: &Step, user: &User, params: &Params, traceparent: Option<&String
         StepWork::Chunk(work) => {
             let (app, op) = work.handler();
             more = more.with("chunk", "1");
-            let input = ChunkInput { work: work.filled(&values).map_err(fault)?, params: values };
+            let mut work = work.filled(&values).map_err(fault)?;
+            if let ItemWriter::Rows(rows) = &mut work.writer {
+                // What is said of the step is said of each row.
+                (rows.row_timeout, rows.retry) = (step.may_take(), step.retries().clone());
+            }
+            let input = ChunkInput { work, params: values };
             task(&app, &op, &serde_json::to_value(input).map_err(|error| fault(error.to_string()))?)?
         }
     };
-    let job =
-        NewJob { timeout: step.may_take(), retry: step.retries().clone(), traceparent: traceparent.cloned(), ..job };
+    let timeout = step.may_take().filter(|_| !step.work().is_batch());
+    let job = NewJob { timeout, retry: step.retries().clone(), traceparent: traceparent.cloned(), ..job };
     let submission = job.into_submission().map_err(|error| fault(error.to_string()))?;
     Ok(submission.fields.and(more))
 }
@@ -543,6 +575,11 @@ struct Facts {
     error: Option<String>,
     history: Option<String>,
     from: Option<String>,
+    rows: Option<String>,
+    done: Option<String>,
+    skipped: Option<String>,
+    failed: Option<String>,
+    aborted: Option<String>,
     /// To go on from, or for people alone.
     checkpoint: Option<String>,
     saved: Option<String>,
@@ -561,6 +598,12 @@ fn step_view(flow: &JobId, names: &[String], step: FlowStep) -> StepView {
         _ => StepStatus::Waiting,
     };
     let said = |text: String| Some(text).filter(|text| !text.is_empty());
+    let number = |text: &Option<String>| text.as_ref().and_then(|text| text.parse().ok());
+    let rows = number(&facts.rows).map(|rows| {
+        let [done, skipped, failed, aborted] =
+            [&facts.done, &facts.skipped, &facts.failed, &facts.aborted].map(|text| number(text).unwrap_or(0));
+        Counts { rows, pending: 0, done, skipped, failed, aborted }
+    });
     let history = facts.history.unwrap_or(step.history);
     StepView {
         job: format!("{}:{}", facts.from.as_deref().unwrap_or(flow.as_str()), step.name),
@@ -574,6 +617,7 @@ fn step_view(flow: &JobId, names: &[String], step: FlowStep) -> StepView {
         error: facts.error,
         attempts: history.lines().filter_map(|line| serde_json::from_str(line).ok()).collect(),
         progress: said(step.progress),
+        rows,
         checkpoint: facts
             .saved
             .or(facts.checkpoint)

@@ -48,6 +48,7 @@ pub const FIELDS: &[(&str, usize, Of)] = &[
     ("context", 1 << 18, Of::Task),
     ("checkpoint", CHECKPOINT_MAX_BYTES, Of::Task),
     ("chunk", 8, Of::Task),
+    ("earlier", EARLIER_MAX_BYTES, Of::Task),
     ("deadline", 32, Of::Task),
     ("tags", TAGS_MAX_BYTES, Of::Task),
     ("timeout", 32, Of::Both),
@@ -81,6 +82,8 @@ pub const TOLD: &[(&str, usize)] = &[
 
 /// Most bytes of what a task saves to go on from.
 pub const CHECKPOINT_MAX_BYTES: usize = 1 << 16;
+/// Most bytes of the ids of batches in which an earlier execution has done rows already, the latest last.
+pub const EARLIER_MAX_BYTES: usize = 2048;
 
 /// Most bytes of a result that a job's hash holds.
 pub const RESULT_MAX_BYTES: u64 = 1 << 16;

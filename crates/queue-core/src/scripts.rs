@@ -10,8 +10,8 @@ use crate::ids::{
     USER_MAX_BYTES, User,
 };
 use crate::job::{
-    CHECKPOINT_MAX_BYTES, CONCURRENCY_MAX, FIELDS, MISSING_MS, Of, PAYLOAD_MAX, PERIOD_MAX_MS, RATE_MAX, REJECTED_MS,
-    UNIQUE_MAX_BYTES, WEIGHTS,
+    CHECKPOINT_MAX_BYTES, CONCURRENCY_MAX, EARLIER_MAX_BYTES, FIELDS, MISSING_MS, Of, PAYLOAD_MAX, PERIOD_MAX_MS,
+    RATE_MAX, REJECTED_MS, UNIQUE_MAX_BYTES, WEIGHTS,
 };
 use crate::keys::Keys;
 use crate::model::retry::{HISTORY_MAX_BYTES, SUSPECT_AFTER, UNCLEAN_MAX};
@@ -132,7 +132,7 @@ scripts! {
     BATCH_CUT = "batch_cut" behind "batch", Runs;
     BATCH_READ = "batch_read", Runs;
     FLOW_LAUNCH = "flow_launch", Refused;
-    FLOW_STOP = "flow_stop", Runs;
+    FLOW_STOP = "flow_stop" behind "batch", Runs;
     FLOW_ABANDON = "flow_abandon", Runs;
     FLOW_READ = "flow_read", Runs;
     TRACKER_CREATE = "tracker_create" behind "tracker", Refused;
@@ -149,7 +149,7 @@ pub fn prelude(keys: &Keys) -> String {
         FIELDS.iter().map(|(name, most, of)| format!("'{name}', {most}, '{}'", of.as_str())).collect();
     format!(
         "{}local MAX_ID, MAX_USER, MAX_APP, MAX_OP = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}, {APP_MAX_BYTES}, {OP_MAX_BYTES}\n\
-         local MAX_UNIQUE, MAX_CHECKPOINT = {UNIQUE_MAX_BYTES}, {CHECKPOINT_MAX_BYTES}\n\
+         local MAX_UNIQUE, MAX_CHECKPOINT, MAX_EARLIER = {UNIQUE_MAX_BYTES}, {CHECKPOINT_MAX_BYTES}, {EARLIER_MAX_BYTES}\n\
          local MAX_RATE, MAX_PERIOD_MS, MAX_COUNT = {RATE_MAX}, {PERIOD_MAX_MS}, {CONCURRENCY_MAX}\n\
          local MIN_WEIGHT, MAX_WEIGHT = {}, {}\n\
          local MISSING_MS, MAX_REJECTED_MS, MAX_PAYLOAD = {MISSING_MS}, {REJECTED_MS}, {PAYLOAD_MAX}\n\

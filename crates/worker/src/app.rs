@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use queue_core::Store;
+use queue_core::batch::Batches;
 use queue_core::ids::{PoolPattern, SessionId};
 use queue_core::objects::Objects;
 use queue_core::session::{Service, Session};
@@ -63,7 +64,8 @@ pub async fn run(
     let notify = Notify::default();
     let host = config.worker.name.clone().unwrap_or_else(host_name);
     let results = Results { objects: objects.clone(), max_inline_bytes: config.objects.max_inline_bytes.0 };
-    let means = Means { sql, handlers: handlers.clone(), chunks, results, blocks: Blocks::default() };
+    let batches = Batches::new(store.clone(), config.limits.clone()).keeping(config.retention.finished);
+    let means = Means { sql, handlers: handlers.clone(), chunks, results, blocks: Blocks::default(), batches };
     let service = dispatch::Service { means, pools: pools(&config) };
 
     // The maintenance outlives sessions: a worker that lost its session may still lead.

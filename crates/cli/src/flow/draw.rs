@@ -87,6 +87,7 @@ mod tests {
             error: None,
             attempts: Vec::new(),
             progress: None,
+            rows: None,
             checkpoint: None,
         }
     }

@@ -125,9 +125,10 @@ impl Loader {
         self.take_back().await;
     }
 
-    pub(super) fn check_all(&self, rows: &[Row]) -> Result<(), BatchError> {
-        let mut bytes = 0;
-        for (row, count) in rows.iter().zip(1..) {
+    /// Whether these rows could be handed over next, all of them.
+    pub fn check_all(&self, rows: &[Row]) -> Result<(), BatchError> {
+        let mut bytes = self.bytes;
+        for (row, count) in rows.iter().zip(self.rows + 1..) {
             bytes += packed_bytes(row) as u64;
             self.check(row, count, bytes)?;
         }

@@ -9,7 +9,8 @@ use std::time::Duration;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value};
 
-use super::flow::{fill, filled, is_database, strings};
+use super::flow::{fill, filled, is_database, named, strings};
+use super::retry::RetryChoice;
 use crate::ids::{App, IdError, Op};
 
 /// Most items of a chunk.
@@ -149,6 +150,42 @@ pub enum ItemWriter {
         /// The operation.
         op: Op,
     },
+    /// The batch of the step: its items are rows, and the step ends with them.
+    Rows(Box<RowsTo>),
+}
+
+/// What is done with rows that a step loads.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RowsTo {
+    /// What works on them.
+    #[serde(flatten)]
+    pub work: RowTarget,
+    /// How long each may take.
+    #[serde(default, with = "humantime_serde", skip_serializing_if = "Option::is_none")]
+    pub row_timeout: Option<Duration>,
+    /// What is said of their retries.
+    #[serde(default)]
+    pub retry: RetryChoice,
+}
+
+/// What works on the rows of a batch.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "by", rename_all = "kebab-case")]
+pub enum RowTarget {
+    /// A handler.
+    Handler {
+        /// The application.
+        app: App,
+        /// The operation.
+        op: Op,
+    },
+    /// A statement, which names a row's fields.
+    Sql {
+        /// A database that the workers' configuration names.
+        database: String,
+        /// The statement.
+        statement: String,
+    },
 }
 
 impl ItemReader {
@@ -161,10 +198,15 @@ impl ItemReader {
 }
 
 impl ItemWriter {
+    /// Items as rows of the step's batch.
+    pub fn rows(work: RowTarget) -> Self {
+        ItemWriter::Rows(Box::new(RowsTo { work, row_timeout: None, retry: RetryChoice::default() }))
+    }
+
     fn file(&self) -> Option<&str> {
         match self {
             ItemWriter::Csv { file, .. } | ItemWriter::JsonLines { file } => Some(file),
-            ItemWriter::List | ItemWriter::Sql { .. } | ItemWriter::Handler { .. } => None,
+            ItemWriter::List | ItemWriter::Sql { .. } | ItemWriter::Handler { .. } | ItemWriter::Rows(_) => None,
         }
     }
 }
@@ -221,6 +263,17 @@ impl ChunkWork {
                 Some("its writer's database is no valid name".into())
             }
             ItemWriter::Sql { query, .. } if query.trim().is_empty() => Some("its statement is empty".into()),
+            ItemWriter::Rows(rows) => match &rows.work {
+                RowTarget::Sql { database, .. } if !is_database(database) => {
+                    Some("its database is no valid name".into())
+                }
+                RowTarget::Sql { statement, .. } if named(statement).is_empty() => None,
+                // What is put into the text of a statement that runs for others' rows would have to be quoted before it is known where.
+                RowTarget::Sql { .. } => {
+                    Some("its query has a place for a parameter: its values come with the rows".into())
+                }
+                RowTarget::Handler { .. } => None,
+            },
             _ => None,
         }
     }
@@ -239,7 +292,7 @@ impl ChunkWork {
         match &self.writer {
             ItemWriter::Csv { file, .. } | ItemWriter::JsonLines { file } => texts.push(file),
             ItemWriter::Sql { query, .. } => texts.push(query),
-            ItemWriter::List | ItemWriter::Handler { .. } => {}
+            ItemWriter::List | ItemWriter::Handler { .. } | ItemWriter::Rows(_) => {}
         }
         texts
     }
@@ -259,7 +312,7 @@ impl ChunkWork {
         }
         match &mut work.writer {
             ItemWriter::Csv { file, .. } | ItemWriter::JsonLines { file } => *file = fill(file, values),
-            ItemWriter::Sql { .. } | ItemWriter::List | ItemWriter::Handler { .. } => {}
+            ItemWriter::Sql { .. } | ItemWriter::List | ItemWriter::Handler { .. } | ItemWriter::Rows(_) => {}
         }
         match work.fault() {
             Some(fault) => Err(fault),

@@ -10,7 +10,7 @@ use serde_json::{Map, Number, Value};
 use sha2::{Digest, Sha256};
 
 use super::Status;
-use super::chunk::{ChunkWork, ItemProcessor, ItemReader, ItemWriter};
+use super::chunk::{ChunkWork, ItemProcessor, ItemReader, ItemWriter, RowTarget};
 use super::retry::{Backoff, RetryChoice};
 use super::sql::SqlJob;
 use crate::ids::{App, FlowName, IdError, Op, StepName, User};
@@ -264,8 +264,15 @@ pub enum StepWork {
         /// Its arguments.
         args: Vec<String>,
     },
-    /// Reads, processes and writes items in chunks.
+    /// Reads, processes and writes items in chunks. Where it writes them as rows, the step is a batch: it ends with them.
     Chunk(Box<ChunkWork>),
+}
+
+impl StepWork {
+    /// Whether it ends with the rows of a batch.
+    pub fn is_batch(&self) -> bool {
+        matches!(self, StepWork::Chunk(work) if matches!(work.writer, ItemWriter::Rows(_)))
+    }
 }
 
 impl Step {
@@ -293,6 +300,11 @@ impl Step {
     /// One that works in chunks.
     pub fn chunk(name: &str, work: ChunkWork) -> Result<Self, FlowError> {
         Self::of(name, StepWork::Chunk(Box::new(work)))
+    }
+
+    /// One that is a batch: what a reader reads are its rows. The step's time is that of a row, and its retries are theirs.
+    pub fn batch(name: &str, reader: ItemReader, to: RowTarget) -> Result<Self, FlowError> {
+        Self::chunk(name, ChunkWork::new(reader, ItemWriter::rows(to)))
     }
 
     /// With what its handler gets.
@@ -781,7 +793,7 @@ fn placeholder(text: &str) -> Option<(std::ops::Range<usize>, &str)> {
 }
 
 /// The names that a text has places for.
-fn named(mut text: &str) -> Vec<&str> {
+pub(super) fn named(mut text: &str) -> Vec<&str> {
     let mut names = Vec::new();
     while let Some((range, name)) = placeholder(text) {
         names.push(name);
@@ -914,25 +926,26 @@ impl TryFrom<StepText> for Step {
     fn try_from(text: StepText) -> Result<Self, FlowError> {
         let name = StepName::new(text.name.as_str())
             .map_err(|error| FlowError::Step { step: text.name.clone(), reason: error.to_string() })?;
+        const CHUNKS: &[&str] = &["chunk", "batch"];
         let said = [
-            ("database", text.database.is_some(), &["sql"][..]),
-            ("query", text.query.is_some(), &["sql"]),
+            ("database", text.database.is_some(), &["sql", "batch"][..]),
+            ("query", text.query.is_some(), &["sql", "batch"]),
             ("idempotent", text.idempotent.is_some(), &["sql"]),
-            ("app", text.app.is_some(), &["task", "command"]),
-            ("op", text.op.is_some(), &["task", "command"]),
+            ("app", text.app.is_some(), &["task", "command", "batch"]),
+            ("op", text.op.is_some(), &["task", "command", "batch"]),
             ("input", text.input.is_some(), &["task"]),
             ("args", text.args.is_some(), &["command"]),
-            ("reader", text.reader.is_some(), &["chunk"]),
-            ("processor", text.processor.is_some(), &["chunk"]),
+            ("reader", text.reader.is_some(), CHUNKS),
+            ("processor", text.processor.is_some(), CHUNKS),
             ("writer", text.writer.is_some(), &["chunk"]),
-            ("chunk_size", text.chunk_size.is_some(), &["chunk"]),
-            ("skip_limit", text.skip_limit.is_some(), &["chunk"]),
-            ("item_attempts", text.item_attempts.is_some(), &["chunk"]),
-            ("item_delay", text.item_delay.is_some(), &["chunk"]),
+            ("chunk_size", text.chunk_size.is_some(), CHUNKS),
+            ("skip_limit", text.skip_limit.is_some(), CHUNKS),
+            ("item_attempts", text.item_attempts.is_some(), CHUNKS),
+            ("item_delay", text.item_delay.is_some(), CHUNKS),
         ];
         let kind = text.kind.as_str();
-        if !["sql", "task", "command", "chunk"].contains(&kind) {
-            return Err(step_fault(&name, &format!("its kind {kind:?} is none of sql, task, command, chunk")));
+        if !["sql", "task", "command", "chunk", "batch"].contains(&kind) {
+            return Err(step_fault(&name, &format!("its kind {kind:?} is none of sql, task, command, chunk, batch")));
         }
         if let Some((field, ..)) = said.iter().find(|(_, is_said, kinds)| *is_said && !kinds.contains(&kind)) {
             return Err(step_fault(&name, &format!("a {kind} step has no `{field}`")));
@@ -954,9 +967,25 @@ impl TryFrom<StepText> for Step {
                 let (app, op) = handler(text.app, text.op)?;
                 StepWork::Task { app, op, input: text.input }
             }
-            "chunk" => {
-                let reader = text.reader.ok_or_else(|| missing("reader"))?;
-                let work = ChunkWork::new(reader, text.writer.ok_or_else(|| missing("writer"))?);
+            "chunk" | "batch" => {
+                let writer = match (kind, text.writer, text.database, text.app) {
+                    ("batch", _, Some(_), Some(_)) => {
+                        return Err(step_fault(&name, "its rows are for a handler or for a database, not for both"));
+                    }
+                    ("batch", _, Some(database), None) => {
+                        let statement = needs("query", text.query)?;
+                        ItemWriter::rows(RowTarget::Sql { database, statement })
+                    }
+                    ("batch", _, None, app) => {
+                        let (app, op) = handler(app, text.op)?;
+                        ItemWriter::rows(RowTarget::Handler { app, op })
+                    }
+                    (_, Some(ItemWriter::Rows(_)), ..) => {
+                        return Err(step_fault(&name, "a step that writes rows is of the kind batch"));
+                    }
+                    (_, writer, ..) => writer.ok_or_else(|| missing("writer"))?,
+                };
+                let work = ChunkWork::new(text.reader.ok_or_else(|| missing("reader"))?, writer);
                 StepWork::Chunk(Box::new(ChunkWork {
                     processor: text.processor,
                     chunk_size: text.chunk_size.unwrap_or(work.chunk_size),
@@ -1020,11 +1049,18 @@ impl From<Step> for StepText {
             StepWork::Command { app, op, args } => StepText { args: Some(args), ..handler("command", app, op) },
             StepWork::Chunk(work) => {
                 let ChunkWork { reader, processor, writer, chunk_size, skip_limit, item_attempts, item_delay } = *work;
+                let text = match writer {
+                    ItemWriter::Rows(rows) => match rows.work {
+                        RowTarget::Handler { app, op } => handler("batch", app, op),
+                        RowTarget::Sql { database, statement } => {
+                            StepText { kind: "batch".into(), database: Some(database), query: Some(statement), ..text }
+                        }
+                    },
+                    writer => StepText { kind: "chunk".into(), writer: Some(writer), ..text },
+                };
                 StepText {
-                    kind: "chunk".into(),
                     reader: Some(reader),
                     processor,
-                    writer: Some(writer),
                     chunk_size: Some(chunk_size),
                     skip_limit: Some(skip_limit),
                     item_attempts: Some(item_attempts),
@@ -1053,6 +1089,10 @@ mod tests {
 
     fn chunk(file: &str, more: &str) -> String {
         format!("[[steps]]\nname = 'a'\nkind = 'chunk'\nreader = {{ kind = 'csv', file = '{file}' }}\n{more}\n")
+    }
+
+    fn batch(more: &str) -> String {
+        format!("[[steps]]\nname = 'a'\nkind = 'batch'\nreader = {{ kind = 'list', items = [] }}\n{more}\n")
     }
 
     fn given(text: &str) -> Map<String, Value> {
@@ -1117,10 +1157,21 @@ mod tests {
             reader = { kind = "csv", file = "in-<%= day %>.csv" }
             processor = { kind = "filter", keep = [{ field = "state", values = ["paid"] }] }
             writer = { kind = "sql", database = "shop", query = "INSERT INTO t VALUES (:id, <%= day %>)" }
+
+            [[steps]]
+            name = "charge"
+            kind = "batch"
+            app = "billing"
+            op = "charge"
+            reader = { kind = "json-lines", file = "charges.jsonl" }
         "#;
         let read = Flow::from_toml(text).unwrap();
         let names = |flow: &Flow| flow.steps().iter().map(|step| step.name().to_string()).collect::<Vec<_>>();
-        assert_eq!(names(&read), ["extract", "load", "report", "alarm", "copy"], "each behind what it comes after");
+        assert_eq!(
+            names(&read),
+            ["extract", "load", "report", "alarm", "copy", "charge"],
+            "each behind what it comes after"
+        );
         let input = serde_json::json!({ "day": "<%= day %>", "note": "<%= chunk %> of <%= day %>" });
         let retry = RetryChoice {
             max_attempts: NonZeroU32::new(3),
@@ -1154,6 +1205,11 @@ mod tests {
             .step(Step::command("report", "tools", "report", &["--day", "<%= day %>"]))
             .step(Step::task("alarm", "etl", "alarm").and_then(|step| step.on(On::Failed).after(&["extract", "load"])))
             .step(Step::chunk("copy", copy).and_then(|step| step.after(&[])))
+            .step(Step::batch(
+                "charge",
+                ItemReader::JsonLines { file: "charges.jsonl".into() },
+                RowTarget::Handler { app: App::new("billing").unwrap(), op: Op::new("charge").unwrap() },
+            ))
             .build()
             .unwrap();
         assert_eq!(built, read);
@@ -1180,7 +1236,10 @@ mod tests {
             (task("a", "input = { x = '<%= day %>' }"), "names the parameter \"day\", which the flow does not have"),
             ("[[steps]]\nname = 'a'\nkind = 'sql'\nquery = 'x'".into(), "a sql step needs `database`"),
             ("[[steps]]\nname = 'a'\nkind = 'sql'\nquery = '[]'\ndatabase = 'd'".into(), "step"),
-            ("[[steps]]\nname = 'a'\nkind = 'dance'".into(), "its kind \"dance\" is none of sql, task, command, chunk"),
+            (
+                "[[steps]]\nname = 'a'\nkind = 'dance'".into(),
+                "its kind \"dance\" is none of sql, task, command, chunk, batch",
+            ),
             (task("a", "chunk_size = 5"), "a task step has no `chunk_size`"),
             (chunk("a.csv", ""), "a chunk step needs `writer`"),
             (chunk("../a.csv", LIST), "no path within the workers' folder"),
@@ -1188,6 +1247,14 @@ mod tests {
             (chunk("a.csv", "writer = { kind = 'csv', file = 'b.csv', columns = [] }"), "its writer needs `columns`"),
             (chunk("a.csv", "writer = { kind = 'json-lines', file = 'a.csv' }"), "reads and writes the same file"),
             (chunk("a.csv", "writer = { kind = 'dance' }"), "unknown variant `dance`"),
+            (
+                chunk("a.csv", "writer = { kind = 'rows', by = 'handler', app = 'a', op = 'b' }"),
+                "a step that writes rows is of the kind batch",
+            ),
+            (batch("app = 'a'"), "a batch step needs `op`"),
+            (batch("app = 'a'\nop = 'b'\ndatabase = 'd'"), "for a handler or for a database, not for both"),
+            (batch("database = 'd'"), "a batch step needs `query`"),
+            (batch("database = 'd'\nquery = 'SELECT <%= job_id %>'"), "its query has a place for a parameter"),
             (chunk("<%= day %>.csv", LIST), "names the parameter \"day\", which the flow does not have"),
             (
                 chunk("a.csv", &format!("{LIST}\nprocessor = {{ kind = 'filter', keep = [{{ field = 'x' }}] }}")),

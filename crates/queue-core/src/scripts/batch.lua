@@ -4,23 +4,27 @@
 --   pace    µs that a row takes
 -- A PART is a job of kind 'part': a chunk of rows that was dealt, or what is to be done when all have ended.
 
+-- Lua has room for 200 names at a time: those that only this file uses are not kept.
+local INHERITED, chunk_id, chunk_part, write_part, deal, settle_batch, end_part, abort_batch, release_batch
+do
+
 -- A chunk should keep its handler busy for about this long, so that nobody waits long for a place.
 local CHUNK_US = 50000
 -- Rows of a chunk while it is not known how long one takes.
 local FIRST_ROWS = 10
 -- What a part takes over from its batch.
-local INHERITED = {'app', 'op', 'host', 'database', 'timeout', 'max_attempts', 'backoff', 'retry_delay', 'retry_delay_max',
+INHERITED = {'app', 'op', 'host', 'database', 'timeout', 'max_attempts', 'backoff', 'retry_delay', 'retry_delay_max',
   'retry_on', 'traceparent'}
 -- Whoever is told that a batch is over may not be there at once: for some hours it is tried again.
 local TOLD_ATTEMPTS, TOLD_DELAY_MS, TOLD_DELAY_MAX_MS = 50, 1000, 300000
 
-local function chunk_id(batch, block, first) return batch .. ':' .. block .. ':' .. int(first) end
-local function chunk_part(batch, block, first, count, has_partial)
+function chunk_id(batch, block, first) return batch .. ':' .. block .. ':' .. int(first) end
+function chunk_part(batch, block, first, count, has_partial)
   return table.concat({'rows', batch, block, int(first), int(count), has_partial and 'partial' or nil}, ' ')
 end
 
 -- Writes the hash of a part of a batch.
-local function write_part(id, user, part, band, inherited, ...)
+function write_part(id, user, part, band, inherited, ...)
   local fields = {}
   for i, name in ipairs(INHERITED) do
     if inherited[i] then
@@ -45,7 +49,7 @@ local function cursor_at(batch, load, place, loads)
 end
 
 -- Deals the next rows of a batch as a chunk. Returns its id, and whether others are left to deal.
-local function deal(batch, user)
+function deal(batch, user)
   local job = K.job(batch)
   local b = redis.call('HMGET', job, 'cursor', 'pace', 'loads', 'status', 'priority', unpack(INHERITED))
   local load, place, at, of = string.match(b[1], '^(%d+) (%d+) (%d+) (%d+)$')
@@ -100,7 +104,7 @@ local function end_batch(batch, files, retention_ms, reason)
 end
 
 -- All rows have ended. Where some of them wrote output text, it is to be assembled first.
-local function settle_batch(batch, retention_ms)
+function settle_batch(batch, retention_ms)
   local b = redis.call('HMGET', K.job(batch), 'user', 'has_files')
   if not b[2] then return end_batch(batch, '{}', retention_ms) end
   redis.call('SADD', K.batch_parts(batch), batch .. ':files')
@@ -145,7 +149,7 @@ local function end_chunk(id, user, part, says, ran_us, retention_ms)
 end
 
 -- The end of a part, as its worker says it.
-local function end_part(id, user, says, ran_us, retention_ms)
+function end_part(id, user, says, ran_us, retention_ms)
   local part = redis.call('HGET', K.job(id), 'part')
   local what, batch = string.match(part or '', '^(%a+) (%S+)')
   if what == 'rows' then return end_chunk(id, user, part, says, ran_us, retention_ms) end
@@ -176,7 +180,7 @@ end
 
 -- Ends a batch early: rows of which nothing became yet are aborted at once, whoever works on some is told. What had ended before
 -- is kept. Returns {'aborted'}, or {'over', status}.
-local function abort_batch(batch, retention_ms)
+function abort_batch(batch, retention_ms)
   local job = K.job(batch)
   local b = redis.call('HMGET', job, 'user', 'status', 'aborted_at', 'left')
   -- Nothing is left to abort where all rows have ended and their files are being assembled.
@@ -214,7 +218,7 @@ local function abort_batch(batch, retention_ms)
 end
 
 -- Lets the rows of a held batch be dealt. Rows of loads that were never finished are nobody's.
-local function release_batch(batch, retention_ms)
+function release_batch(batch, retention_ms)
   local job, blocks = K.job(batch), K.batch_blocks(batch)
   local b = redis.call('HMGET', job, 'user', 'loads', 'rows')
   local fields = redis.call('HGETALL', blocks)
@@ -240,4 +244,9 @@ local function release_batch(batch, retention_ms)
   redis.call('LPUSH', queue_of(line, band_of(batch)), batch)
   index(line)
   place_and_wake(line)
+end
+
+-- For steps of flows whose rows these are.
+release_rows, abort_rows = release_batch, abort_batch
+
 end

@@ -2,14 +2,31 @@
 -- never claimed itself. Its steps are jobs of its user, '<flow>:<name of the step>', and each is queued in the same moment in which
 -- what it comes after has ended. K.flow_steps says of each step, by its number, its state and what became of it:
 --   waiting (what it comes after has not ended), queued (its job is there), done, failed, cancelled, skipped (it was not to run)
+-- The job of a step that is a BATCH loads rows into a held batch, '<flow>:<name of the step>:rows'. When it is done they are released,
+-- and the step ends with the batch.
 
-local function state_of(entry) return string.match(entry or '', '^%a+') end
+-- What is done with the rows of a step. Who has anything to do with batches has their text.
+local release_rows, abort_rows
+-- Lua has room for 200 names at a time: those that only this file uses are not kept.
+local state_of, facts_of, set_step, rows_of_step, at_work, advance, end_step, stop_flow
+do
+
+function state_of(entry) return string.match(entry or '', '^%a+') end
 
 -- What is known of a step beside its state.
-local function facts_of(entry) return cjson.decode(string.match(entry or '', ' (.*)$') or '{}') end
+function facts_of(entry) return cjson.decode(string.match(entry or '', ' (.*)$') or '{}') end
 
-local function set_step(key, number, state, facts)
+function set_step(key, number, state, facts)
   redis.call('HSET', key, number, state .. ' ' .. cjson.encode(facts))
+end
+
+local function job_of_step(flow, step) return flow .. ':' .. step[1] end
+function rows_of_step(flow, step) return step[4] == 'batch' and job_of_step(flow, step) .. ':rows' or nil end
+
+-- What a step is working on: its job, or the rows that it has released.
+function at_work(flow, step)
+  local rows = rows_of_step(flow, step)
+  return rows and try('HGET', K.job(rows), 'flow') == flow and rows or job_of_step(flow, step)
 end
 
 -- Whether a step is to run now, or never: 'run', 'skip', or nil while what it comes after has not ended.
@@ -73,7 +90,7 @@ local function queue_step(flow, user, number, name)
 end
 
 -- Queues what is to run now, and ends a flow in which nothing is.
-local function advance(flow)
+function advance(flow)
   local job, key = K.job(flow), K.flow_steps(flow)
   local f = try('HMGET', job, 'user', 'status', 'stop_requested_at', 'keep', 'instance')
   local packed = f and f[2] == 'running' and try('HGET', key, 'plan')
@@ -87,7 +104,8 @@ local function advance(flow)
     local turn = states[number] == 'waiting' and turn_of(step, states)
     if turn == 'skip' then
       states[number] = 'skipped'
-      set_step(key, number, 'skipped', {ended_at = now, checkpoint = facts_of(redis.call('HGET', key, number)).checkpoint})
+      local facts = facts_of(redis.call('HGET', key, number))
+      set_step(key, number, 'skipped', {ended_at = now, checkpoint = facts.checkpoint, earlier = facts.earlier})
     elseif turn == 'run' and not f[3] then
       states[number] = 'queued'
       set_step(key, number, 'queued', {queued_at = now})
@@ -102,30 +120,67 @@ local function advance(flow)
 end
 
 -- A step has ended, as nobody need say twice: one that is not queued is not this flow's any more.
-local function end_step(flow, number, state, facts)
+function end_step(flow, number, state, facts)
   local key = K.flow_steps(flow)
   local entry = try('HGET', key, number) or ''
   if state_of(entry) ~= 'queued' then return end
-  facts.queued_at = facts_of(entry).queued_at
+  local before = facts_of(entry)
+  facts.queued_at, facts.started_at = before.queued_at, before.started_at or facts.started_at
   set_step(key, number, state, facts)
   advance(flow)
 end
 
-step_over = function(id, status)
-  local job = K.job(id)
-  local flow, number = unpack(try('HMGET', job, 'flow', 'flow_step') or {})
-  local packed = flow and number and try('HGET', K.flow_steps(flow), 'plan')
-  local step = packed and cmsgpack.unpack(packed)[tonumber(number)]
-  -- Others may have written into a hash of their own that it is a step.
-  if not step or id ~= flow .. ':' .. step[1] then return end
-  local facts = {ended_at = now, status = status}
-  for _, name in ipairs({'started_at', 'attempts', 'unclean'}) do
+-- What the hash of a step's job says of how it went.
+local function facts_of_job(id, status)
+  local job, facts = K.job(id), {ended_at = now, status = status}
+  for _, name in ipairs({'started_at', 'attempts', 'unclean', 'rows', 'done', 'skipped', 'failed', 'aborted'}) do
     if (try('HSTRLEN', job, name) or 0) <= 64 then facts[name] = redis.call('HGET', job, name) or nil end
   end
-  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = MAX_CHECKPOINT}) do
+  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = MAX_CHECKPOINT, earlier = MAX_EARLIER}) do
     if (try('HSTRLEN', job, name) or 0) <= most then facts[name] = redis.call('HGET', job, name) or nil end
   end
   facts.error, facts.failed_reason = facts.failed_reason and string.sub(facts.failed_reason, 1, 1024), nil
+  return facts
+end
+
+-- The rows of a step are loaded: they are worked on from now on, and the step ends with them. False if they are not there.
+local function begin_rows(flow, number, rows, said)
+  local b, f = try('HMGET', K.job(rows), 'kind', 'status', 'user'), redis.call('HMGET', K.job(flow), 'user', 'stop_requested_at')
+  if not release_rows or not b or b[1] ~= 'batch' or b[2] ~= 'held' or b[3] ~= f[1] then return false end
+  local key = K.flow_steps(flow)
+  local facts = facts_of(redis.call('HGET', key, number))
+  facts.started_at, facts.earlier = said.started_at, said.earlier
+  set_step(key, number, 'queued', facts)
+  redis.call('HSET', K.job(rows), 'flow', flow, 'flow_step', number)
+  if f[2] then abort_rows(rows, MAX_REJECTED_MS) else release_rows(rows, MAX_REJECTED_MS) end
+  return true
+end
+
+step_over = function(id, status)
+  local flow, number = unpack(try('HMGET', K.job(id), 'flow', 'flow_step') or {})
+  local packed = flow and number and try('HGET', K.flow_steps(flow), 'plan')
+  local step = packed and cmsgpack.unpack(packed)[tonumber(number)]
+  -- Others may have written into a hash of their own that it is a step.
+  if not step then return end
+  local rows = rows_of_step(flow, step)
+  local is_rows = id == rows
+  if not is_rows and id ~= job_of_step(flow, step) then return end
+  local facts = facts_of_job(id, status)
+  if rows and not is_rows then
+    if status == 'done' then
+      if begin_rows(flow, number, rows, facts) then return end
+      status, facts.error = 'failed', 'the rows that it loaded are gone'
+    elseif abort_rows and try('HGET', K.job(rows), 'status') == 'held' then
+      -- What was loaded of them is nobody's.
+      abort_rows(rows, MAX_REJECTED_MS)
+    end
+    facts.checkpoint = nil
+  elseif is_rows then
+    -- Another execution need not repeat what is done of them.
+    local earlier = facts_of(redis.call('HGET', K.flow_steps(flow), number)).earlier
+    facts.earlier = status ~= 'done' and string.sub((earlier and earlier .. ' ' or '') .. rows, -MAX_EARLIER) or nil
+    if status == 'failed' and not facts.error then facts.error = facts.failed .. ' of ' .. facts.rows .. ' rows failed' end
+  end
   -- Where it was not done, another execution goes on from there.
   if status == 'done' then facts.saved, facts.checkpoint = facts.checkpoint, nil end
   local state = (status == 'done' or status == 'cancelled') and status or 'failed'
@@ -135,7 +190,7 @@ end
 -- Queues no more steps of a flow, and cancels those that wait, and those that can go on later from what they have saved; with
 -- `is_hard` all that run. Returns {'stopped'}, {'stopping'} while
 -- some run, {'over', status} or {'missing'}.
-local function stop_flow(flow, is_hard)
+function stop_flow(flow, is_hard)
   local job, key = K.job(flow), K.flow_steps(flow)
   local f = try('HMGET', job, 'kind', 'status', 'user')
   if not f or f[1] ~= 'flow' then return {'missing'} end
@@ -143,9 +198,11 @@ local function stop_flow(flow, is_hard)
   redis.call('HSETNX', job, 'stop_requested_at', now)
   for number, step in ipairs(cmsgpack.unpack(redis.call('HGET', key, 'plan'))) do
     if state_of(redis.call('HGET', key, number)) == 'queued' then
-      local id = flow .. ':' .. step[1]
+      local id = at_work(flow, step)
       local claim = claim_of(id)
-      if claim then
+      if id == rows_of_step(flow, step) then
+        abort_rows(id, MAX_REJECTED_MS)
+      elseif claim then
         if is_hard or redis.call('HSTRLEN', K.job(id), 'checkpoint') > 0 then
           redis.call('HSETNX', K.job(id), 'cancel_requested_at', now)
           ask_to_cancel(id, claim)
@@ -160,4 +217,6 @@ local function stop_flow(flow, is_hard)
   advance(flow)
   local status = redis.call('HGET', job, 'status')
   return {FINAL[status] and 'stopped' or 'stopping'}
+end
+
 end

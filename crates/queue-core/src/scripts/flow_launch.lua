@@ -35,12 +35,12 @@ redis.call('HINCRBY', instance, 'launches', 1)
 redis.call('PERSIST', instance)
 
 -- What is done stays so, by the names of the steps; but what follows failures, or any end, follows those of this execution.
-local done, kept, checkpoints = {}, {}, {}
+local done, kept, left = {}, {}, {}
 local before = goes_on and redis.call('HGET', K.flow_steps(last), 'plan')
 for number, step in ipairs(before and cmsgpack.unpack(before) or {}) do
   local entry = redis.call('HGET', K.flow_steps(last), number)
   local facts = facts_of(entry)
-  checkpoints[step[1]] = facts.checkpoint
+  left[step[1]] = {checkpoint = facts.checkpoint, earlier = facts.earlier}
   if state_of(entry) == 'done' then
     facts.from = facts.from or last
     done[step[1]] = facts
@@ -54,14 +54,14 @@ for number, step in ipairs(cmsgpack.unpack(packed)) do
   if kept[number] then
     set_step(key, number, 'done', facts)
   else
-    local checkpoint, fields = checkpoints[step[1]], ARGV[7 + m + number]
-    if checkpoint then
+    local facts, fields = left[step[1]] or {}, ARGV[7 + m + number]
+    if facts.checkpoint or facts.earlier then
       local flat = cmsgpack.unpack(fields)
-      flat[#flat + 1], flat[#flat + 2] = 'checkpoint', checkpoint
+      for name, value in pairs(facts) do flat[#flat + 1], flat[#flat + 2] = name, value end
       fields = cmsgpack.pack(flat)
     end
     redis.call('HSET', key, 'job:' .. number, fields)
-    set_step(key, number, 'waiting', {checkpoint = checkpoint})
+    set_step(key, number, 'waiting', facts)
   end
 end
 publish(user, flow, 'running')

@@ -10,11 +10,17 @@ for number, step in ipairs(cmsgpack.unpack(packed)) do
   local entry = redis.call('HGET', key, number) or ''
   local live = {'', 0, '', '', '', ''}
   if state_of(entry) == 'queued' then
-    local id = flow .. ':' .. step[1]
+    local id = at_work(flow, step)
     for place, name in pairs({[1] = 'status', [3] = 'started_at', [4] = 'history', [5] = 'progress', [6] = 'checkpoint'}) do
       if (try('HSTRLEN', K.job(id), name) or 0) <= MAX_CHECKPOINT then live[place] = try('HGET', K.job(id), name) or '' end
     end
     live[2] = redis.call('HEXISTS', K.claims(), id)
+    if id == rows_of_step(flow, step) then
+      -- Rows are dealt: what is at work shows in the batch.
+      local b = redis.call('HMGET', K.job(id), 'status', 'done', 'failed', 'rows')
+      live[2] = b[1] == 'running' and 1 or 0
+      live[5] = cjson.encode({done = tonumber(b[2]) + tonumber(b[3]), total = tonumber(b[4])})
+    end
   end
   steps[number] = {step[1], table.concat(step[2], ' '), step[3], state_of(entry) or '', string.match(entry, ' (.*)$') or '{}', unpack(live)}
 end

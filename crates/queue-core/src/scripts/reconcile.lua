@@ -243,7 +243,7 @@ local function look_at_flow(id)
   for number, step in ipairs(packed and cmsgpack.unpack(packed) or {}) do
     if state_of(redis.call('HGET', K.flow_steps(id), number)) == 'queued' then
       open = open + 1
-      local job = id .. ':' .. step[1]
+      local job = at_work(id, step)
       local h = is_kept(job) and (short(job, 'status', 'fallback_status') or {}) or nil
       if not h then
         found('flow-stuck', id, 'the job of step ' .. step[1] .. ' is gone; the step has failed', function()

@@ -6,13 +6,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
 use queue_core::job::{CHECKPOINT_MAX_BYTES, TOLD};
+use queue_core::model::chunk::RowsTo;
 use queue_core::model::task::{Payload, Progress};
 use queue_core::scripts::{Fields, Mark};
 use queue_core::session::Pen;
 use tokio::sync::Notify;
 
 use super::Clock;
-use crate::execute::task::{Desk, Problem};
+use super::load::Loads;
+use crate::execute::task::{Desk, Problem, RowSink};
 use crate::stop::{Cause, Stop};
 
 /// Most bytes of one line.
@@ -25,6 +27,7 @@ pub(super) struct Notebook {
     clock: Clock,
     /// What is saved is written at once, under the claim; and what its writing tells stops the attempt.
     pen: Option<(Pen, Stop)>,
+    loads: Option<Loads>,
     log_max_bytes: usize,
     pages: Mutex<Pages>,
     changed: Notify,
@@ -40,10 +43,10 @@ struct Pages {
 }
 
 impl Notebook {
-    pub(super) fn new(clock: Clock, pen: Option<(Pen, Stop)>) -> Self {
+    pub(super) fn new(clock: Clock, pen: Option<(Pen, Stop)>, loads: Option<Loads>) -> Self {
         let log_max_bytes = TOLD.iter().find(|(name, _)| *name == "log").map_or(0, |(_, most)| *most);
         // The line that tells how many others were left out has its place too.
-        Self { clock, pen, log_max_bytes: log_max_bytes - 64, pages: Mutex::default(), changed: Notify::new() }
+        Self { clock, pen, loads, log_max_bytes: log_max_bytes - 64, pages: Mutex::default(), changed: Notify::new() }
     }
 
     /// Waits until there is something that was not written yet.
@@ -130,6 +133,13 @@ impl Desk for Notebook {
             Err(error) => Err(Problem::retry(format!("its checkpoint could not be saved: {error}"))),
         }
     }
+
+    async fn load(&self, to: &RowsTo, context: Payload) -> Result<Box<dyn RowSink>, Problem> {
+        match &self.loads {
+            Some(loads) => loads.begin(to, context).await,
+            None => Err(Problem::fail("the task has no batch of its own")),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -138,7 +148,7 @@ mod tests {
 
     #[test]
     fn the_newest_lines_stay_and_never_are_more_than_a_job_may_keep() {
-        let notebook = Notebook::new(Clock::starting_at(0), None);
+        let notebook = Notebook::new(Clock::starting_at(0), None, None);
         for number in 0..1_000 {
             notebook.log(&format!("{number} {}\nnot a line of its own", "ä".repeat(number)));
         }
@@ -152,7 +162,7 @@ mod tests {
 
     #[tokio::test]
     async fn what_was_told_before_somebody_listened_is_heard() {
-        let notebook = Notebook::new(Clock::starting_at(0), None);
+        let notebook = Notebook::new(Clock::starting_at(0), None, None);
         notebook.progress(Progress { done: 1, total: Some(2), note: Some("x".repeat(5_000)) });
         notebook.changed().await;
         assert!(notebook.fields().get("progress").unwrap().len() < 1 << 12);

@@ -5,6 +5,7 @@ use std::num::NonZeroU32;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use queue_core::batch::Batches;
 use queue_core::model::Status;
 use queue_core::model::batch::Part;
 use queue_core::model::retry::{self, NoBackoff, NoSqlState, RetryChoice, RetryPolicy, Try};
@@ -21,6 +22,7 @@ use crate::stop::{Cause, Stop};
 mod blocks;
 mod desk;
 mod files;
+mod load;
 mod page;
 mod results;
 mod rows;
@@ -73,6 +75,8 @@ pub struct Means {
     pub results: Results,
     /// What was read of batches.
     pub blocks: Blocks,
+    /// Takes the rows of steps that are batches.
+    pub batches: Batches,
 }
 
 /// Runs one claim to its end.

@@ -11,6 +11,7 @@ use tokio::task::JoinError;
 use tracing::Instrument;
 
 use super::desk::Notebook;
+use super::load::Loads;
 use super::results::list;
 use super::{Clock, Ending, History, Means, Retries, Rules, final_verdict, set_aside_reason, sleep_until};
 use crate::execute::handlers::Registered;
@@ -51,7 +52,8 @@ pub(super) async fn settle(claim: &Claim, means: &Means, rules: &Rules, stop: &S
     }
     let started = clock.now();
     let timeout = task.timeout;
-    let notebook = Arc::new(Notebook::new(*clock, Some((claim.pen(), stop.clone()))));
+    let loads = callee.in_chunks.then(|| Loads::of(taken, &means.batches));
+    let notebook = Arc::new(Notebook::new(*clock, Some((claim.pen(), stop.clone())), loads));
     let outcome = execute(claim, means, callee, task, &notebook, stop).await;
     let at = clock.now();
     let told = notebook.fields();
@@ -82,20 +84,19 @@ struct Callee {
     handler: Arc<dyn Handler>,
     timeout: Option<Duration>,
     stop_grace: Duration,
+    in_chunks: bool,
 }
 
 impl Callee {
     fn of(taken: &Taken, means: &Means, registered: &Registered) -> Self {
         let stop_grace = registered.stop_grace;
-        match taken.bytes("chunk").is_some_and(|chunk| !chunk.is_empty()) {
+        let in_chunks = taken.bytes("chunk").is_some_and(|chunk| !chunk.is_empty());
+        if in_chunks {
             // The handler's own time is that of one item.
-            true => Self {
-                handler: means.chunks.clone(),
-                timeout: None,
-                stop_grace: stop_grace.max(means.chunks.stop_grace()),
-            },
-            false => Self { handler: registered.handler.clone(), timeout: registered.timeout, stop_grace },
+            let (handler, stop_grace) = (means.chunks.clone(), stop_grace.max(means.chunks.stop_grace()));
+            return Self { handler, timeout: None, stop_grace, in_chunks };
         }
+        Self { handler: registered.handler.clone(), timeout: registered.timeout, stop_grace, in_chunks }
     }
 }
 

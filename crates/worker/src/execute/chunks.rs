@@ -183,11 +183,7 @@ impl Chunks {
     {
         let mut saved = match context.checkpoint::<Checkpoint>()? {
             Some(saved) => saved,
-            None => {
-                let run = JobId::generate().to_string();
-                let (reader, writer) = (Value::Null, Value::Null);
-                Checkpoint { run, counts: Counts::default(), reader, writer, skipped: Vec::new() }
-            }
+            None => Checkpoint::beginning(JobId::generate().to_string()),
         };
         // Before anything is written, so that whoever writes knows its own again.
         context.save_blocking(&saved)?;
@@ -367,6 +363,11 @@ impl Chunks {
 }
 
 impl Checkpoint {
+    /// Before the first item.
+    fn beginning(run: String) -> Self {
+        Self { run, counts: Counts::default(), reader: Value::Null, writer: Value::Null, skipped: Vec::new() }
+    }
+
     /// The checkpoint that a database has of the same run, which is this one or a later one.
     fn beside(&self, own: Option<String>) -> Result<Option<Checkpoint>, Problem> {
         let read = |text: String| serde_json::from_str(&text);

@@ -17,6 +17,7 @@ use std::time::{Duration, Instant};
 use async_trait::async_trait;
 use futures::FutureExt;
 use queue_core::ids::{App, IdError, JobId, Op, User};
+use queue_core::model::chunk::RowsTo;
 use queue_core::model::task::{Message, Payload, Progress};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -25,7 +26,7 @@ use tokio_util::task::TaskTracker;
 
 use super::handlers::Registration;
 use super::rows::{BatchEnd, BegunRow, Feed, NoDesk, RowAnswer, RowsEnd};
-use super::task::{Desk, Handler, Outcome, Output, Problem, RowOf, Task, Wish};
+use super::task::{Desk, Handler, Outcome, Output, Problem, RowOf, RowSink, Task, Wish};
 
 /// What went wrong, of any type.
 pub type BoxError = Box<dyn std::error::Error + Send + Sync>;
@@ -321,6 +322,11 @@ impl Context {
     /// its part of the batch's file of that name.
     pub fn file(&self, name: impl Into<String>, content: impl Into<Vec<u8>>) {
         self.said(|said| drop(said.files.insert(name.into(), content.into())));
+    }
+
+    /// Begins to load the rows of the batch that belongs to the task. For code that blocks.
+    pub(super) fn load_blocking(&self, to: &RowsTo, context: Payload) -> Result<Box<dyn RowSink>, Problem> {
+        tokio::runtime::Handle::current().block_on(self.0.desk.load(to, context))
     }
 
     fn said<T>(&self, with: impl FnOnce(&mut Said) -> T) -> T {

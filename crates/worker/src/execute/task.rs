@@ -9,6 +9,8 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use queue_core::ids::{App, Fence, JobId, Op, User};
+use queue_core::model::batch::Row;
+use queue_core::model::chunk::RowsTo;
 use queue_core::model::task::{Message, Payload, Progress};
 use tokio_util::sync::CancellationToken;
 
@@ -68,6 +70,19 @@ pub trait Desk: Send + Sync {
     /// Keeps how far the work has come, so that another attempt goes on from there, by whomever. It is kept when this returns; an error
     /// says that it may not be, or that the task is another worker's by now, and the handler must not go on.
     async fn save(&self, checkpoint: Payload) -> Result<(), Problem>;
+    /// Begins to load the rows of the batch that belongs to this task, if one does. `context` is what their handler is to know besides.
+    async fn load(&self, _to: &RowsTo, _context: Payload) -> Result<Box<dyn RowSink>, Problem> {
+        Err(Problem::fail("the task has no batch of its own"))
+    }
+}
+
+/// Where a task hands over the rows of its batch.
+#[async_trait]
+pub trait RowSink: Send {
+    /// Hands over rows whose lines follow each other, but for those that are done already. A problem of a row leaves all as it was.
+    async fn add(&mut self, rows: Vec<Row>) -> Result<(), Problem>;
+    /// All rows are there. They count from now on; what another attempt hands over again is the same, or is none of the batch.
+    async fn end(self: Box<Self>) -> Result<(), Problem>;
 }
 
 /// How one call ended, and what has become of its output.

@@ -10,24 +10,28 @@ use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use queue_core::ids::{App, Op, Pool};
-use queue_core::model::chunk::{ChunkInput, Condition, ItemProcessor, ItemReader, ItemWriter, built_in, is_inside};
+use queue_core::model::batch::Row;
+use queue_core::model::chunk::{
+    ChunkInput, Condition, ItemProcessor, ItemReader, ItemWriter, RowsTo, built_in, is_inside,
+};
 use queue_core::model::task::{Encoding, Payload};
 use serde::Deserialize;
 use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use self::handed::{Handed, Hands, Processed};
 use super::files::{columns_to, csv, json_lines, json_lines_to};
 use super::sql::{sql_query, sql_to};
-use super::{Chunks, Reader, Writer, items, list_to};
+use super::{Checkpoint, Chunks, Reader, Writer, items, list_to};
 use crate::execute::function::{Context, on_its_own_thread};
 use crate::execute::handlers::{Handlers, Registration};
 use crate::execute::rows::RowsOf;
 use crate::execute::sql::chunk::rendered;
 use crate::execute::sql::{SqlExecutor, chunk};
-use crate::execute::task::{Desk, Handler, Outcome, Output, Problem, Task};
+use crate::execute::task::{Desk, Handler, Outcome, Output, Problem, RowSink, Task};
 
 mod handed;
 
@@ -88,7 +92,14 @@ impl Handler for Declared {
         let job = task.job.clone();
         let context = Context::new(task, desk, stop.clone(), Instant::now());
         let unwell = Unwell::default();
-        let step = Step { context, input, handlers, hard_stop: hard_stop.clone(), unwell: unwell.clone() };
+        let step = Step {
+            context,
+            input,
+            handlers,
+            hard_stop: hard_stop.clone(),
+            unwell: unwell.clone(),
+            sink: SharedSink::default(),
+        };
         let pieces = match step.pieces(self) {
             Ok(pieces) => pieces,
             Err(problem) => return Outcome::Failed(problem),
@@ -136,8 +147,11 @@ struct Step {
     /// Interrupts what is under way; the context's own stop lets the present chunk come to its end.
     hard_stop: CancellationToken,
     unwell: Unwell,
+    /// Where rows go, if it loads some.
+    sink: SharedSink,
 }
 
+type SharedSink = Arc<Mutex<Option<Box<dyn RowSink>>>>;
 type BoxReader = Box<dyn Reader<Item = Item> + Send>;
 type BoxWriter = Box<dyn Writer<Item = Item> + Send>;
 type Keep = Box<dyn Fn(&Item) -> Result<Option<Item>, Problem> + Send>;
@@ -178,6 +192,10 @@ impl Step {
                 chunks.run_through(&self.context, reader, |made| made.clone(), writer)
             }
         }?;
+        let sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(sink) = sink {
+            Handle::current().block_on(sink.end())?;
+        }
         let mut result = json!(ended.counts);
         if matches!(work.writer, ItemWriter::List) {
             result["items"] = ended.writer;
@@ -217,6 +235,10 @@ impl Step {
                 Box::new(sql_to::<Item>(&database, &query, self.hard_stop.clone()))
             }
             ItemWriter::Handler { app, op } => Box::new(Handed(self.hands(app, op)?)),
+            ItemWriter::Rows(to) => {
+                let params = Payload::json(&self.input.params).map_err(|error| Problem::fail(error.to_string()))?;
+                Box::new(Loading { context: self.context.clone(), to: (**to).clone(), params, sink: self.sink.clone() })
+            }
         })
     }
 
@@ -324,5 +346,33 @@ impl<R: Reader<Item = Record>> Reader for Unpacked<R> {
 
     fn place(&self) -> Value {
         self.0.place()
+    }
+}
+
+/// Hands items over as rows of the step's batch. Their lines are their numbers among what is written.
+struct Loading {
+    context: Context,
+    to: RowsTo,
+    params: Payload,
+    sink: SharedSink,
+}
+
+impl Writer for Loading {
+    type Item = Item;
+
+    fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
+        let sink = self.context.load_blocking(&self.to, self.params.clone())?;
+        *self.sink.lock().unwrap_or_else(PoisonError::into_inner) = Some(sink);
+        // Rows count once all are there: whoever takes over hands over all of them.
+        Ok(Some(Checkpoint::beginning(committed.run.clone())))
+    }
+
+    fn write(&mut self, items: &[Item], checkpoint: &mut Checkpoint) -> Result<(), Problem> {
+        let first = checkpoint.counts.write_count - items.len() as u64 + 1;
+        let row = |(line, item): (u64, &Item)| Row { line, input: item.get().as_bytes().to_vec() };
+        let rows = (first..).zip(items).map(row).collect();
+        let mut sink = self.sink.lock().unwrap_or_else(PoisonError::into_inner);
+        let sink = sink.as_mut().ok_or_else(|| Problem::retry("its batch is not open"))?;
+        Handle::current().block_on(sink.add(rows))
     }
 }
