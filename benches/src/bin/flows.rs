@@ -21,8 +21,9 @@ use queue_core::model::flow::{Flow, Step};
 use rusqlite::{Connection, Statement, params};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
-use testkit::{RedisServer, Scratch};
+use testkit::{Postgres, RedisServer, Scratch};
 use worker::builder::Worker;
+use worker::config::{ChunksConfig, Config};
 use worker::execute::chunks::Chunks;
 use worker::execute::chunks::files::csv;
 use worker::execute::chunks::sqlite::sqlite;
@@ -58,9 +59,18 @@ struct Options {
     /// Items in a chunk
     #[arg(long, default_value_t = 5_000)]
     chunk: usize,
+    /// Items of the same step where it is declared
+    #[arg(long, default_value_t = 200_000)]
+    declared: i64,
     /// Be the worker, on this Redis
     #[arg(long, hide = true)]
     work_on: Option<String>,
+    /// With files in this folder
+    #[arg(long, hide = true)]
+    folder: Option<PathBuf>,
+    /// With PostgreSQL on this port
+    #[arg(long, hide = true)]
+    postgres: Option<u16>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -79,8 +89,30 @@ async fn work(url: &str, options: &Options) -> anyhow::Result<()> {
         .and_then(|bench| {
             bench.blocking_handler("chunks", move |_, places, context| chunks(&places, size, Some(&context)))
         })
-        .and_then(|bench| bench.blocking_handler("bare", move |_, places, _| chunks(&places, size, None)));
-    let worker = Worker::builder().redis(url).slots(options.slots.try_into()?).app(bench);
+        .and_then(|bench| bench.blocking_handler("bare", move |_, places, _| chunks(&places, size, None)))
+        .and_then(|bench| {
+            bench.handler("tax", |_, order: TextOrder, _| async move {
+                let cents: i64 = order.cents.parse()?;
+                Ok((cents > 0).then(|| Order {
+                    id: order.id.parse().unwrap_or(0),
+                    customer: order.customer,
+                    cents: cents * 6 / 5,
+                }))
+            })
+        });
+    let mut config = Config::default();
+    config.worker.pools.clear();
+    if let (Some(folder), Some(port)) = (&options.folder, options.postgres) {
+        let sqlite = format!(r#"{{"kind": "sqlite", "path": "{}/declared.db", "create": true}}"#, folder.display());
+        let postgres = format!(
+            r#"{{"kind": "postgres", "host": "127.0.0.1", "port": {port}, "dbname": "bench", "user": "bench",
+                "password_env": "BENCH_PASSWORD", "tls": "disable"}}"#
+        );
+        config.databases.insert("lite".into(), serde_json::from_str(&sqlite)?);
+        config.databases.insert("pg".into(), serde_json::from_str(&postgres)?);
+        config.chunks = ChunksConfig { serve: true, folder: Some(folder.clone()), ..ChunksConfig::default() };
+    }
+    let worker = Worker::builder().config(config).redis(url).slots(options.slots.try_into()?).app(bench);
     worker.run(Shutdown::on_signals()?).await.map_err(anyhow::Error::from_boxed)
 }
 
@@ -96,6 +128,14 @@ struct Order {
     id: i64,
     customer: String,
     cents: i64,
+}
+
+/// As a declared reader hands it on.
+#[derive(Debug, Deserialize)]
+struct TextOrder {
+    id: String,
+    customer: String,
+    cents: String,
 }
 
 const INSERT: &str = "INSERT INTO orders VALUES (?1, ?2, ?3)";
@@ -151,11 +191,14 @@ impl Drop for Working {
     }
 }
 
-fn start(url: &str, slots: usize, chunk: usize) -> anyhow::Result<Working> {
+fn start(url: &str, options: &Options) -> anyhow::Result<Working> {
+    let (slots, chunk) = (options.slots.to_string(), options.chunk.to_string());
     let mut command = Command::new(std::env::current_exe()?);
-    command
-        .args(["--work-on", url, "--slots", &slots.to_string(), "--chunk", &chunk.to_string()])
-        .env("DRAYMAN_CONFIG", "/dev/null");
+    command.args(["--work-on", url, "--slots", &slots, "--chunk", &chunk]);
+    command.env("DRAYMAN_CONFIG", "/dev/null").env("BENCH_PASSWORD", "bench");
+    if let (Some(folder), Some(port)) = (&options.folder, options.postgres) {
+        command.arg("--folder").arg(folder).args(["--postgres", &port.to_string()]);
+    }
     Ok(Working(command.stdin(Stdio::null()).stderr(Stdio::null()).spawn().context("the worker")?))
 }
 
@@ -188,7 +231,7 @@ async fn measure(options: Options) -> anyhow::Result<()> {
             launch(&flows, &flow, number % 100, &format!("r{repetition}-{number}")).await?;
         }
         launched_rates.push(options.flows as f64 / begun.elapsed().as_secs_f64());
-        let worker = start(&url, options.slots, options.chunk)?;
+        let worker = start(&url, &options)?;
         let before = cpu_seconds(server)?;
         let begun = Instant::now();
         // What has not ended keeps no record that expires.
@@ -213,7 +256,7 @@ async fn measure(options: Options) -> anyhow::Result<()> {
 
     let store = Store::connect(&RedisConfig { url: Url::new(&url), ..RedisConfig::default() }).await?;
     let flows = Flows::new(store);
-    let worker = start(&url, options.slots, options.chunk)?;
+    let worker = start(&url, &options)?;
     launch(&flows, &flow, 0, "first").await?;
     wait(&flows, "first").await?;
     let mut samples = Vec::new();
@@ -225,18 +268,73 @@ async fn measure(options: Options) -> anyhow::Result<()> {
         samples.push(begun.elapsed());
     }
     percentiles("  one alone, from the launch to its end", samples);
-    in_chunks(&flows, &worker, &options).await
+    in_chunks(&flows, &worker, &options).await?;
+    drop(worker);
+    declared(&flows, &url, options).await
+}
+
+/// The items of the reader, as the definition declares them, written by each kind of writer and handed to a handler.
+async fn declared(flows: &Flows, url: &str, options: Options) -> anyhow::Result<()> {
+    let (folder, postgres) = (Scratch::new("bench-declared"), Postgres::start());
+    postgres.create_database("bench").await;
+    postgres.create_user("bench", "bench").await;
+    write_orders(&folder.path().join("orders.csv"), options.declared)?;
+    let port = Some(postgres.host_port().1);
+    let options = Options { folder: Some(folder.path().to_owned()), postgres: port, ..options };
+    let _worker = start(url, &options)?;
+    println!("one declared step, {} items in chunks of {}, CSV → …", options.declared, options.chunk);
+    let keep = r#"processor = { kind = "filter", keep = [{ field = "cents", min = 1 }] }"#;
+    let hand = r#"processor = { kind = "handler", app = "bench", op = "tax" }"#;
+    let sql = |database| {
+        format!(
+            r#"kind = "sql", database = "{database}", query = "INSERT INTO orders VALUES (:id, :customer, :cents)""#
+        )
+    };
+    let lines = r#"kind = "json-lines", file = "orders.jsonl""#.to_owned();
+    let steps = [
+        ("  filter → JSON lines", keep, lines.clone()),
+        ("  handler in Rust → JSON lines", hand, lines),
+        ("  filter → SQLite", keep, sql("lite")),
+        ("  filter → PostgreSQL", keep, sql("pg")),
+    ];
+    for (number, (what, processor, writer)) in steps.into_iter().enumerate() {
+        let mut rates = Vec::new();
+        for repetition in 0..options.repetitions {
+            const TABLE: &str = "CREATE TABLE orders (id BIGINT PRIMARY KEY, customer TEXT, cents BIGINT)";
+            postgres
+                .query("bench", &format!("DROP TABLE IF EXISTS orders; {TABLE}; GRANT ALL ON orders TO bench"))
+                .await;
+            let lite = Connection::open(folder.path().join("declared.db"))?;
+            lite.execute_batch(&format!("PRAGMA journal_mode = WAL; DROP TABLE IF EXISTS orders; {TABLE}"))?;
+            let flow = Flow::from_toml(&format!(
+                "name = \"declared\"\nany_params = true\n[[steps]]\nname = \"only\"\nkind = \"chunk\"\nchunk_size = {}\n\
+                 reader = {{ kind = \"csv\", file = \"orders.csv\" }}\n{processor}\nwriter = {{ {writer} }}\n",
+                options.chunk
+            ))?;
+            let id = format!("declared-{number}-{repetition}");
+            let begun = Instant::now();
+            launch(flows, &flow, 0, &id).await?;
+            wait(flows, &id).await?;
+            rates.push(options.declared as f64 / begun.elapsed().as_secs_f64());
+        }
+        line(what, "items/s", rates);
+    }
+    Ok(())
+}
+
+fn write_orders(path: &std::path::Path, count: i64) -> anyhow::Result<()> {
+    let mut writer = ::csv::Writer::from_path(path)?;
+    for id in 1..=count {
+        writer.serialize(Order { id, customer: format!("customer {}", id % 1_000), cents: id % 10_000 })?;
+    }
+    Ok(writer.flush()?)
 }
 
 /// A flow of one step that works in chunks, in turn with the bare loop.
 async fn in_chunks(flows: &Flows, worker: &Working, options: &Options) -> anyhow::Result<()> {
     let folder = Scratch::new("bench-chunks");
     let source = folder.path().join("orders.csv");
-    let mut writer = ::csv::Writer::from_path(&source)?;
-    for id in 1..=options.items {
-        writer.serialize(Order { id, customer: format!("customer {}", id % 1_000), cents: id % 10_000 })?;
-    }
-    writer.flush()?;
+    write_orders(&source, options.items)?;
     let (mut rates, mut bare_rates) = (Vec::new(), Vec::new());
     for repetition in 0..options.repetitions {
         for (op, rates) in [("bare", &mut bare_rates), ("chunks", &mut rates)] {

@@ -130,13 +130,13 @@ function end_step(flow, number, state, facts)
   advance(flow)
 end
 
--- What the hash of a step's job says of how it went.
-local function facts_of_job(id, status)
+-- What the hash of a step's job, or of its rows, says of how it went: these fields, unless others have made more of them.
+local OF_JOB = {started_at = 64, attempts = 64, unclean = 64, failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = MAX_CHECKPOINT}
+local OF_ROWS = {started_at = 64, rows = 64, done = 64, skipped = 64, failed = 64, aborted = 64, failed_reason = MAX_HISTORY}
+
+local function facts_of_job(id, status, fields)
   local job, facts = K.job(id), {ended_at = now, status = status}
-  for _, name in ipairs({'started_at', 'attempts', 'unclean', 'rows', 'done', 'skipped', 'failed', 'aborted'}) do
-    if (try('HSTRLEN', job, name) or 0) <= 64 then facts[name] = redis.call('HGET', job, name) or nil end
-  end
-  for name, most in pairs({failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = MAX_CHECKPOINT, earlier = MAX_EARLIER}) do
+  for name, most in pairs(fields) do
     if (try('HSTRLEN', job, name) or 0) <= most then facts[name] = redis.call('HGET', job, name) or nil end
   end
   facts.error, facts.failed_reason = facts.failed_reason and string.sub(facts.failed_reason, 1, 1024), nil
@@ -165,8 +165,9 @@ step_over = function(id, status)
   local rows = rows_of_step(flow, step)
   local is_rows = id == rows
   if not is_rows and id ~= job_of_step(flow, step) then return end
-  local facts = facts_of_job(id, status)
+  local facts = facts_of_job(id, status, is_rows and OF_ROWS or OF_JOB)
   if rows and not is_rows then
+    if (try('HSTRLEN', K.job(id), 'earlier') or 0) <= MAX_EARLIER then facts.earlier = redis.call('HGET', K.job(id), 'earlier') or nil end
     if status == 'done' then
       if begin_rows(flow, number, rows, facts) then return end
       status, facts.error = 'failed', 'the rows that it loaded are gone'
