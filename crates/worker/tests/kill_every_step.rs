@@ -19,6 +19,7 @@ use queue_core::ids::{App, Op, SessionId, User};
 use queue_core::inspect::Inspect;
 use queue_core::leader::{self, SessionWatch};
 use queue_core::model::batch::{Counts, Row};
+use queue_core::model::chunk::{ChunkWork, ItemReader, ItemWriter, RowTarget};
 use queue_core::model::flow::{Flow, On, Step};
 use queue_core::model::task::Payload;
 use queue_core::objects::Objects;
@@ -58,6 +59,8 @@ enum Case {
     RowsSql,
     /// A statement, a task that follows it, and a task that is not to run.
     Flow,
+    /// A step in chunks with a checkpoint beside its items, and a step that is a batch: both as definitions declare them.
+    Declared,
     /// A task that writes items in chunks into a database, each chunk with its checkpoint.
     Chunks,
     /// A simple one whose worker leads.
@@ -67,7 +70,7 @@ enum Case {
 impl Case {
     const JOBS: [Case; 6] = [Case::Simple, Case::List, Case::Fallback, Case::Cancel, Case::Task, Case::Leading];
     const BATCHES: [Case; 2] = [Case::Rows, Case::RowsSql];
-    const FLOWS: [Case; 1] = [Case::Flow];
+    const FLOWS: [Case; 2] = [Case::Flow, Case::Declared];
     const CHUNKS: [Case; 1] = [Case::Chunks];
 
     fn is_batch(self) -> bool {
@@ -86,7 +89,7 @@ impl Case {
             Case::Cancel => format!("{}; SELECT pg_sleep(600)", effect("0")),
             Case::RowsSql => format!("INSERT INTO effects VALUES ('{id}', $1)"),
             Case::Flow => effect("0"),
-            Case::Task | Case::Rows | Case::Chunks => unreachable!("it has none"),
+            Case::Task | Case::Rows | Case::Chunks | Case::Declared => unreachable!("it has none"),
         }
     }
 
@@ -100,6 +103,7 @@ impl Case {
             Case::Rows | Case::RowsSql => ("done", &["1", "2", "3"]),
             // All items, and as many different ones.
             Case::Chunks => ("done", &["5000 5000"]),
+            Case::Declared => ("done", &["103 103"]),
             // The task's effect stands in a file of its own.
             Case::Flow => ("done", &["0"]),
         }
@@ -198,7 +202,7 @@ impl House {
         let program = scratch.path().join("rows.py");
         std::fs::write(&program, PROGRAM).expect("it can be written");
         let config = format!(
-            "[worker]\npools = ['sql:*', 'db:*']\n[objects]\nurl = 'file://{0}/objects'\n[databases.steps]\nkind = 'postgres'\nhost = '{3}'\nport = {4}\n\
+            "[worker]\npools = ['sql:*', 'db:*']\n[chunks]\nserve = true\n[objects]\nurl = 'file://{0}/objects'\n[databases.steps]\nkind = 'postgres'\nhost = '{3}'\nport = {4}\n\
              dbname = '{DATABASE}'\nuser = 'postgres'\ntls = 'disable'\n\
              [[handlers]]\napp = 'steps'\nop = 'task'\nkind = 'command'\n\
              command = ['sh', '-c', '{script}', '{1}']\n\
@@ -245,6 +249,25 @@ impl House {
                 Flows::new(store.clone()).launch(&flow, &ann, &given, options).await.expect("redis answers");
                 return;
             }
+            Case::Declared => {
+                let items = |from: u64, to: u64| ItemReader::List {
+                    items: (from..=to).map(|n| serde_json::json!({ "n": n })).collect(),
+                };
+                let insert = format!("INSERT INTO effects VALUES ('{id}', :n)");
+                let writer = ItemWriter::Sql { database: DATABASE.into(), query: insert.clone() };
+                let copy = ChunkWork { chunk_size: 25.try_into().unwrap(), ..ChunkWork::new(items(1, 100), writer) };
+                let rows = RowTarget::Sql { database: DATABASE.into(), statement: insert };
+                let flow = Flow::builder("declared")
+                    .any_params()
+                    .step(Step::chunk("copy", copy))
+                    .step(Step::batch("rows", items(101, 103), rows))
+                    .build()
+                    .expect("it is one");
+                let given = [("run".to_owned(), id.into())].into_iter().collect();
+                let options = LaunchOptions { id: Some(job_id(id)), ..LaunchOptions::default() };
+                Flows::new(store.clone()).launch(&flow, &ann, &given, options).await.expect("redis answers");
+                return;
+            }
             Case::Chunks => {
                 let place = |name: &str| self.scratch.path().join(name).display().to_string();
                 let places = serde_json::json!({
@@ -278,7 +301,11 @@ impl House {
     }
 
     /// What took effect. Of a task or a row, which may be run more than once, what any run did.
-    async fn effects(&self, id: &str) -> Vec<String> {
+    async fn effects(&self, case: Case, id: &str) -> Vec<String> {
+        if case == Case::Declared {
+            let sql = format!("SELECT count(*) || ' ' || count(DISTINCT step) FROM effects WHERE job = '{id}'");
+            return self.postgres.query(DATABASE, &sql).await.remove(0).into_iter().flatten().collect();
+        }
         if let Ok(text) = std::fs::read_to_string(self.scratch.path().join(id)) {
             let lines: BTreeSet<&str> = text.lines().collect();
             // No worker is killed but one.
@@ -415,7 +442,7 @@ impl Lane {
         let view = ended(&self.inspect, id).await;
         let (status, effects) = case.end();
         assert_eq!(view.status(), status, "{id}: {:?}", view.text("failed_reason"));
-        assert_eq!(self.house.effects(id).await, effects, "{id}");
+        assert_eq!(self.house.effects(case, id).await, effects, "{id}");
         let record = |name: &str| view.text(name);
         let first = [record("status"), record("fallback_status"), record("ended_at"), record("results")];
         eventually(&format!("nothing to be left of {id}"), LONG, async || {
@@ -430,8 +457,15 @@ impl Lane {
         if case.is_batch() {
             self.assert_whole(case, id).await;
         }
+        if case == Case::Declared {
+            let steps = Flows::new(self.store.clone()).steps(&job_id(id)).await.expect("they are kept");
+            let counts = steps[0].checkpoint.as_ref().expect("it saved some");
+            let counts = ["read_count", "write_count", "commit_count"].map(|name| counts[name].as_u64().unwrap());
+            assert_eq!(counts, [100, 100, 4], "{id}");
+            assert_eq!(steps[1].rows, Some(Counts { rows: 3, done: 3, ..Counts::default() }), "{id}");
+        }
         if case == Case::Flow {
-            assert_eq!(self.house.effects(&format!("{id}:task")).await, ["0"], "{id}");
+            assert_eq!(self.house.effects(case, &format!("{id}:task")).await, ["0"], "{id}");
             let steps = Flows::new(self.store.clone()).steps(&job_id(id)).await.expect("they are kept");
             let stand: Vec<StepStatus> = steps.into_iter().map(|step| step.status).collect();
             assert_eq!(stand, [StepStatus::Done, StepStatus::Done, StepStatus::Skipped], "{id}");
@@ -497,6 +531,9 @@ async fn killed_at_any_call_a_worker_leaves_a_flow_that_goes_on_and_whose_steps_
     let found = kill_everywhere(&Case::FLOWS).await;
     assert_found(&found, Case::Flow, &["take", "mark", "finish"]);
     assert!(found.contains(&(Case::Flow, ("finish", 2))), "{found:?}");
+    // The first save of a step in chunks, and one behind each of four chunks.
+    assert!(found.contains(&(Case::Declared, ("mark", 5))), "{found:?}");
+    assert_found(&found, Case::Declared, &["take", "batch_load", "finish"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -526,11 +563,11 @@ async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
             let looked_at = match case {
                 Case::Leading => !of_a_job,
                 Case::Simple => of_a_job || name == "session_beat",
-                _ => ["take", "mark", "finish", "batch_cut"].contains(&name),
+                _ => ["take", "mark", "finish", "batch_cut", "batch_load"].contains(&name),
             };
             // The saves of its chunks, and not what is told of them now and then.
             let count = if case == Case::Chunks { count.min(6) } else { count };
-            let count = if of_a_job || case.is_batch() || case == Case::Flow { count } else { 1 };
+            let count = if of_a_job || case.is_batch() || Case::FLOWS.contains(&case) { count } else { 1 };
             if looked_at {
                 seen.extend((1..=count).map(|number| (case, (name, number))));
             }
@@ -643,7 +680,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
         let worker = lane.worker(Case::Simple, &url);
         for id in [format!("killed-{point:?}"), format!("cut-{point:?}"), id] {
             assert_eq!(ended(&lane.inspect, &id).await.status(), "done");
-            assert_eq!(house.effects(&id).await, ["0"], "{id}");
+            assert_eq!(house.effects(Case::Simple, &id).await, ["0"], "{id}");
         }
         worker.signal(Signal::SIGTERM);
         assert!(worker.wait(LONG).success());

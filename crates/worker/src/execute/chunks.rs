@@ -189,7 +189,12 @@ impl Chunks {
         context.save_blocking(&saved)?;
         if let Some(own) = writer.open(&saved)? {
             let rollback_count = saved.counts.rollback_count.max(own.counts.rollback_count);
-            saved = Checkpoint { counts: Counts { rollback_count, ..own.counts }, ..own };
+            let own = Checkpoint { counts: Counts { rollback_count, ..own.counts }, ..own };
+            // What was committed counts, also if nothing more is.
+            if own != saved {
+                context.save_blocking(&own)?;
+                saved = own;
+            }
         }
         reader.open(&saved.reader)?;
         loop {
