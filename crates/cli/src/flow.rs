@@ -10,6 +10,7 @@ use queue_core::Store;
 use queue_core::flow::{FlowFilter, FlowStatus, FlowView, Flows, FlowsError, LaunchOptions, Launched, StepView};
 use queue_core::follow::Move;
 use queue_core::ids::{JobId, Pool};
+use queue_core::model::chunk::{ItemWriter, RowTarget};
 use queue_core::model::flow::{Flow as Definition, StepWork};
 use queue_core::overview;
 use serde_json::{Map, Value, json};
@@ -77,16 +78,28 @@ fn read(path: &Path) -> Result<Definition, Failure> {
     Definition::from_toml(&text).map_err(|error| fault(&error))
 }
 
-/// Where a step's job runs.
-fn pool_of(work: &StepWork) -> Result<Pool, Failure> {
+/// The pools that a step needs: that of its job, and those of what it hands its items to.
+fn pools_of(work: &StepWork) -> Result<Vec<Pool>, Failure> {
+    let of_database = |name: &str| Pool::of_database(name).map_err(Failure::usage);
+    let mut pools = Vec::new();
     match work {
-        StepWork::Sql { database, .. } => Pool::of_database(database).map_err(Failure::usage),
-        StepWork::Task { app, op, .. } | StepWork::Command { app, op, .. } => Ok(Pool::of_handler(app, op)),
+        StepWork::Sql { database, .. } => pools.push(of_database(database)?),
+        StepWork::Task { app, op, .. } | StepWork::Command { app, op, .. } => pools.push(Pool::of_handler(app, op)),
         StepWork::Chunk(work) => {
             let (app, op) = work.handler();
-            Ok(Pool::of_handler(&app, &op))
+            pools.push(Pool::of_handler(&app, &op));
+            match &work.writer {
+                ItemWriter::Handler { app, op } => pools.push(Pool::of_handler(app, op)),
+                ItemWriter::Rows(rows) => pools.push(match &rows.work {
+                    RowTarget::Handler { app, op } => Pool::of_handler(app, op),
+                    RowTarget::Sql { database, .. } => of_database(database)?,
+                }),
+                ItemWriter::List | ItemWriter::Csv { .. } | ItemWriter::JsonLines { .. } | ItemWriter::Sql { .. } => {}
+            }
+            pools.dedup();
         }
     }
+    Ok(pools)
 }
 
 async fn check(common: &Common, args: &Check, out: &mut Out) -> Result<u8, Failure> {
@@ -108,9 +121,10 @@ async fn check(common: &Common, args: &Check, out: &mut Out) -> Result<u8, Failu
     for (path, flow) in whole {
         let mut missing = Vec::new();
         for step in flow.steps() {
-            let pool = pool_of(step.work())?;
-            if served.as_ref().is_some_and(|served| !served.iter().any(|pattern| pattern.covers(&pool))) {
-                missing.push((step.name(), pool));
+            for pool in pools_of(step.work())? {
+                if served.as_ref().is_some_and(|served| !served.iter().any(|pattern| pattern.covers(&pool))) {
+                    missing.push((step.name(), pool));
+                }
             }
         }
         // Of several faults a definition that is none comes first.

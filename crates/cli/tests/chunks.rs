@@ -15,6 +15,7 @@ use support::{DB, Program, Ran, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_drayman");
 const PAGE: &str = include_str!("../../../docs/flows.md");
+const ORDERS: &str = include_str!("../../worker/examples/orders-declared.toml");
 const LONG: Duration = Duration::from_secs(30);
 
 /// Makes something of items, and writes chunks.
@@ -189,6 +190,16 @@ fn the_definition_that_the_page_shows_is_whole() {
     fs::write(&path, rest.split_once("```").expect("it ends").0).unwrap();
     let ran = house.drayman.run(&["flow", "check", &path.display().to_string()]);
     assert_eq!((ran.code, ran.out.ends_with("load with 2 steps\n")), (0, true), "{ran:?}");
+    fs::write(&path, format!("name = 'batch'\n{BATCH}")).unwrap();
+    let ran = house.drayman.run(&["flow", "check", "--served", &path.display().to_string()]);
+    assert_eq!(ran.code, 4, "{ran:?}");
+    for missing in [
+        "step square: no worker serves drayman.chunk",
+        "step square: no worker serves etl.step",
+        "step insert: no worker serves db:shop",
+    ] {
+        assert!(ran.err.contains(missing), "{ran:?}");
+    }
 }
 
 #[test]
@@ -571,4 +582,40 @@ fn a_worker_that_is_killed_while_it_loads_or_works_on_rows_loses_none_and_double
     assert_eq!(house.step("run", "insert")["rows"], rows(ROWS, 0, 0, 0));
     house.stop(&worker);
     house.stop(&leader);
+}
+
+#[test]
+fn a_hundred_thousand_orders_become_a_report_in_either_database() {
+    let house = House::with(Some(Postgres::start()));
+    let orders = (1..=100_000_u64).map(|id| {
+        let customer = format!("\"Customer, {}\"", id % 800);
+        let cents = if id % 1000 == 7 { "n/a".to_owned() } else { (id % 50).to_string() };
+        // One of them comes twice.
+        format!("{},{customer},{cents}\n", if id == 99_999 { 5 } else { id })
+    });
+    house.file("orders-2026-03-01.csv", &format!("id,customer,cents\n{}", orders.collect::<String>()));
+    let worker = house.worker();
+    let mut reports = Vec::new();
+    for database in ["shop", "bank"] {
+        let path = house.path(&format!("{database}.toml"));
+        fs::write(&path, ORDERS.replace("\"shop\"", &format!("\"{database}\""))).unwrap();
+        let path = path.display().to_string();
+        let launch = ["flow", "launch", &path, "--user", database, "-p", "day=2026-03-01", "--id", database, "--wait"];
+        let ran = house.drayman.run(&launch);
+        assert_eq!(ran.code, 0, "{ran:?}\n{}", house.drayman.run(&["flow", "show", database]).out);
+        let [read, write, filter, skip, ..] = house.counts(database, "load");
+        assert_eq!((read, write, filter, skip), (100_000, 97_899, 2_100, 1), "{database}");
+        assert_eq!(house.counts(database, "report")[0], 784, "{database}: the others ordered nothing");
+        reports.push(house.text("files/report-2026-03-01.csv"));
+        fs::remove_file(house.path("files/report-2026-03-01.csv")).unwrap();
+    }
+    assert_eq!(reports[0].lines().count(), 785);
+    let sorted = |text: &str| text.lines().map(str::to_owned).collect::<BTreeSet<_>>();
+    assert_eq!(sorted(&reports[0]), sorted(&reports[1]), "but for the order of texts, which is the database's");
+    let customer = reports[0].lines().find(|line| line.starts_with("\"Customer, 3\"")).expect("it has ordered");
+    let (count, cents) = (1..=100_000_u64)
+        .filter(|id| id % 800 == 3 && id % 1000 != 7 && id % 50 > 0)
+        .fold((0, 0), |(count, cents), id| (count + 1, cents + id % 50));
+    assert_eq!(customer, format!("\"Customer, 3\",{count},{cents}"));
+    house.stop(&worker);
 }
