@@ -142,7 +142,7 @@ impl Chunks {
     }
 
     /// With so many items that may be passed over. One more fails the task. What is passed over is kept with its error; where a chunk
-    /// can't be written, its items are written one by one to find out which.
+    /// can't be written, its halves are, and the halves of those, to find out which.
     #[must_use]
     pub fn skip_limit(self, skip_limit: u64) -> Self {
         Self { skip_limit, ..self }
@@ -248,7 +248,7 @@ impl Chunks {
                 Ok(None) => next.counts.filter_count += 1,
                 Ok(Some(output)) => {
                     chunk.items.push(output);
-                    // Where a chunk may be written item by item, it is known behind what each stands.
+                    // Where a chunk may be written in parts, it is known behind what each stands.
                     if self.skip_limit > 0 {
                         chunk.marks.push(Mark {
                             reader: reader.place(),
@@ -320,31 +320,36 @@ impl Chunks {
             Err(problem) if matches!(problem.wish, Wish::Retry { .. }) || self.skip_limit == 0 => {
                 Err(undone(context, saved, problem))
             }
-            Err(_) => self.commit_singly(context, writer, chunk, saved, next),
+            Err(_) => self.commit_in_parts(context, writer, chunk, saved, next),
         }
     }
 
-    /// Writes the items of a chunk that was undone one by one, and passes over those that can't be.
-    fn commit_singly<W: Writer>(
+    /// Writes the halves of a chunk that was undone, and of those that are undone the halves again, down to the items that can't be
+    /// written: they are passed over.
+    fn commit_in_parts<W: Writer>(
         &self,
         context: &Context,
         writer: &mut W,
-        chunk: Chunk<W::Item>,
+        Chunk { items, marks }: Chunk<W::Item>,
         mut saved: Checkpoint,
         whole: Checkpoint,
     ) -> Result<Checkpoint, Problem> {
         saved.counts.rollback_count += 1;
         let mut bad: Vec<(u64, String)> = Vec::new();
-        for (item, mark) in chunk.items.into_iter().zip(chunk.marks) {
+        // The next one last.
+        let middle = items.len() / 2;
+        let mut parts = vec![middle..items.len(), 0..middle];
+        while let Some(part) = parts.pop() {
+            let Some(mark) = part.clone().next_back().map(|last| &marks[last]) else { continue };
             let at = mark.counts.read_count;
             let skipped = whole.skipped[..mark.skipped].to_vec();
-            let (run, reader) = (whole.run.clone(), mark.reader);
+            let (run, reader) = (whole.run.clone(), mark.reader.clone());
             let mut next =
                 Checkpoint { run, reader, counts: mark.counts, writer: Value::Null, skipped }.standing(&saved);
             bad.iter().for_each(|(at, error)| next.pass_over(*at, error));
-            next.counts.write_count += 1;
+            next.counts.write_count += part.len() as u64;
             next.counts.commit_count += 1;
-            match writer.write(std::slice::from_ref(&item), &mut next) {
+            match writer.write(&items[part.clone()], &mut next) {
                 Ok(()) => {
                     context.save_blocking(&next)?;
                     saved = next;
@@ -352,9 +357,13 @@ impl Chunks {
                 Err(problem) if matches!(problem.wish, Wish::Retry { .. }) => {
                     return Err(undone(context, saved, problem));
                 }
-                Err(problem) => {
+                Err(problem) if part.len() == 1 => {
                     self.skip(&mut next, problem.clone()).map_err(|problem| undone(context, saved.clone(), problem))?;
                     bad.push((at, problem.reason));
+                }
+                Err(_) => {
+                    let middle = part.start + part.len() / 2;
+                    parts.extend([middle..part.end, part.start..middle]);
                 }
             }
         }
