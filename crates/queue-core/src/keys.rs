@@ -197,6 +197,11 @@ keys! {
     batch_results(batch) = "drayman:{tag}batch_results:{}", Hash;
     /// The parts of a batch that were dealt and have not ended.
     batch_parts(batch) = "drayman:{tag}batch_parts:{}", Set;
+    /// What has ended and is to be written to a database, while somebody writes it: `number`, `kind`, `id`, and the record's own fields. An
+    /// entry is removed once it is written there.
+    export = "drayman:{tag}export", Stream;
+    /// That somebody does: `max_pending` entries are kept at most; and the `number` of the latest. Lives for a day unless renewed.
+    exporting = "drayman:{tag}exporting", Hash;
     /// All executions of flows, by when they were launched, in ms. Removed with their records.
     flows = "drayman:{tag}flows", SortedSet;
     /// The steps of an execution, by their numbers from 1 on: `<number>` → `waiting`, `queued`, `done`, `failed`, `cancelled` or `skipped`,

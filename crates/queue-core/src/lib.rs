@@ -21,6 +21,7 @@ pub mod store;
 pub mod batch;
 pub mod cancel;
 pub mod events;
+pub mod export;
 pub mod flow;
 pub mod follow;
 pub mod handle;

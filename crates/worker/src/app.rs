@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::Context;
 use queue_core::Store;
 use queue_core::batch::Batches;
-use queue_core::ids::{PoolPattern, SessionId};
+use queue_core::ids::{PoolPattern, SessionId, User};
 use queue_core::objects::Objects;
 use queue_core::session::{Service, Session};
 use tokio::sync::watch;
@@ -15,9 +15,11 @@ use tokio_util::sync::CancellationToken;
 use crate::attempt::{Blocks, Means, Results, Rules};
 use crate::config::Config;
 use crate::dispatch::{self, Ended, Hints, Limits};
+use crate::execute::Executor;
 use crate::execute::chunks::declared::Declared;
 use crate::execute::handlers::{Handlers, Registration};
 use crate::execute::sql::SqlExecutor;
+use crate::export;
 use crate::maintenance;
 use crate::metrics::Unserved;
 use crate::notify::Notify;
@@ -49,8 +51,9 @@ pub async fn run(
     limits: watch::Receiver<Limits>,
     shutdown: Shutdown,
 ) -> anyhow::Result<()> {
-    let sql = Arc::new(SqlExecutor::new(config.databases()).context("databases")?);
-    let chunks = Arc::new(Declared::new(sql.clone(), config.chunks.folder.clone()));
+    let executor = Arc::new(SqlExecutor::new(config.databases()).context("databases")?);
+    let sql: Arc<dyn Executor> = executor.clone();
+    let chunks = Arc::new(Declared::new(executor.clone(), config.chunks.folder.clone()));
     let own = config.chunks.serve.then(|| chunks.clone().registration(config.chunks.concurrency));
     let handlers = config.handlers().context("handlers")?.into_iter().chain(handlers).chain(own).collect();
     let handlers = Arc::new(Handlers::new(handlers, config.tasks.threads).context("handlers")?);
@@ -68,13 +71,14 @@ pub async fn run(
     let means = Means { sql, handlers: handlers.clone(), chunks, results, blocks: Blocks::default(), batches };
     let service = dispatch::Service { means, pools: pools(&config) };
 
+    let export = export_target(&config, &executor)?;
     // The maintenance outlives sessions: a worker that lost its session may still lead.
     let maintenance_stop = CancellationToken::new();
     let leader_id = SessionId::generate(&host, std::process::id());
     let maintenance = tokio::spawn(maintenance::run(
         store.clone(),
         leader_id,
-        maintenance_settings(&config, objects),
+        maintenance_settings(&config, objects, export),
         maintenance_stop.clone(),
     ));
 
@@ -214,7 +218,14 @@ fn dispatch_settings(config: &Config) -> dispatch::Settings {
     }
 }
 
-fn maintenance_settings(config: &Config, objects: Objects) -> maintenance::Settings {
+fn export_target(config: &Config, executor: &SqlExecutor) -> anyhow::Result<Option<export::Target>> {
+    let Some(name) = &config.export.database else { return Ok(None) };
+    // Its settings have no place for a user, so any will do.
+    let database = executor.database(name, &User::new("drayman")?).map_err(anyhow::Error::msg).context("export")?;
+    Ok(Some(export::Target { database, max_pending: config.export.max_pending.get() }))
+}
+
+fn maintenance_settings(config: &Config, objects: Objects, export: Option<export::Target>) -> maintenance::Settings {
     maintenance::Settings {
         leader_ttl: LEADER_TTL,
         session_lifetime: config.worker.session_lifetime,
@@ -232,6 +243,7 @@ fn maintenance_settings(config: &Config, objects: Objects) -> maintenance::Setti
         objects,
         unserved: config.telemetry.otlp_endpoint.is_some().then(Unserved::register),
         unserved_interval: config.worker.scan_interval.saturating_mul(SCANS_PER_LOOK),
+        export,
     }
 }
 

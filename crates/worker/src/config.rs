@@ -2,7 +2,7 @@
 //! connected to.
 
 use std::collections::BTreeMap;
-use std::num::{NonZeroU32, NonZeroUsize};
+use std::num::{NonZeroU32, NonZeroU64, NonZeroUsize};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -54,6 +54,8 @@ pub struct Config {
     pub retention: RetentionConfig,
     /// `[objects]`
     pub objects: ObjectsConfig,
+    /// `[export]`
+    pub export: ExportConfig,
     /// `[log]`
     pub log: LogConfig,
     /// `[telemetry]`
@@ -140,6 +142,22 @@ pub struct ChunksConfig {
 impl Default for ChunksConfig {
     fn default() -> Self {
         Self { serve: false, concurrency: const { NonZeroUsize::new(2).unwrap() }, folder: None }
+    }
+}
+
+/// Where records of what has ended are written.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct ExportConfig {
+    /// One of the databases below; nowhere if absent.
+    pub database: Option<String>,
+    /// Most records that wait in Redis to be written. Beyond that the oldest are dropped.
+    pub max_pending: NonZeroU64,
+}
+
+impl Default for ExportConfig {
+    fn default() -> Self {
+        Self { database: None, max_pending: const { NonZeroU64::new(1_000_000).unwrap() } }
     }
 }
 
@@ -290,6 +308,20 @@ impl Config {
         positive("tasks.timeout", self.tasks.timeout)?;
         if self.chunks.folder.as_ref().is_some_and(|folder| !folder.is_absolute()) {
             return Err(Fault::new("chunks.folder", "must be absolute"));
+        }
+        if let Some(name) = &self.export.database {
+            match self.databases.get(name) {
+                None => {
+                    return Err(Fault::new(
+                        "export.database",
+                        format!("names no database: there is no databases.{name}"),
+                    ));
+                }
+                Some(database) if database.is_of_each_user() => {
+                    return Err(Fault::new("export.database", "names a database of each user: it must have no {user}"));
+                }
+                Some(_) => {}
+            }
         }
         self.handlers()?;
         self.retention.validate()?;

@@ -6,6 +6,7 @@ pub mod builder;
 pub mod config;
 pub mod dispatch;
 pub mod execute;
+pub mod export;
 pub mod maintenance;
 pub mod metrics;
 pub mod stop;

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use queue_core::Store;
 use queue_core::config::Limits;
+use queue_core::export::Feed;
 use queue_core::ids::{JobId, SessionId};
 use queue_core::inspect::Inspect;
 use queue_core::leader::{self, Leadership, Led, SessionWatch};
@@ -22,6 +23,7 @@ use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
+use crate::export;
 use crate::metrics::Unserved;
 
 /// How long a host's lock is held after there was last something to take for it.
@@ -40,7 +42,7 @@ const OBJECTS_INTERVAL: Duration = Duration::from_secs(60);
 const POOL_FORGOTTEN_AFTER: Duration = Duration::from_secs(24 * 3600);
 
 /// How the maintenance is done.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Settings {
     /// How long a silent leader leads.
     pub leader_ttl: Duration,
@@ -72,6 +74,8 @@ pub struct Settings {
     pub unserved: Option<Unserved>,
     /// How often such jobs are looked for.
     pub unserved_interval: Duration,
+    /// Where records are written of what has ended, if anywhere.
+    pub export: Option<export::Target>,
 }
 
 /// Stands for leadership until `stop` fires, and does the maintenance while it leads; then hands over at once.
@@ -167,6 +171,10 @@ impl Term {
             every(settings.reconcile_interval, &leadership, reconciliation(settings.keep)),
             AbortOnDropHandle::new(tokio::spawn(sweep_objects(store.clone(), settings.objects.clone()))),
         ];
+        if let Some(target) = settings.export.clone() {
+            let feed = Feed::new(store.clone());
+            rounds.push(AbortOnDropHandle::new(tokio::spawn(export::run(feed, target))));
+        }
         if let Some(unserved) = settings.unserved.clone() {
             let telling = unserved.tell(store.clone(), settings.unserved_interval);
             rounds.push(AbortOnDropHandle::new(tokio::spawn(telling)));

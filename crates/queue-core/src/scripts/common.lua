@@ -155,6 +155,59 @@ end
 
 local function publish(user, id, status) tell(K.events(user), id .. ' ' .. status) end
 
+-- The FEED is what has ended and is to be written to a database, as it was then: it may be begun anew or removed before anybody reads
+-- the entry.
+local feed, fed_of, feed_job
+do
+
+-- Most entries of it; false where nobody writes them anywhere. Asked once a call.
+local most
+local function is_fed()
+  if most == nil then most = tonumber(try('HGET', K.exporting(), 'max_pending') or nil) or false end
+  return most
+end
+
+-- The fields of a record that are told, and how many bytes of them.
+local FED = {
+  user = 128, status = 32, fallback_status = 32, app = 64, op = 128, host = 255, database = 128, priority = 16, created_at = 64,
+  enqueued_at = 64, started_at = 64, ended_at = 64, attempts = 16, unclean = 16, failed_reason = 1024, history = MAX_HISTORY,
+  flow = 128, flow_step = 16, tags = 1024, worker = 512, rows = 16, done = 16, skipped = 16, failed = 16, aborted = 16, source = 1024,
+  name = 64, instance = 64, params = 65536, goes_on_from = 128, code = 32, retry = 16, errors = 65536, create_at = 64, update_at = 64,
+}
+
+-- They and their values in turn, of a hash that anybody may have written.
+fed_of = function(key)
+  local fields = {}
+  for name, bytes in pairs(FED) do
+    local length = try('HSTRLEN', key, name) or 0
+    if length > 0 and length <= 65536 then
+      fields[#fields + 1] = name
+      fields[#fields + 1] = string.sub(redis.call('HGET', key, name), 1, bytes)
+    end
+  end
+  return fields
+end
+
+-- `fields` is asked for fields and values in turn where somebody wants them.
+feed = function(kind, id, fields)
+  if not is_fed() then return end
+  local number = try('HINCRBY', K.exporting(), 'number', 1)
+  if number then
+    try('XADD', K.export(), 'MAXLEN', '~', int(most), '*', 'number', int(number), 'kind', kind, 'id', id, unpack(fields()))
+  end
+end
+
+-- A part of a batch is no record, and a flow is told with its steps.
+feed_job = function(id)
+  if not is_fed() then return end
+  local kind = (try('HSTRLEN', K.job(id), 'kind') or 0) <= 16 and try('HGET', K.job(id), 'kind') or 'sql'
+  if kind == 'part' or kind == 'flow' then return end
+  if kind ~= 'task' and kind ~= 'batch' then kind = 'sql' end
+  feed(kind, id, function() return fed_of(K.job(id)) end)
+end
+
+end
+
 -- Enters the record of an ended job into the books: when it ended, when it expires, what it occupies, with so many bytes beside its
 -- hash.
 local function enter_books(id, ended_ms, retention_ms, more_bytes)
@@ -168,6 +221,7 @@ local function enter_books(id, ended_ms, retention_ms, more_bytes)
     bytes = bytes - before
   end
   redis.call('HINCRBY', K.kept(), '*', bytes)
+  feed_job(id)
 end
 
 -- The job that holds a unique key, or nil. What holds it while it is queued, or until it is done, holds it no more once it is

@@ -56,6 +56,23 @@ local function end_of(plan, states, is_stopped)
   return failed and 'failed' or 'done', failed
 end
 
+local COUNTS = {'read_count', 'write_count', 'filter_count', 'skip_count', 'commit_count', 'rollback_count'}
+
+-- A flow and its steps for the feed, each '<name> <state> <facts>' under its number; of what a handler has saved the counts alone.
+local function told_of(flow, plan)
+  local fields = fed_of(K.job(flow))
+  for number, step in ipairs(plan) do
+    local entry = redis.call('HGET', K.flow_steps(flow), number)
+    local facts = facts_of(entry)
+    local sound, saved = pcall(cjson.decode, facts.saved or facts.checkpoint or '')
+    for _, name in ipairs(sound and type(saved) == 'table' and COUNTS or {}) do facts[name] = tonumber(saved[name]) end
+    facts.saved, facts.checkpoint = nil, nil
+    fields[#fields + 1] = 'step:' .. number
+    fields[#fields + 1] = step[1] .. ' ' .. state_of(entry) .. ' ' .. cjson.encode(facts)
+  end
+  return fields
+end
+
 local function end_flow(flow, plan, states, f)
   local job, key = K.job(flow), K.flow_steps(flow)
   local user, keep_ms = f[1], tonumber(f[4])
@@ -65,6 +82,7 @@ local function end_flow(flow, plan, states, f)
     local facts = facts_of(redis.call('HGET', key, failed))
     redis.call('HSET', job, 'failed_reason', 'step ' .. plan[failed][1] .. ' failed' .. (facts.error and ': ' .. facts.error or ''))
   end
+  feed('flow', flow, function() return told_of(flow, plan) end)
   local jobs = {}
   for number in ipairs(plan) do jobs[number] = 'job:' .. number end
   redis.call('HDEL', key, unpack(jobs))

@@ -47,6 +47,9 @@ local function move(tracker, id, r, to, fields)
   redis.call('HSET', record, 'status', to, 'code', code_of(r.codes, to), 'update_at', now, unpack(fields))
   if r.status and r.status ~= to then redis.call('ZREM', index_of(tracker, r.status), id) end
   redis.call('ZADD', index_of(tracker, to), int(now_us), id)
+  if to == 'succeeded' or to == 'failed' or to == 'ignored' then
+    feed('tracked', tracker .. ':' .. id, function() return fed_of(record) end)
+  end
   if to ~= 'in_progress' then
     redis.call('HDEL', record, 'lock', 'lock_at', 'lock_until')
     redis.call('ZREM', K.track_locks(tracker), id)

@@ -31,8 +31,12 @@ impl Database {
         sql.database(NAME, user).map_err(DatabaseError::Place)
     }
 
+    pub(super) fn place(&self) -> &Place {
+        &self.0
+    }
+
     /// Whose rules its SQL follows.
-    pub(in crate::execute) fn dialect(&self) -> Dialect {
+    pub(crate) fn dialect(&self) -> Dialect {
         match self.0 {
             Place::Postgres(_) => Dialect::Postgres,
             Place::Sqlite(_) => Dialect::Sqlite,
@@ -70,7 +74,7 @@ pub enum DatabaseError {
 
 impl SqlExecutor {
     /// A database that the configuration names, as a user sees it.
-    pub(in crate::execute) fn database(&self, name: &str, user: &User) -> Result<Database, String> {
+    pub(crate) fn database(&self, name: &str, user: &User) -> Result<Database, String> {
         self.named(name, user).map(Database)
     }
 }

@@ -93,6 +93,18 @@ pub enum DatabaseSettings {
     Sqlite(SqliteSettings),
 }
 
+impl DatabaseSettings {
+    /// Whether each user has one of its own.
+    pub fn is_of_each_user(&self) -> bool {
+        match self {
+            DatabaseSettings::Postgres(PostgresSettings { dbname, user, .. }) => {
+                dbname.contains(USER_PLACE) || user.contains(USER_PLACE)
+            }
+            DatabaseSettings::Sqlite(SqliteSettings { path, .. }) => path.contains(USER_PLACE),
+        }
+    }
+}
+
 /// A PostgreSQL database, or one for each user.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]

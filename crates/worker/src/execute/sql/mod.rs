@@ -3,6 +3,7 @@
 pub mod chunk;
 mod classify;
 pub mod databases;
+pub mod history;
 mod postgres;
 pub(super) mod rows;
 mod sqlite;

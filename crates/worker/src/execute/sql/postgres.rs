@@ -18,8 +18,9 @@ use tokio_postgres::error::SqlState;
 use tokio_util::sync::CancellationToken;
 
 use self::exclusion::Identity;
+pub(super) use self::link::Link;
 pub(super) use self::link::{Address, Server, Tls};
-use self::link::{Fault, Interrupt, Link};
+use self::link::{Fault, Interrupt};
 use self::wire::COPY_REFUSED;
 use super::classify::{Shape, shape};
 use super::databases::LostStatement;

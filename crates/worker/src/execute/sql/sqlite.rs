@@ -468,7 +468,7 @@ impl Watch {
 }
 
 /// Opens a file, or says why not.
-fn open(file: &File) -> Result<Connection, String> {
+pub(super) fn open(file: &File) -> Result<Connection, String> {
     let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     flags.set(OpenFlags::SQLITE_OPEN_CREATE, file.create);
     Connection::open_with_flags(&file.path, flags).map_err(|error| {

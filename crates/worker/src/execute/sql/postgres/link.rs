@@ -180,7 +180,7 @@ impl<S: TlsStream + Unpin> TlsConnect<S> for Already {
 
 /// Why something asked of a connection did not happen.
 #[derive(Debug)]
-pub(super) enum Fault {
+pub(in super::super) enum Fault {
     /// The database says so.
     Database(Box<DbError>),
     /// The connection is gone, whatever it was doing.
@@ -247,7 +247,7 @@ impl From<tokio_postgres::Error> for Fault {
 
 /// Why a running statement was interrupted by us.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Interrupt {
+pub(in super::super) enum Interrupt {
     Stop,
     Deadline,
 }
@@ -277,7 +277,7 @@ impl Server {
     }
 
     /// Connects under a name that others see in `pg_stat_activity`.
-    pub(super) async fn connect(&self, application_name: &str) -> Result<Link, Failure> {
+    pub(in super::super) async fn connect(&self, application_name: &str) -> Result<Link, Failure> {
         let failure = |reason: &dyn std::fmt::Display, retryable| Failure {
             message: cut(&format!("could not connect to {}: {reason}", self.name), MESSAGE_MAX_BYTES),
             sqlstate: None,
@@ -359,7 +359,7 @@ fn major_version(text: &str) -> Option<u32> {
 }
 
 /// An open connection.
-pub(super) struct Link {
+pub(in super::super) struct Link {
     client: Client,
     guard: Guard,
     ear: Ear,
@@ -527,7 +527,7 @@ impl Link {
 
 /// What is sent together with others.
 #[derive(Debug, Clone, Copy)]
-pub(super) enum Request<'a> {
+pub(in super::super) enum Request<'a> {
     /// SQL of ours that returns nothing and does not fail.
     Ours(&'a str),
     /// A statement with the values of a row.
