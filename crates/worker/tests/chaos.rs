@@ -72,6 +72,7 @@ fn whatever_fails_no_job_is_lost_none_is_recorded_twice_and_every_effect_is_ther
     assert!(report.violations.is_empty(), "{report}");
     assert!(report.counts.tasks.len() == 3 && report.counts.runs.done > 10, "{report}");
     assert!(report.batches.done > 100 && report.batches.told > 0 && report.batches.files > 0, "{report}");
+    assert!(report.flows.executions > 3 && report.flows.steps > 3, "{report}");
     assert!(report.counts.jobs > 50 && report.faults.len() > 5, "{report}");
 }
 

@@ -1,7 +1,7 @@
 //! Random work under random faults, and what must be true all the same.
 //!
 //! Several users hand in jobs of every form, SQL and tasks, by plain commands and by `drayman submit`; some fail, some wait,
-//! some are cancelled; others hand in batches of rows. Meanwhile workers, processes of handlers, leaders, cancellers and producers are killed or stopped, Redis
+//! some are cancelled; others hand in batches of rows, or launch flows. Meanwhile workers, processes of handlers, leaders, cancellers and producers are killed or stopped, Redis
 //! and PostgreSQL are killed and started again, and connections are cut, refused and delayed. Then the faults end, what is
 //! left is worked off, and the records, the database, what tasks have done, the processes and every key are looked at from
 //! outside.
@@ -11,6 +11,7 @@
 
 mod batches;
 mod faults;
+mod flows;
 mod random;
 mod report;
 mod stage;
@@ -27,6 +28,7 @@ use std::time::{Duration, Instant};
 
 pub use batches::Counts as BatchCounts;
 pub use faults::{Fault, Schedule};
+pub use flows::Counts as FlowCounts;
 pub use random::Random;
 pub use report::Report;
 pub use verdict::{KeyRule, LAYOUT, Violation};
@@ -35,6 +37,7 @@ pub use workload::{Handler, Job, Route};
 use crate::process::{Daemon, Signal, bin};
 use crate::redis::{RawClient, Value};
 use batches::Batches;
+use flows::Flows;
 use stage::{Stage, ask, connect_to};
 use watch::Watch;
 use workload::{APP, HOSTS};
@@ -81,6 +84,7 @@ struct Run<'a> {
     faults: Mutex<BTreeMap<&'static str, usize>>,
     drained: Mutex<Duration>,
     batches: Batches,
+    flows: Flows,
 }
 
 /// Runs, and tells what it has shown.
@@ -102,6 +106,7 @@ pub fn run(options: &Options) -> Report {
         faults: Mutex::default(),
         drained: Mutex::default(),
         batches: Batches::default(),
+        flows: Flows::default(),
     };
     run.stage.start_workers();
     thread::scope(|scope| {
@@ -122,8 +127,16 @@ pub fn run(options: &Options) -> Report {
                 })
             })
             .collect();
+        let flow_users: Vec<_> = (0..flows::USERS)
+            .map(|user| {
+                scope.spawn({
+                    let run = &run;
+                    move || run.flow_user(user, scope)
+                })
+            })
+            .collect();
         run.rage();
-        for user in users.into_iter().chain(batch_users) {
+        for user in users.into_iter().chain(batch_users).chain(flow_users) {
             user.join().expect("a user's thread does not panic");
         }
         run.drain();
@@ -191,7 +204,9 @@ impl Run<'_> {
         let begin = Instant::now();
         while begin.elapsed() < DRAIN_LIMIT {
             self.supervise();
-            let all_over = self.watch.open().is_empty() && self.batches.open(&self.stage).is_ok_and(|open| open == 0);
+            let all_over = self.watch.open().is_empty()
+                && self.batches.open(&self.stage).is_ok_and(|open| open == 0)
+                && self.flows.open(&self.stage, None).is_ok_and(|open| open == 0);
             if all_over && self.leftovers().is_ok_and(|found| found.is_empty()) {
                 break;
             }
@@ -202,7 +217,7 @@ impl Run<'_> {
 
     fn leftovers(&self) -> io::Result<Vec<Violation>> {
         let jobs = self.watch.lives().into_iter().map(|life| life.job.id);
-        let jobs: BTreeSet<String> = jobs.chain(self.batches.ids()).collect();
+        let jobs: BTreeSet<String> = jobs.chain(self.batches.ids()).chain(self.flows.ids(&self.stage)?).collect();
         verdict::of_keys(&self.stage.redis, &jobs, &self.stage.names())
     }
 
@@ -221,6 +236,8 @@ impl Run<'_> {
         let (found, counts) = verdict::of_jobs(stage, watch, &seen).expect("nothing fails any more");
         violations.extend(found);
         let (found, batches) = self.judge_batches();
+        violations.extend(found);
+        let (found, flows) = self.judge_flows();
         violations.extend(found);
         violations.extend(verdict::of_processes(stage));
         violations.extend(self.leftovers().expect("nothing fails any more"));
@@ -248,6 +265,7 @@ impl Run<'_> {
             routes,
             counts,
             batches,
+            flows,
             faults: faults.lock().expect("no thread panics").clone(),
             recoveries: watch.recoveries(),
             violations,

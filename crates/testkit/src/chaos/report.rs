@@ -21,6 +21,8 @@ pub struct Report {
     pub counts: Counts,
     /// What was counted of batches.
     pub batches: super::BatchCounts,
+    /// What was counted of flows.
+    pub flows: super::FlowCounts,
     /// Faults by kind.
     pub faults: BTreeMap<&'static str, usize>,
     /// From a worker's death to its job being taken again.
@@ -72,6 +74,18 @@ impl fmt::Display for Report {
             batches.begun,
             batches.files,
             batches.told
+        )?;
+        let flows = &self.flows;
+        writeln!(
+            f,
+            "executions of flows {} ({} done, {} failed, {} stopped; {} went on from others) with {} steps done, {} failed by faults",
+            flows.executions,
+            flows.done,
+            flows.failed,
+            flows.stopped,
+            flows.went_on,
+            flows.steps,
+            flows.failed_by_faults
         )?;
         let faults: usize = self.faults.values().sum();
         let kinds = list(&mut self.faults.iter().map(|(what, count)| (what.to_string(), *count)));

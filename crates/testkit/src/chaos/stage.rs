@@ -81,6 +81,7 @@ impl Stage {
         runtime.block_on(async {
             postgres.create_database(DATABASE).await;
             postgres.query(DATABASE, &workload::schema()).await;
+            postgres.query(DATABASE, super::flows::SCHEMA).await;
         });
         let proxies = (0..=workers).map(|_| Proxy::start(redis.addr())).collect();
         let to_postgres = Proxy::start(postgres.addr());
@@ -88,7 +89,7 @@ impl Stage {
         let worker = worker.map_or_else(|| vec![bin("drayman-worker").display().to_string()], <[String]>::to_vec);
         let scratch = Scratch::new("chaos");
         fs::write(scratch.path().join("task.py"), include_str!("task.py")).expect("it can be written");
-        fs::write(scratch.path().join("worker.toml"), handlers(&scratch)).expect("it can be written");
+        fs::write(scratch.path().join("worker.toml"), handlers(&scratch, postgres.addr())).expect("it can be written");
         let (kill_next, past, begin) = (Default::default(), Mutex::default(), Instant::now());
         Self { redis, postgres, runtime, proxies, to_postgres, slots, scratch, worker, kill_next, past, begin }
     }
@@ -168,12 +169,21 @@ impl Stage {
 
     /// The lines that tasks have written.
     pub fn task_effects(&self) -> Vec<String> {
-        self.effects(|line| !is_of_a_batch(line))
+        self.effects(|line| !is_of_a_batch(line) && !is_of_a_flow(line))
     }
 
     /// The lines that rows of batches, and those who are told of their ends, have written.
     pub fn batch_effects(&self) -> Vec<String> {
         self.effects(is_of_a_batch)
+    }
+
+    /// What the tasks of flows' steps have written, without their attempts.
+    pub fn flow_effects(&self) -> Vec<String> {
+        let told = |line: String| {
+            let mut words = line.split(' ');
+            Some(format!("{} {}", words.next()?, words.nth(1)?))
+        };
+        self.effects(is_of_a_flow).into_iter().filter_map(told).collect()
     }
 
     fn effects(&self, wanted: fn(&str) -> bool) -> Vec<String> {
@@ -429,14 +439,22 @@ fn is_of_a_batch(line: &str) -> bool {
     line.starts_with("row ") || line.starts_with("end ")
 }
 
+/// The id of a step's job is made of two.
+fn is_of_a_flow(line: &str) -> bool {
+    !is_of_a_batch(line) && line.split(' ').next().is_some_and(|job| job.contains(':'))
+}
+
 /// The workers' configuration file.
-fn handlers(scratch: &Scratch) -> String {
+fn handlers(scratch: &Scratch, database: SocketAddr) -> String {
     let program = scratch.path().join("task.py");
     // Without what it loads for people at a prompt, it starts in half the time.
     let python = format!("'python3', '-I', '-S', '{}'", program.display());
     let common = format!("app = '{APP}'\nenv = ['PATH', '{EFFECTS_VARIABLE}']\nkill_grace = '100ms'");
+    let (flows, host, port) = (super::flows::DATABASE, database.ip(), database.port());
     format!(
-        "[[handlers]]\n{common}\nop = 'program'\nkind = 'program'\ncommand = [{python}]\nsize = 2\n\
+        "[chunks]\nserve = true\n\n[databases.{flows}]\nkind = 'postgres'\nhost = '{host}'\nport = {port}\n\
+         dbname = '{DATABASE}'\nuser = 'postgres'\ntls = 'disable'\n\n\
+         [[handlers]]\n{common}\nop = 'program'\nkind = 'program'\ncommand = [{python}]\nsize = 2\n\
          cancel_grace = '100ms'\n\n\
          [[handlers]]\n{common}\nop = '{OP}'\nkind = 'program'\ncommand = [{python}]\nsize = 2\n\
          cancel_grace = '100ms'\nrows = 50\nmark_done = true\n\n\

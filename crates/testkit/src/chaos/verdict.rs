@@ -428,6 +428,8 @@ pub const LAYOUT: &[KeyRule] = &[
     ("drayman:flows", "zset"),
     ("drayman:flow_steps:{}", "hash"),
     ("drayman:flow_instance:{}", "hash"),
+    ("drayman:export", "stream"),
+    ("drayman:exporting", "hash"),
     ("drayman:full", "string"),
     ("drayman:confirming", "string"),
 ];
@@ -449,7 +451,9 @@ pub fn of_keys(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String])
         |key: &str| -> io::Result<Vec<String>> { Ok(ask(&mut redis, &["ZRANGE", key, "0", "-1"])?.texts()) };
     let finished: BTreeSet<String> = members("drayman:finished")?.into_iter().collect();
     let handlers = [Handler::Program, Handler::Command, Handler::Rust].map(|handler| format!("{APP}.{}", handler.op()));
-    let handlers = handlers.into_iter().chain([format!("{APP}.{}", super::batches::OP)]);
+    let others =
+        [format!("{APP}.{}", super::batches::OP), "drayman.chunk".into(), format!("db:{}", super::flows::DATABASE)];
+    let handlers = handlers.into_iter().chain(others);
     let pools: BTreeSet<String> = HOSTS.iter().map(|host| format!("sql:{host}")).chain(handlers).collect();
     if finished != *jobs {
         let odd: Vec<_> = finished.symmetric_difference(jobs).take(5).collect();
