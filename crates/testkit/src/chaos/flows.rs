@@ -307,21 +307,19 @@ impl Run<'_> {
     /// Looks at all executions once nothing is left to do.
     pub(super) fn judge_flows(&self) -> (Vec<Violation>, Counts) {
         let (mut violations, mut counts) = (Vec::new(), Counts::default());
-        let counted = |sql: &str| -> HashMap<String, (usize, usize)> {
+        let counted = |sql: &str| -> HashMap<String, Vec<usize>> {
             let rows = self.stage.sql(sql).expect("nothing fails any more").into_iter();
-            let row = |row: Vec<Option<String>>| match <[Option<String>; 3]>::try_from(row) {
-                Ok([Some(what), Some(all), Some(different)]) => {
-                    Some((what, (all.parse().ok()?, different.parse().ok()?)))
-                }
-                _ => None,
+            let row = |row: Vec<Option<String>>| {
+                let mut texts = row.into_iter().flatten();
+                Some((texts.next()?, texts.filter_map(|count| count.parse().ok()).collect()))
             };
             rows.filter_map(row).collect()
         };
+        let items = "SELECT what, count(*)::text, min(times)::text, max(times)::text FROM \
+                     (SELECT instance || ' ' || step AS what, n, count(*) AS times FROM flow_items GROUP BY 1, 2) AS t GROUP BY 1";
         let effects = Effects {
-            statements: counted("SELECT job, count(*)::text, '1' FROM flow_steps GROUP BY 1"),
-            items: counted(
-                "SELECT instance || ' ' || step, count(*)::text, count(DISTINCT n)::text FROM flow_items GROUP BY 1",
-            ),
+            statements: counted("SELECT job, count(*)::text FROM flow_steps GROUP BY 1"),
+            items: counted(items),
             tasks: self.stage.flow_effects().into_iter().collect(),
         };
         for known in self.flows.0.lock().expect("no thread panics").values() {
@@ -336,7 +334,8 @@ impl Run<'_> {
         let mut found = Vec::new();
         let mut redis = connect(&self.stage.redis).expect("nothing fails any more");
         let mut lives: Vec<(String, String, String)> = Vec::new();
-        let mut is_done = HashSet::new();
+        // Of each step how often it was done, and whether it ever was not.
+        let mut runs: HashMap<usize, (usize, bool)> = HashMap::new();
         for id in &known.ids {
             let hash = ask(&mut redis, &["HGETALL", &format!("batch:jobs:{id}")]).expect("it answers").map();
             let text = |name: &str| hash.get(name).map_or("", String::as_str).to_owned();
@@ -367,13 +366,13 @@ impl Run<'_> {
                 counts.steps += usize::from(step.status == "done" && step.from.is_none());
                 let is_planned = step.error.as_ref().is_some_and(|error| error.contains("planned"));
                 counts.failed_by_faults += usize::from(step.status == "failed" && !is_planned);
-                if step.status == "done" {
-                    is_done.insert((number, step.job.clone()));
-                }
+                let of_step = runs.entry(number).or_default();
+                of_step.0 += usize::from(step.status == "done" && step.from.is_none());
+                of_step.1 |= step.from.is_none() && ["failed", "cancelled"].contains(&&*step.status);
                 let is_run = step.from.is_none() && ["done", "failed", "cancelled"].contains(&&*step.status);
                 let begun = effects.tasks.contains(&format!("{} begun", step.job));
                 let ended = effects.tasks.contains(&format!("{} done", step.job));
-                let statements = effects.statements.get(&step.job).map_or(0, |(all, _)| *all);
+                let statements = effects.statements.get(&step.job).map_or(0, |counts| counts[0]);
                 let right = match (deed, &*step.status) {
                     (Deed::Failing, "done") => false,
                     (Deed::Task, "done") => ended,
@@ -391,13 +390,17 @@ impl Run<'_> {
         }
         for (number, (deed, ..)) in known.plan.steps.iter().enumerate().filter(|(_, (deed, ..))| *deed == Deed::Chunks)
         {
-            let done = is_done.iter().any(|(at, _)| *at == number);
+            // One that follows a failure, or any end, is run by each execution.
+            let (done, is_left) = runs.get(&number).copied().unwrap_or_default();
             let key = format!("{} s{number}", known.plan.id);
-            let (all, different) = effects.items.get(&key).copied().unwrap_or((0, 0));
-            if all != different || (done && all != ITEMS) {
+            let [different, least, most] =
+                effects.items.get(&key).map_or([0; 3], |counts| [counts[0], counts[1], counts[2]]);
+            let least = if different == ITEMS { least } else { 0 };
+            if least < done || most > done + usize::from(is_left) {
+                let times = format!("{different} items, each {least} to {most} times");
                 found.push((
                     ONCE,
-                    format!("s{number} to {deed:?}, done {done}: {all} items, {different} of them different"),
+                    format!("s{number} to {deed:?} was done {done} times, and once not {is_left}: {times}"),
                 ));
             }
         }
@@ -467,8 +470,10 @@ impl Run<'_> {
 
 /// What the steps have left behind.
 struct Effects {
-    statements: HashMap<String, (usize, usize)>,
-    items: HashMap<String, (usize, usize)>,
+    /// By jobs, how many there are.
+    statements: HashMap<String, Vec<usize>>,
+    /// By instances and steps, how many different ones there are, and how often each at least and at most.
+    items: HashMap<String, Vec<usize>>,
     /// `<job> begun`, `<job> done`.
     tasks: HashSet<String>,
 }
