@@ -272,31 +272,38 @@ async fn abandon(common: &Common, id: &JobId, out: &mut Out) -> Result<u8, Failu
     Ok(console::OK)
 }
 
-fn filter(which: &Which, instance: Option<String>) -> FlowFilter {
-    FlowFilter { flow: which.flow.clone(), user: which.user.clone(), status: which.status, instance, age: which.age }
+fn filter(which: &Which, instance: Option<String>) -> Result<FlowFilter, Failure> {
+    let Which { flow, user, status, age, since, until, .. } = which;
+    if since.zip(*until).is_some_and(|(since, until)| since >= until) {
+        return Err(Failure::usage("--until is not after --since"));
+    }
+    let (flow, user) = (flow.clone(), user.clone());
+    Ok(FlowFilter { flow, user, status: *status, instance, age: *age, since: *since, until: *until })
 }
 
 async fn executions(common: &Common, args: Executions, out: &mut Out) -> Result<u8, Failure> {
+    let filter = filter(&args.which, args.instance)?;
     let (_, flows) = connect(common).await?;
     let limit = args.which.limit;
-    let views = flows.list(&filter(&args.which, args.instance), limit.saturating_add(1)).await.map_err(failure)?;
+    let views = flows.list(&filter, limit.saturating_add(1)).await.map_err(failure)?;
     tell(common, &views, limit, out);
     Ok(console::OK)
 }
 
 /// The latest execution of each instance.
 async fn list(common: &Common, args: List, out: &mut Out) -> Result<u8, Failure> {
+    let wanted = filter(&args.which, None)?;
     let (_, flows) = connect(common).await?;
     // What an instance is, its latest execution says: that is chosen first.
-    let all = FlowFilter { status: None, age: None, ..filter(&args.which, None) };
+    let all = FlowFilter { status: None, age: None, since: None, until: None, ..wanted };
     let views = flows.list(&all, usize::MAX).await.map_err(failure)?;
     let mut seen = HashSet::new();
     let mut latest: Vec<FlowView> = views.into_iter().filter(|view| seen.insert(view.instance.clone())).collect();
-    if let Some(age) = args.which.age {
-        let since = SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH);
-        let is_since = |at: &String| humantime::parse_rfc3339(at).is_ok_and(|at| at >= since);
-        latest.retain(|view| view.created_at.as_ref().is_some_and(is_since));
-    }
+    let youngest = args.which.age.map(|age| SystemTime::now().checked_sub(age).unwrap_or(SystemTime::UNIX_EPOCH));
+    let since = args.which.since.max(youngest).unwrap_or(SystemTime::UNIX_EPOCH);
+    let is_within = |at: SystemTime| at >= since && args.which.until.is_none_or(|until| at < until);
+    let launched = |view: &FlowView| humantime::parse_rfc3339(view.created_at.as_deref()?).ok();
+    latest.retain(|view| launched(view).is_some_and(is_within));
     latest.retain(|view| args.which.status.is_none_or(|status| view.status == status));
     tell(common, &latest, args.which.limit, out);
     Ok(console::OK)

@@ -206,6 +206,9 @@ fn records_of_every_kind_are_there_once(house: &House) {
     let tracked = house.ask("SELECT tracker, id, status, failures FROM drayman_tracked ORDER BY id");
     assert_eq!(tracked, ["cron|backup|succeeded|0", "cron|upload|failed|1"]);
 
+    // What there is of the feed is in order.
+    house.ok(&["doctor"]);
+
     // Anybody may write anything into a hash: it costs nobody else's record.
     let long = "x".repeat(100_000);
     push(&house.server, "odd", "ann", &[("kind", "task"), ("app", "no app"), ("tags", &long), ("created_at", "never")]);

@@ -296,6 +296,24 @@ fn after_a_failure_is_mended_a_launch_repeats_nothing_that_is_done() {
     let instances = house.ok(&["list", "--json"]).json();
     assert_eq!(instances.len(), 1);
     assert_eq!((&instances[0]["id"], &instances[0]["status"]), (&json!("n2"), &json!("done")));
+
+    // By when they were launched.
+    let launched = house.ok(&["executions", "--json"]).json();
+    let at = |id: &str| {
+        let found = launched.iter().find(|execution| execution["id"] == id).unwrap();
+        found["created_at"].as_str().unwrap().to_owned()
+    };
+    let ids = |what: &[&str]| -> Vec<String> {
+        let found = house.ok(&[what, &["--json"]].concat()).json();
+        found.iter().map(|execution| execution["id"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(ids(&["executions", "--since", &at("n2")]), ["n2"]);
+    assert_eq!(ids(&["executions", "--until", &at("n2")]), ["n1"]);
+    assert_eq!(ids(&["executions", "--since", &at("n1"), "--until", "2999-01-01"]), ["n2", "n1"]);
+    assert_eq!(ids(&["list", "--until", &at("n2")]), [""; 0], "its latest execution was launched later");
+    for wrong in [&["--since", "soon"][..], &["--since", "2026-03-02", "--until", "2026-03-01T12:00:00Z"]] {
+        assert_eq!(house.run(&[&["executions"], wrong].concat()).code, 2, "{wrong:?}");
+    }
     house.stop(&worker);
 }
 

@@ -21,7 +21,7 @@ use crate::model::retry::{Backoff, RetryChoice};
 use crate::model::task::{Encoding, File, Payload};
 use crate::objects::{Objects, ObjectsError};
 use crate::producer::{Database, Priority};
-use crate::scripts::{Aborted, Fields, Inspected, Released};
+use crate::scripts::{Aborted, Fields, Inspected, Released, Span};
 use crate::store::Store;
 
 mod load;
@@ -497,7 +497,8 @@ impl Batches {
     pub async fn list(&self, filter: &BatchFilter, most: usize) -> Result<Vec<BatchView>, BatchError> {
         let view = |id: &str, found: &Inspected| Some(view_of(id, found)?.0).filter(|view| filter.allows(view));
         let index = self.store.keys().batches();
-        Ok(self.store.newest(&index, filter.age, most.min(LISTED_MAX), VIEW, view).await?)
+        let span = Span { age: filter.age, ..Span::default() };
+        Ok(self.store.newest(&index, span, most.min(LISTED_MAX), VIEW, view).await?)
     }
 
     /// An output file, piece by piece, into whatever takes bytes. Returns how many they were.

@@ -3,7 +3,7 @@
 //! An execution of a flow is a job of its own kind that is never claimed. Its steps are ordinary jobs of its user, and the script that
 //! ends one queues those that follow it in the same step. So a flow is run by no process of its own, and survives any.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -17,7 +17,7 @@ use crate::model::chunk::{ChunkInput, ItemWriter};
 use crate::model::flow::{Flow, FlowError, On, Params, Step, StepWork, fill, filled};
 use crate::model::task::Payload;
 use crate::producer::{Database, NewJob, SqlWork, Work};
-use crate::scripts::{Fields, FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped, Inspected};
+use crate::scripts::{Fields, FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped, Inspected, Span};
 use crate::store::Store;
 
 /// Longest id of an execution, in bytes: the ids of its steps' jobs are made of it.
@@ -311,6 +311,10 @@ pub struct FlowFilter {
     pub instance: Option<String>,
     /// Launched within this time.
     pub age: Option<Duration>,
+    /// Launched then or later.
+    pub since: Option<SystemTime>,
+    /// Launched before.
+    pub until: Option<SystemTime>,
 }
 
 impl FlowFilter {
@@ -467,7 +471,8 @@ impl Flows {
     pub async fn list(&self, filter: &FlowFilter, most: usize) -> Result<Vec<FlowView>, FlowsError> {
         let view = |id: &str, found: &Inspected| view_of(id, found).filter(|view| filter.allows(view));
         let index = self.store.keys().flows();
-        Ok(self.store.newest(&index, filter.age, most.min(LISTED_MAX), VIEW, view).await?)
+        let span = Span { age: filter.age, since: filter.since, until: filter.until };
+        Ok(self.store.newest(&index, span, most.min(LISTED_MAX), VIEW, view).await?)
     }
 }
 

@@ -1,7 +1,7 @@
 //! The table of scripts: each with a typed call and a typed reply. All changes of a job's state happen in them.
 
 use std::borrow::Cow;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::config::Limits;
 use crate::error::Error;
@@ -25,6 +25,17 @@ mod tracker;
 pub(crate) use batch::{Aborted, Load, Loaded, PackedBlock, Released};
 pub(crate) use flow::{FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped};
 pub(crate) use tracker::{TrackCreated, TrackEnded, TrackHold, TrackSet, TrackStarted, read_data};
+
+/// When something was made.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Span {
+    /// Within this time, by the clock of Redis.
+    pub(crate) age: Option<Duration>,
+    /// Then or later.
+    pub(crate) since: Option<SystemTime>,
+    /// Before.
+    pub(crate) until: Option<SystemTime>,
+}
 
 /// How many jobs of an index are looked at in one round trip.
 const NEWEST_PAGE: usize = 200;
@@ -914,27 +925,31 @@ impl Store {
         replies.into_iter().map(|reply| inspected(reply, fields.len())).collect()
     }
 
-    /// What a view makes of the jobs in an index by the time when they were made: the latest first, of those made within an age, at most so
+    /// What a view makes of the jobs in an index by the time when they were made: the latest first, of those made within a span, at most so
     /// many.
     pub(crate) async fn newest<V>(
         &self,
         index: &str,
-        age: Option<Duration>,
+        span: Span,
         most: usize,
         fields: &[(&'static str, usize)],
         view: impl Fn(&str, &Inspected) -> Option<V>,
     ) -> Result<Vec<V>, Error> {
         const COMMAND: &str = "ZREVRANGEBYSCORE";
-        let since = match age {
+        let ms = |at: SystemTime| at.duration_since(UNIX_EPOCH).unwrap_or_default().as_millis();
+        let youngest = match span.age {
             Some(age) => u128::from(self.now_ms().await?).saturating_sub(age.as_millis()),
             None => 0,
         };
-        let (since, page) = (since.to_string(), NEWEST_PAGE.to_string());
+        let since = span.since.map_or(0, ms).max(youngest).to_string();
+        // The moment itself is behind it.
+        let until = span.until.map_or("+inf".to_owned(), |until| format!("({}", ms(until)));
+        let page = NEWEST_PAGE.to_string();
         let (mut found, mut from) = (Vec::new(), 0);
         while found.len() < most {
             let offset = from.to_string();
             let range: [&[u8]; 6] =
-                [index.as_bytes(), b"+inf", since.as_bytes(), b"LIMIT", offset.as_bytes(), page.as_bytes()];
+                [index.as_bytes(), until.as_bytes(), since.as_bytes(), b"LIMIT", offset.as_bytes(), page.as_bytes()];
             let ids = self.command(COMMAND, &range).await?.texts(COMMAND)?;
             let views = self.inspect(fields, ids.iter().map(String::as_str)).await?;
             found.extend(ids.iter().zip(&views).filter_map(|(id, found)| view(id, found)));

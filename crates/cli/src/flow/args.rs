@@ -1,7 +1,7 @@
 //! The command line of `drayman flow`.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use clap::{Args, Subcommand};
 use queue_core::flow::FlowStatus;
@@ -130,6 +130,11 @@ pub struct Show {
     pub execution: JobId,
 }
 
+fn moment(text: &str) -> Result<SystemTime, String> {
+    queue_core::model::flow::moment(text)
+        .ok_or_else(|| "no date and no date-time, as 2026-03-01T04:00:00Z is one".into())
+}
+
 /// Which executions.
 #[derive(Debug, Args)]
 pub struct Which {
@@ -145,6 +150,12 @@ pub struct Which {
     /// Launched within this time: 7d
     #[arg(long, value_name = "DURATION", value_parser = humantime::parse_duration)]
     pub age: Option<Duration>,
+    /// Launched then or later: a date, or a date and a time: 2026-03-01, 2026-03-01T04:00:00+01:00
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub since: Option<SystemTime>,
+    /// Launched before
+    #[arg(long, value_name = "TIME", value_parser = moment)]
+    pub until: Option<SystemTime>,
     /// At most so many
     #[arg(long, value_name = "N", default_value_t = 100)]
     pub limit: usize,

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
 use std::num::{NonZeroU32, NonZeroUsize};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Number, Value};
@@ -148,6 +148,11 @@ impl ParamKind {
             ParamKind::String | ParamKind::Boolean => None,
         }
     }
+}
+
+/// The moment that a text in ISO 8601 names, a date or a date and a time; one without a zone is in UTC.
+pub fn moment(text: &str) -> Option<SystemTime> {
+    instant(text).map(SystemTime::from)
 }
 
 /// The moment that a text in ISO 8601 names; one without a zone is in UTC.
