@@ -19,6 +19,7 @@ use queue_core::model::task::Payload;
 use queue_core::producer::{NewJob, Producer};
 use testkit::{RedisServer, bin};
 use worker::builder::Worker;
+use worker::config::Config;
 use worker::shutdown::Shutdown;
 
 const DB: u8 = 5;
@@ -50,6 +51,9 @@ struct Options {
     /// Be the worker, on this Redis
     #[arg(long, hide = true)]
     work_on: Option<String>,
+    /// And write records to this file
+    #[arg(long, hide = true)]
+    export: Option<PathBuf>,
 }
 
 fn main() -> anyhow::Result<()> {
@@ -62,7 +66,14 @@ fn main() -> anyhow::Result<()> {
 }
 
 async fn work(url: &str, options: &Options) -> anyhow::Result<()> {
-    let worker = Worker::builder().redis(url).slots(options.slots.try_into()?).handler(
+    let mut config = Config::default();
+    config.worker.pools.clear();
+    if let Some(path) = &options.export {
+        let sqlite = format!(r#"{{"kind": "sqlite", "path": "{}", "create": true}}"#, path.display());
+        config.databases.insert("history".into(), serde_json::from_str(&sqlite)?);
+        config.export.database = Some("history".into());
+    }
+    let worker = Worker::builder().config(config).redis(url).slots(options.slots.try_into()?).handler(
         "bench",
         "rust",
         |_input: String, _| async { Ok(()) },
@@ -75,6 +86,8 @@ async fn work(url: &str, options: &Options) -> anyhow::Result<()> {
 enum Form {
     /// A closure in this program.
     Rust,
+    /// The same, in a worker that writes a record of each to SQLite.
+    Exported,
     /// A program in Python that the daemon holds.
     Python,
 }
@@ -82,7 +95,7 @@ enum Form {
 impl Form {
     fn op(self) -> &'static str {
         match self {
-            Form::Rust => "rust",
+            Form::Rust | Form::Exported => "rust",
             Form::Python => "python",
         }
     }
@@ -113,6 +126,7 @@ async fn measure(options: Options) -> anyhow::Result<()> {
     ]);
     let config = RedisConfig { url: Url::new(redis.url_db(DB)), ..RedisConfig::default() };
     let bench = Bench { store: Store::connect(&config).await?, redis, options };
+    let (mut exported, mut records) = (vec![], vec![]);
     let (mut submitted, mut alone, mut rates, mut cpu, mut python, mut bytes, mut peers) =
         (vec![], vec![], vec![], vec![], vec![], vec![], vec![]);
     for _ in 0..bench.options.repetitions {
@@ -124,6 +138,9 @@ async fn measure(options: Options) -> anyhow::Result<()> {
         let (rate, worker, redis) = bench.throughput(Form::Rust).await?;
         rates.push(rate);
         cpu.push((worker, redis));
+        let (rate, written) = bench.exported().await?;
+        exported.push(rate);
+        records.push(written);
         if let Some(folder) = &bench.options.peer {
             peers.push(bench.peer(folder)?);
         }
@@ -134,6 +151,8 @@ async fn measure(options: Options) -> anyhow::Result<()> {
     cpu.sort_by(|a, b| (a.0 + a.1).total_cmp(&(b.0 + b.1)));
     let (worker, redis) = cpu[cpu.len() / 2];
     println!("    CPU seconds per 10,000 tasks: worker {worker:.2}, redis {redis:.2}");
+    line("  the same, with records exported to SQLite", "tasks/s", exported);
+    line("    until the last record is written", "records/s", records);
     line("  drayman, Python handler", "tasks/s", python);
     if !peers.is_empty() {
         line("  bullmq, no-op", "tasks/s", peers);
@@ -168,7 +187,34 @@ impl Bench {
         }
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["--work-on", &self.redis.url_db(DB), "--slots", &slots]).stdin(Stdio::null());
+        if let Form::Exported = form {
+            command.arg("--export").arg(self.history());
+        }
         Ok(Working(command.spawn()?))
+    }
+
+    fn history(&self) -> PathBuf {
+        self.redis.dir().join("history.db")
+    }
+
+    /// Tasks per second while records are written, and those records per second, from the first end to the last that is written.
+    async fn exported(&self) -> anyhow::Result<(f64, f64)> {
+        let _ = std::fs::remove_file(self.history());
+        self.redis.raw_db(DB, &["FLUSHALL"]);
+        let worker = self.worker(Form::Exported)?;
+        self.submit_paused(Form::Exported).await?;
+        let start = Instant::now();
+        let rate = self.run_all(start).await?;
+        while self.redis.raw_db(DB, &["XLEN", "drayman:export"]).int() > 0 {
+            ensure!(start.elapsed() < Duration::from_secs(300), "the records are not written");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        let written = self.options.tasks as f64 / start.elapsed().as_secs_f64();
+        drop(worker);
+        let history = rusqlite::Connection::open(self.history())?;
+        let records: i64 = history.query_row("SELECT count(*) FROM drayman_jobs", [], |row| row.get(0))?;
+        ensure!(records as usize == self.options.tasks, "{records} records");
+        Ok((rate, written))
     }
 
     fn task(&self, form: Form, user: usize) -> anyhow::Result<NewJob> {
@@ -209,23 +255,36 @@ impl Bench {
     /// before that, so that what a leader does when it begins is not measured along.
     async fn throughput(&self, form: Form) -> anyhow::Result<(f64, f64, f64)> {
         self.redis.raw_db(DB, &["FLUSHALL"]);
-        let limits = queue_core::limits::Limits::new(self.store.clone());
         let worker = self.worker(form)?;
+        self.submit_paused(form).await?;
+        let redis: u32 = self.info("server", "process_id")?;
+        let before = (cpu_seconds(redis)?, cpu_seconds(worker.0.id())?);
+        let rate = self.run_all(Instant::now()).await?;
+        let per_10k = 10_000.0 / self.options.tasks as f64;
+        let spent = (cpu_seconds(redis)? - before.0, cpu_seconds(worker.0.id())? - before.1);
+        Ok((rate, spent.1 * per_10k, spent.0 * per_10k))
+    }
+
+    /// Waits until the worker leads, and submits all tasks in a pause.
+    async fn submit_paused(&self, form: Form) -> anyhow::Result<()> {
         let leads = || self.redis.raw_db(DB, &["EXISTS", "drayman:leader"]).int() == 1;
         let begun = Instant::now();
         while !leads() || begun.elapsed() < Duration::from_secs(3) {
             ensure!(begun.elapsed() < Duration::from_secs(30), "the worker does not begin");
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
+        let limits = queue_core::limits::Limits::new(self.store.clone());
         limits.pause(&Whose::All, &"the bench".parse()?).await?;
         for result in self.producer().enqueue_many(self.tasks(form, self.options.tasks)?).await {
             result?;
         }
-        let redis: u32 = self.info("server", "process_id")?;
-        let before = (cpu_seconds(redis)?, cpu_seconds(worker.0.id())?);
+        Ok(())
+    }
+
+    /// Ends the pause, and says how many tasks ended in a second.
+    async fn run_all(&self, start: Instant) -> anyhow::Result<f64> {
         let done = || self.redis.raw_db(DB, &["ZCARD", "drayman:finished"]).int() as usize;
-        let start = Instant::now();
-        limits.resume(&Whose::All).await?;
+        queue_core::limits::Limits::new(self.store.clone()).resume(&Whose::All).await?;
         while done() < self.options.tasks {
             ensure!(start.elapsed() < Duration::from_secs(300), "{} of {} in 5 minutes", done(), self.options.tasks);
             tokio::time::sleep(Duration::from_millis(5)).await;
@@ -233,9 +292,7 @@ impl Bench {
         let rate = self.options.tasks as f64 / start.elapsed().as_secs_f64();
         // A queue that never acknowledges looks fast.
         ensure!(self.redis.raw_db(DB, &["HLEN", "drayman:claims"]).int() == 0, "tasks were left in flight");
-        let per_10k = 10_000.0 / self.options.tasks as f64;
-        let spent = (cpu_seconds(redis)? - before.0, cpu_seconds(worker.0.id())? - before.1);
-        Ok((rate, spent.1 * per_10k, spent.0 * per_10k))
+        Ok(rate)
     }
 
     async fn pick_up(&self, form: Form) -> anyhow::Result<(Vec<Duration>, Vec<Duration>)> {

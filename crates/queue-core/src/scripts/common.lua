@@ -175,14 +175,18 @@ local FED = {
   name = 64, instance = 64, params = 65536, goes_on_from = 128, code = 32, retry = 16, errors = 65536, create_at = 64, update_at = 64,
 }
 
--- They and their values in turn, of a hash that anybody may have written.
+local FED_NAMES = {}
+for name in pairs(FED) do FED_NAMES[#FED_NAMES + 1] = name end
+
+-- They and their values in turn, of a hash that anybody may have written: one that Redis keeps in its compact form is small as a whole.
 fed_of = function(key)
-  local fields = {}
-  for name, bytes in pairs(FED) do
-    local length = try('HSTRLEN', key, name) or 0
-    if length > 0 and length <= 65536 then
+  local values, fields = try('OBJECT', 'ENCODING', key) == 'listpack' and redis.call('HMGET', key, unpack(FED_NAMES)), {}
+  for i, name in ipairs(FED_NAMES) do
+    local value = values and values[i]
+    if not values and ((try('HSTRLEN', key, name) or 0) <= 65536) then value = try('HGET', key, name) end
+    if value and value ~= '' then
       fields[#fields + 1] = name
-      fields[#fields + 1] = string.sub(redis.call('HGET', key, name), 1, bytes)
+      fields[#fields + 1] = string.sub(value, 1, FED[name])
     end
   end
   return fields
