@@ -428,7 +428,11 @@ fn what_cannot_be_done_is_refused_with_a_reason_and_passes_nothing_over() {
     let house = House::build();
     house
         .sqlite()
-        .execute_batch("CREATE TABLE t (n INTEGER); CREATE TABLE n (k INTEGER); INSERT INTO n VALUES (NULL)")
+        .execute_batch(
+            "CREATE TABLE t (n INTEGER); CREATE TABLE n (k INTEGER); INSERT INTO n VALUES (NULL); \
+                 CREATE TABLE d AS WITH RECURSIVE c(k) AS (SELECT 1 UNION ALL SELECT k + 1 FROM c WHERE k < 600) \
+                 SELECT min(k, 500) AS k FROM c WHERE k < 502",
+        )
         .unwrap();
     house.file("numbers.csv", "n\n1\n2\n");
     fs::write(house.path("secret.csv"), "n\n1\n").unwrap();
@@ -465,6 +469,8 @@ fn what_cannot_be_done_is_refused_with_a_reason_and_passes_nothing_over() {
         ("handler", csv, "kind = 'handler', app = 'etl', op = 'step'".into(), ""),
         ("file", "kind = 'csv', file = 'missing.csv'", list.clone(), "No such file"),
         ("null", &(sql("SELECT k FROM n") + key), list.clone(), ""),
+        ("twice", &(sql("SELECT k FROM d") + key), list.clone(), "two rows of the query have the same key, 500"),
+        ("bytes", &(sql("SELECT x'00' AS k") + key), list.clone(), "a row has bytes in the column"),
         ("column", &(sql("SELECT 1 AS x") + key), list.clone(), "no such column: items.k"),
         ("writes", &(sql("DELETE FROM t RETURNING n AS k") + key), list, "syntax error"),
     ] {

@@ -299,14 +299,15 @@ fn literal(value: Option<String>, holds: Holds, dialect: Dialect) -> String {
         Text => format!("'{}'", text.replace('\0', "\u{fffd}").replace('\'', "''")),
         Number => text.parse::<f64>().ok().filter(|n| n.abs() < 1e15).map_or_else(null, |n| format!("{n:.0}")),
         Time => match text.parse::<jiff::Timestamp>() {
-            Ok(at) => {
+            // Before that nothing was a job, and the databases write years before ours each in their own way.
+            Ok(at) if at.as_second() >= 0 => {
                 let text = at.strftime("%Y-%m-%dT%H:%M:%S%.3fZ").to_string();
                 match dialect {
                     Dialect::Postgres => format!("'{text}'::timestamptz"),
                     Dialect::Sqlite => format!("'{text}'"),
                 }
             }
-            Err(_) => null(),
+            _ => null(),
         },
     }
 }
@@ -322,7 +323,7 @@ mod tests {
             ("status", "done"),
             ("attempts", "nan"),
             ("unclean", "2"),
-            ("created_at", "never"),
+            ("created_at", "-009999-01-02T00:00:00Z"),
             ("started_at", "2026-03-01T04:00:00.5Z"),
             ("history", "{\"error\":\"first\",\"unclean\":true,\"ended_at\":\"2026-03-01T04:00:00.250Z\"}\nno json"),
         ];

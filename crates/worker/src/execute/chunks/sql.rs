@@ -57,8 +57,12 @@ impl<T> SqlReader<T> {
                 open.behind = Some(self.query.key_of(last)?);
             }
             let behind = open.behind.as_ref().map(|key| self.query.in_sql(key)).transpose()?;
-            open.page = open.connection.page(&self.query, behind.as_deref())?.into();
-            open.is_last = open.page.len() < PAGE;
+            // One more than is handed out: so it is seen, also where a page ends, that the key does not tell rows apart.
+            let mut page = open.connection.page(&self.query, behind.as_deref())?;
+            self.query.tells_apart(&page)?;
+            open.is_last = page.len() <= PAGE;
+            page.truncate(PAGE);
+            open.page = page.into();
         }
         let row = open.page.pop_front();
         if let Some(row) = &row {

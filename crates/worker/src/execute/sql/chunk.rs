@@ -15,7 +15,7 @@ use super::template::{self, Dialect};
 use super::{Place, SettingsError, SqlExecutor, postgres, sqlite};
 use crate::execute::task::Problem;
 
-/// How many rows are read at once.
+/// How many rows are handed out of those that are read at once, which are one more.
 pub(in crate::execute) const PAGE: usize = 500;
 
 /// A database, as one user sees it.
@@ -97,7 +97,7 @@ impl Connection {
     pub fn page(&mut self, query: &Query, behind: Option<&[String]>) -> Result<Vec<Box<RawValue>>, Problem> {
         match self {
             Connection::Postgres(link, runtime) => runtime.block_on(link.page(&query.page(behind, true))),
-            Connection::Sqlite(file) => file.page(&query.page(behind, false)),
+            Connection::Sqlite(file) => file.page(&query.page(behind, false), &query.key),
         }
     }
 
@@ -177,7 +177,7 @@ impl Query {
             Some(values) => format!("WHERE ({names}) > ({}) ", values.join(", ")),
             None => String::new(),
         };
-        format!("SELECT {what} FROM (\n{sql}\n) AS items {from}ORDER BY {names} LIMIT {PAGE}")
+        format!("SELECT {what} FROM (\n{sql}\n) AS items {from}ORDER BY {names} LIMIT {}", PAGE + 1)
     }
 
     /// The key of a row, each value as JSON.
@@ -189,6 +189,19 @@ impl Query {
             None => Err(Problem::fail(format!("the query returns no column {name:?}, which is a part of the key"))),
         };
         self.key.iter().map(value).collect()
+    }
+
+    /// Whether no two rows that follow each other have the same key: what stands behind one of them would be taken for read.
+    pub fn tells_apart(&self, rows: &[Box<RawValue>]) -> Result<(), Problem> {
+        let mut before = None;
+        for row in rows {
+            let key = self.key_of(row)?;
+            if before.as_ref() == Some(&key) {
+                return Err(Problem::fail(format!("two rows of the query have the same key, {}", key.join(", "))));
+            }
+            before = Some(key);
+        }
+        Ok(())
     }
 
     /// The same values in SQL. A text is left for the database to read as what the column holds.

@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rusqlite::hooks::{AuthContext, Authorization};
+use rusqlite::types::ValueRef;
 use rusqlite::{Connection as Open, ErrorCode, OptionalExtension, Transaction, TransactionBehavior};
 use serde_json::value::RawValue;
 use tokio_util::sync::CancellationToken;
@@ -100,7 +101,8 @@ impl Connection {
         }
     }
 
-    pub fn page(&mut self, sql: &str) -> Result<Vec<Box<RawValue>>, Problem> {
+    /// Rows as JSON objects. Bytes have no form there that could be compared: a key must hold none.
+    pub fn page(&mut self, sql: &str, key: &[String]) -> Result<Vec<Box<RawValue>>, Problem> {
         let mut statement = self.open.prepare(sql).map_err(|error| self.refused(&error))?;
         if !statement.readonly() {
             return Err(Problem::fail("the query of a reader must not write"));
@@ -108,6 +110,12 @@ impl Connection {
         let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
         let (mut read, mut items) = (statement.raw_query(), Vec::new());
         while let Some(row) = read.next().map_err(|error| self.refused(&error))? {
+            let is_bytes = |name: &&String| matches!(row.get_ref(name.as_str()), Ok(ValueRef::Blob(_)));
+            if let Some(name) = key.iter().find(is_bytes) {
+                return Err(Problem::fail(format!(
+                    "a row has bytes in the column {name:?}, which is a part of the key"
+                )));
+            }
             let mut object = JsonObject::default();
             names.iter().enumerate().for_each(|(at, name)| rows::write(&mut object, name, row.get_ref(at).ok()));
             let item = RawValue::from_string(object.end());
