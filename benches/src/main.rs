@@ -124,7 +124,7 @@ impl Bench {
                 ("DRAYMAN_SQL__TLS", "disable"),
             ],
         );
-        worker.wait_for_line("serving", Duration::from_secs(30));
+        worker.wait_for_line("serving");
         worker
     }
 

@@ -73,7 +73,7 @@ impl Rig {
     }
 
     async fn leader(&self, redis: &RedisServer) -> usize {
-        eventually("a leader", LIMIT, async || match redis.raw_db(self.db, &["GET", "drayman:leader"]) {
+        eventually("a leader", async || match redis.raw_db(self.db, &["GET", "drayman:leader"]) {
             Value::Nil => None,
             leader => self.named(&leader.text()),
         })
@@ -93,7 +93,7 @@ impl Rig {
 
     async fn cancel(&self, redis: &RedisServer, id: &JobId) -> anyhow::Result<()> {
         self.canceller.cancel(id).await?;
-        eventually("the job to end", LIMIT, async || {
+        eventually("the job to end", async || {
             (redis.raw_db(self.db, &["HLEN", "drayman:claims"]).int() == 0).then_some(())
         })
         .await;
@@ -104,7 +104,7 @@ impl Rig {
     async fn kill(&mut self, redis: &RedisServer, leading: bool) -> anyhow::Result<Duration> {
         while self.workers.len() < 2 {
             let worker = Daemon::spawn(bin("drayman-worker"), &["--redis-url", &self.url], &[]);
-            eventually("a worker to serve", LIMIT, async || worker.line("serving")).await;
+            eventually("a worker to serve", async || worker.line("serving")).await;
             self.workers.push(worker);
         }
         // Whoever has waited longest is woken, so the jobs go to both in turn.

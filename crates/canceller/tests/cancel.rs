@@ -1,7 +1,6 @@
 //! `drayman-canceller` against a real Redis, with a worker made of its session.
 
 use std::io::Read;
-use std::time::{Duration, Instant};
 
 use queue_core::session::Session;
 use serde_json::Value;
@@ -30,7 +29,7 @@ fn submit(server: &RedisServer, id: &str, user: &str) {
 
 /// The worker has been asked to cancel something.
 async fn is_asked(session: &Session) {
-    testkit::eventually("the worker is asked to cancel", Duration::from_secs(10), async || {
+    testkit::eventually("the worker is asked to cancel", async || {
         let queue_core::scripts::Beat::Alive { cancels, .. } = session.beat().await.unwrap() else { panic!("lost") };
         (!cancels.is_empty()).then_some(())
     })
@@ -127,10 +126,8 @@ async fn what_does_not_end_in_time_is_told() {
     assert_eq!(results, ["cancelled", "unconfirmed"]);
     assert!(hash(&server, "a").contains_key("cancel_requested_at"));
 
-    let start = Instant::now();
     let ran = program(&server).run(&["a", "--wait", "0s"]);
     assert_eq!((ran.code, ran.out.as_str()), (0, "a  asked to stop, not waited for\n"));
-    assert!(start.elapsed() < Duration::from_secs(5));
 
     let running = program(&server).start(&["a", "--wait", "2s"]);
     is_asked(&session).await;

@@ -4,7 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use testkit::{Daemon, Postgres, RedisServer, Signal, bin};
@@ -16,7 +15,6 @@ use support::{DB, Program, Ran, until};
 const PROGRAM: &str = env!("CARGO_BIN_EXE_drayman");
 const PAGE: &str = include_str!("../../../docs/flows.md");
 const ORDERS: &str = include_str!("../../worker/examples/orders-declared.toml");
-const LONG: Duration = Duration::from_secs(30);
 
 /// Makes something of items, and writes chunks.
 const STEP: &str = r#"
@@ -127,7 +125,7 @@ impl House {
 
     fn sqlite(&self) -> rusqlite::Connection {
         let connection = rusqlite::Connection::open(self.path("shop.db")).unwrap();
-        connection.busy_timeout(LONG).unwrap();
+        connection.busy_timeout(testkit::PATIENCE).unwrap();
         connection
     }
 
@@ -164,7 +162,7 @@ impl House {
 
     fn stop(&self, worker: &Daemon) {
         worker.signal(Signal::SIGTERM);
-        assert!(worker.wait(LONG).success(), "{}", worker.output());
+        assert!(worker.wait().success(), "{}", worker.output());
     }
 }
 
@@ -334,7 +332,7 @@ fn a_worker_that_is_killed_again_and_again_writes_each_item_once() {
         let worker = house.worker();
         until("some more chunks are committed", || total() >= before + 15);
         worker.signal(Signal::SIGKILL);
-        worker.wait(LONG);
+        worker.wait();
         kills += 1;
     }
     assert!(kills >= 3, "{kills} kills");
@@ -573,13 +571,13 @@ fn a_worker_that_is_killed_while_it_loads_or_works_on_rows_loses_none_and_double
         let worker = house.worker();
         until("some are loaded", || read() >= at);
         worker.signal(Signal::SIGKILL);
-        worker.wait(LONG);
+        worker.wait();
     }
     for at in [1, 8_000] {
         let worker = house.worker();
         until("some are inserted", || inserted() >= at);
         worker.signal(Signal::SIGKILL);
-        worker.wait(LONG);
+        worker.wait();
     }
     let worker = house.worker();
     assert_eq!(house.drayman.run(&["watch", "run"]).code, 0);

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use testkit::{Daemon, Postgres, RedisServer, Signal, bin};
 
@@ -11,7 +10,6 @@ mod support;
 use support::{DB, Program, Ran, push, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_drayman");
-const LONG: Duration = Duration::from_secs(30);
 
 /// Ends well, unless it is told to fail.
 const STEP: &str = r#"
@@ -99,7 +97,7 @@ impl House {
             None => {
                 let path = self.path("history/records.db");
                 let Ok(database) = rusqlite::Connection::open(path) else { return Vec::new() };
-                database.busy_timeout(LONG).unwrap();
+                database.busy_timeout(testkit::PATIENCE).unwrap();
                 let Ok(mut statement) = database.prepare(sql) else { return Vec::new() };
                 let width = statement.column_count();
                 let text = |value: rusqlite::types::Value| match value {
@@ -135,7 +133,7 @@ impl House {
 
     fn stop(&self, worker: &Daemon) {
         worker.signal(Signal::SIGTERM);
-        assert!(worker.wait(LONG).success(), "{}", worker.output());
+        assert!(worker.wait().success(), "{}", worker.output());
     }
 }
 
@@ -242,7 +240,7 @@ fn a_leader_that_is_killed_again_and_again_loses_no_record_and_writes_none_twice
     for part in 1..=3 {
         until("some more are written", || house.count("drayman_jobs") >= part * JOBS / 5);
         worker.signal(Signal::SIGKILL);
-        worker.wait(LONG);
+        worker.wait();
         worker = house.worker();
     }
     let ends = || house.server.raw_db(DB, &["ZCARD", "drayman:finished"]).int() as u64;

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::time::Duration;
 
 use serde_json::{Value, json};
 use testkit::{Daemon, RedisServer, Signal, bin};
@@ -13,7 +12,6 @@ use support::{DB, Program, Ran, until};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_drayman");
 const PAGE: &str = include_str!("../../../docs/flows.md");
-const LONG: Duration = Duration::from_secs(30);
 
 /// The work of the steps: each says in a file of its own what it was given, and does what the name asks for.
 const STEP: &str = r#"
@@ -135,7 +133,7 @@ impl House {
 
     fn stop(&self, worker: &Daemon) {
         worker.signal(Signal::SIGTERM);
-        assert!(worker.wait(LONG).success(), "{}", worker.output());
+        assert!(worker.wait().success(), "{}", worker.output());
     }
 }
 

@@ -34,7 +34,7 @@ async fn a_bucket_keeps_gives_and_loses_objects_as_a_folder_does() {
     };
     assert_eq!(sweep(Duration::from_secs(3_600)).await, (2, 0));
     // The store tells times in whole seconds, by its own clock: what is just written may be younger than now.
-    testkit::eventually("the objects of the job that is gone to go", Duration::from_secs(60), async || {
+    testkit::eventually("the objects of the job that is gone to go", async || {
         (sweep(Duration::ZERO).await == (2, 1)).then_some(())
     })
     .await;

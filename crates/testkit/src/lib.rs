@@ -30,4 +30,4 @@ pub use proxy::{Direction, Point, Proxy};
 pub use redis::{RawClient, RedisServer, Value};
 pub use scratch::Scratch;
 pub use sentinel::Sentinel;
-pub use wait::{eventually, eventually_blocking};
+pub use wait::{Answer, PATIENCE, end_of, eventually, eventually_blocking};

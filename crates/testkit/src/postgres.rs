@@ -18,9 +18,8 @@ use tokio_postgres::{Client, NoTls, SimpleQueryMessage};
 use crate::ports::Port;
 use crate::process::spawn_child;
 use crate::scratch::{Scratch, short_temp_dir};
-use crate::wait::eventually;
+use crate::wait::{eventually, eventually_blocking};
 
-const START_LIMIT: Duration = Duration::from_secs(60);
 const STOP_LIMIT: Duration = Duration::from_secs(10);
 
 /// Rows of a query: every value as text, NULL as `None`.
@@ -225,18 +224,21 @@ impl Postgres {
         command.stdout(out.try_clone().expect("a second handle")).stderr(out);
         // SIGQUIT: the server ends all its processes and its shared memory, which it can't on SIGKILL.
         let mut started = spawn_child(command, Signal::SIGQUIT).expect("postgres starts");
-        let start = Instant::now();
+        let said = || {
+            let log = fs::read(self.scratch.path().join("log/server.csv")).unwrap_or_default();
+            fs::read_to_string(&messages).unwrap_or_default() + &String::from_utf8_lossy(&log)
+        };
         // Line 8 is the state; this is what `pg_ctl --wait` looks at.
-        while !fs::read_to_string(&pid_file).is_ok_and(|text| text.lines().nth(7).is_some_and(|s| s.trim() == "ready"))
-        {
-            let ended = started.try_wait().expect("a child may be waited for");
-            if ended.is_some() || start.elapsed() > START_LIMIT {
-                stop(&mut Some(started));
-                let log = fs::read(self.scratch.path().join("log/server.csv")).unwrap_or_default();
-                let text = fs::read_to_string(&messages).unwrap_or_default() + &String::from_utf8_lossy(&log);
-                panic!("postgres is not ready ({ended:?}); its log:\n{text}");
+        let ready =
+            || fs::read_to_string(&pid_file).is_ok_and(|text| text.lines().nth(7).is_some_and(|s| s.trim() == "ready"));
+        let ended = eventually_blocking("postgres to be ready", || {
+            if ready() {
+                return Ok(None);
             }
-            thread::sleep(Duration::from_millis(5));
+            started.try_wait().expect("a child may be waited for").map(Some).ok_or_else(said)
+        });
+        if let Some(status) = ended {
+            panic!("postgres ended with {status}; its log:\n{}", said());
         }
         *child = Some(started);
     }
@@ -248,7 +250,7 @@ impl Postgres {
         let marker = format!("SELECT 'log marker {}'", NUMBER.fetch_add(1, std::sync::atomic::Ordering::Relaxed));
         self.query("postgres", &marker).await;
         let logged = format!("statement: {marker}");
-        eventually("the server's log to be written", Duration::from_secs(20), async || {
+        eventually("the server's log to be written", async || {
             let records = csv(&self.log());
             let end = records.iter().rposition(|record| record.get(MESSAGE) == Some(&logged))?;
             Some(records[..end].to_vec())
@@ -488,7 +490,7 @@ mod tests {
             let client = Arc::clone(&client);
             async move { client.simple_query("/* job-3 */ SELECT pg_sleep(60)").await.map(|_| ()) }
         });
-        eventually("the statement to begin", Duration::from_secs(10), async || {
+        eventually("the statement to begin", async || {
             (postgres.executed("job-3").await == ["SELECT pg_sleep(60)"]).then_some(())
         })
         .await;

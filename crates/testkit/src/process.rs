@@ -146,26 +146,19 @@ impl Daemon {
     ///
     /// # Panics
     ///
-    /// When `limit` has passed or the program closed its output without that line: with all its output.
+    /// When the program has said nothing for [`crate::PATIENCE`], or closed its output without that line. The drop that
+    /// follows prints its output.
     #[track_caller]
-    pub fn wait_for_line(&self, text: &str, limit: Duration) -> String {
-        let start = Instant::now();
-        let mut lines = self.output.lines();
-        let mut looked_at = 0;
-        loop {
-            if let Some(line) = lines.text[looked_at..].iter().find(|line| line.contains(text)) {
-                return line.clone();
+    pub fn wait_for_line(&self, text: &str) -> String {
+        let line = eventually_blocking(&format!("a line of {} with {text:?}", self.name), || {
+            // In this order: what comes before the end is seen.
+            let closed = self.output.lines().open_pipes == 0;
+            match self.line(text) {
+                None if closed => Ok(None),
+                line => line.map(Some).ok_or_else(|| self.output.lines().text.len()),
             }
-            looked_at = lines.text.len();
-            let left = limit.saturating_sub(start.elapsed());
-            if left.is_zero() || lines.open_pipes == 0 {
-                let (waited, all) = (start.elapsed(), lines.text.join("\n"));
-                // Not while holding the lock: the drop that follows prints the output.
-                drop(lines);
-                panic!("{}: no line with {text:?} in {waited:.1?}; its output:\n{all}", self.name);
-            }
-            lines = self.output.changed.wait_timeout(lines, left).unwrap_or_else(|poison| poison.into_inner()).0;
-        }
+        });
+        line.unwrap_or_else(|| panic!("{} ended without a line with {text:?}", self.name))
     }
 
     /// Sends `signal`. Nothing happens if the program has ended.
@@ -180,7 +173,7 @@ impl Daemon {
     /// SIGKILL, and waits until it is gone.
     pub fn kill9(&self) {
         self.signal(Signal::SIGKILL);
-        self.wait(Duration::from_secs(10));
+        self.wait();
     }
 
     /// How it ended, if it has; for use with [`crate::eventually`].
@@ -192,10 +185,12 @@ impl Daemon {
     ///
     /// # Panics
     ///
-    /// When it still runs after `limit`.
+    /// When it still runs, and has said nothing for [`crate::PATIENCE`].
     #[track_caller]
-    pub fn wait(&self, limit: Duration) -> ExitStatus {
-        let status = eventually_blocking(&format!("the end of {}", self.name), limit, || self.try_wait());
+    pub fn wait(&self) -> ExitStatus {
+        let status = eventually_blocking(&format!("the end of {}", self.name), || {
+            self.try_wait().ok_or_else(|| self.output.lines().text.len())
+        });
         // Bounded: a child of its own may have inherited the pipes and live on.
         let deadline = Instant::now() + Duration::from_secs(1);
         let mut lines = self.output.lines();
@@ -250,8 +245,6 @@ mod tests {
 
     use super::*;
 
-    const LIMIT: Duration = Duration::from_secs(10);
-
     fn sh(script: &str) -> Daemon {
         Daemon::spawn("/bin/sh", &["-c", script], &[("COLOUR", "blue")])
     }
@@ -259,7 +252,7 @@ mod tests {
     #[test]
     fn keeps_both_outputs_and_the_exit_status() {
         let daemon = sh("echo out $COLOUR; echo err >&2; exit 7");
-        assert_eq!(daemon.wait(LIMIT).code(), Some(7));
+        assert_eq!(daemon.wait().code(), Some(7));
         assert_eq!(daemon.line("out"), Some("out blue".into()));
         assert_eq!(daemon.line("err"), Some("err".into()));
         assert_eq!(daemon.lines().len(), 2);
@@ -269,28 +262,28 @@ mod tests {
     #[test]
     fn signals_reach_the_program() {
         let daemon = sh("trap 'echo asked to stop; exit 3' TERM; echo ready; while :; do sleep 0.05; done");
-        daemon.wait_for_line("ready", LIMIT);
+        daemon.wait_for_line("ready");
         assert_eq!(daemon.try_wait(), None);
         daemon.signal(Signal::SIGTERM);
-        daemon.wait_for_line("asked to stop", LIMIT);
-        assert_eq!(daemon.wait(LIMIT).code(), Some(3));
+        daemon.wait_for_line("asked to stop");
+        assert_eq!(daemon.wait().code(), Some(3));
         daemon.signal(Signal::SIGTERM);
 
         let daemon = sh("exec sleep 100");
         daemon.kill9();
-        assert_eq!(daemon.wait(LIMIT).signal(), Some(9));
+        assert_eq!(daemon.wait().signal(), Some(9));
     }
 
     #[test]
-    #[should_panic(expected = "no line with \"ready\"")]
+    #[should_panic(expected = "ended without a line with \"ready\"")]
     fn a_program_that_ends_without_the_line_fails_at_once() {
-        sh("echo something else").wait_for_line("ready", Duration::from_secs(3600));
+        sh("echo something else").wait_for_line("ready");
     }
 
     #[test]
     fn a_child_outlives_the_thread_that_asked_for_it() {
         let daemon = thread::spawn(|| sh("echo ready; exec sleep 100")).join().unwrap();
-        daemon.wait_for_line("ready", LIMIT);
+        daemon.wait_for_line("ready");
         thread::sleep(Duration::from_millis(100));
         assert_eq!(daemon.try_wait(), None);
     }
@@ -307,7 +300,7 @@ mod tests {
         // The process that dies is this very test once more.
         let args = ["--exact", "--nocapture", "process::tests::a_child_dies_with_its_process"];
         let daemon = Daemon::spawn(std::env::current_exe().unwrap(), &args, &[(INNER, "1")]);
-        let line = daemon.wait_for_line("child ", LIMIT);
+        let line = daemon.wait_for_line("child ");
         let pid = line.rsplit(' ').next().unwrap();
         let alive = || {
             let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"));
@@ -315,7 +308,7 @@ mod tests {
         };
         assert!(alive());
         daemon.kill9();
-        eventually_blocking("the child to die", LIMIT, || (!alive()).then_some(()));
+        eventually_blocking("the child to die", || (!alive()).then_some(()));
     }
 
     #[test]

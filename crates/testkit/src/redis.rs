@@ -7,7 +7,7 @@ use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Mutex, MutexGuard};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 use std::{fs, thread};
 
 use nix::sys::signal::{self, Signal};
@@ -16,9 +16,7 @@ use nix::unistd::Pid;
 use crate::ports::Port;
 use crate::process::spawn_child;
 use crate::scratch::Scratch;
-
-const START_LIMIT: Duration = Duration::from_secs(20);
-const REPLY_LIMIT: Duration = Duration::from_secs(30);
+use crate::wait::{PATIENCE, eventually_blocking};
 
 /// A real redis-server (or valkey-server) of its own, on a TCP port and a Unix socket. Killed on drop.
 ///
@@ -251,17 +249,16 @@ impl RedisServer {
         command.stdin(Stdio::null()).stdout(log_file.try_clone().expect("a second handle")).stderr(log_file);
         let mut started = spawn_child(command, Signal::SIGKILL)
             .unwrap_or_else(|error| panic!("cannot start {}: {error}", program.display()));
-        let start = Instant::now();
+        let said = || fs::read_to_string(&log).unwrap_or_default();
         // By the Unix socket, which is nobody else's. Redis opens the TCP port before it.
-        while !self.answers_ping() {
-            let ended = started.try_wait().expect("a child may be waited for");
-            if ended.is_some() || start.elapsed() > START_LIMIT {
-                let _ = started.kill();
-                let _ = started.wait();
-                let log = fs::read_to_string(&log).unwrap_or_default();
-                panic!("{} is not ready ({ended:?}); its log:\n{log}", program.display());
+        let ended = eventually_blocking(&format!("{} to be ready", program.display()), || {
+            if self.answers_ping() {
+                return Ok(None);
             }
-            thread::sleep(Duration::from_millis(3));
+            started.try_wait().expect("a child may be waited for").map(Some).ok_or_else(said)
+        });
+        if let Some(status) = ended {
+            panic!("{} ended with {status}; its log:\n{}", program.display(), said());
         }
         *child = Some(started);
     }
@@ -442,8 +439,8 @@ impl RawClient {
     ///
     /// Those of the connection.
     pub fn connect(addr: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect_timeout(&addr, REPLY_LIMIT)?;
-        stream.set_read_timeout(Some(REPLY_LIMIT))?;
+        let stream = TcpStream::connect_timeout(&addr, PATIENCE)?;
+        stream.set_read_timeout(Some(PATIENCE))?;
         stream.set_nodelay(true)?;
         Ok(Self { stream: BufReader::new(stream) })
     }
@@ -571,7 +568,7 @@ mod tests {
         client.stream.get_mut().set_read_timeout(Some(Duration::from_millis(100))).unwrap();
         assert!(client.receive().is_err());
         server.resume();
-        client.stream.get_mut().set_read_timeout(Some(REPLY_LIMIT)).unwrap();
+        client.stream.get_mut().set_read_timeout(Some(PATIENCE)).unwrap();
         assert_eq!(client.receive().unwrap(), Value::Simple("PONG".into()));
         server.pause();
         // Dropping a paused server must not hang.

@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 
@@ -14,7 +14,6 @@ use crate::scratch::Scratch;
 use crate::wait::eventually_blocking;
 
 const NAME: &str = "drayman";
-const LIMIT: Duration = Duration::from_secs(60);
 
 /// Two Redis servers, one the other's replica, under the care of three sentinels. All killed on drop.
 #[derive(Debug)]
@@ -47,14 +46,14 @@ impl Sentinel {
         let primary = RedisServer::with_config(&config);
         let of = format!("127.0.0.1 {}", primary.addr().port());
         let replica = RedisServer::with_config(&[&config[..], &[("replicaof", &of)]].concat());
-        eventually_blocking("the replica to be in step", LIMIT, || {
+        eventually_blocking("the replica to be in step", || {
             let says = replica.raw(&["INFO", "replication"]).text();
             says.contains("master_link_status:up").then_some(())
         });
         let sentinels = (0..3).map(|_| Watcher::start(primary.addr(), down_after)).collect();
         let all = Self { servers: [primary, replica], sentinels };
         for watcher in &all.sentinels {
-            eventually_blocking("the sentinels to know each other and the replica", LIMIT, || {
+            eventually_blocking("the sentinels to know each other and the replica", || {
                 let state = RawClient::connect(watcher.addr()).ok()?.try_call(&["SENTINEL", "MASTER", NAME]).ok()?;
                 let Value::Array(_) = state else { return None };
                 let state = state.map();
@@ -78,14 +77,13 @@ impl Sentinel {
 
     /// Waits until `server` is the primary by its own word and that of all sentinels.
     pub fn wait_for_primary(&self, server: &RedisServer) {
-        eventually_blocking("the other server to become the primary", LIMIT, || {
+        eventually_blocking("the other server to become the primary", || {
             let role = server.client(0).try_call(&["ROLE"]).ok()?;
             let Value::Array(role) = role else { return None };
             (role.first()?.text() == "master").then_some(())
         });
-        let start = Instant::now();
         for watcher in &self.sentinels {
-            eventually_blocking("the sentinels to agree on the primary", LIMIT.saturating_sub(start.elapsed()), || {
+            eventually_blocking("the sentinels to agree on the primary", || {
                 let mut client = RawClient::connect(watcher.addr()).ok()?;
                 let address = client.try_call(&["SENTINEL", "GET-MASTER-ADDR-BY-NAME", NAME]).ok()?.texts();
                 (address[1] == server.addr().port().to_string()).then_some(())

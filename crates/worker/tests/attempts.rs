@@ -160,7 +160,7 @@ async fn odd_values_of_what_a_job_says_of_its_retries_harm_nobody() {
         }
         job.push();
         let reached = async || (house.field(id, "status").text() == status).then_some(());
-        eventually(id, LONG, reached).await;
+        eventually(id, reached).await;
     }
     house.job("after", "SELECT 1").push();
     assert_eq!(house.ended("after").await.status(), "done");
@@ -213,7 +213,7 @@ async fn what_ended_can_be_run_anew_from_where_it_failed_or_from_the_start() {
     assert_eq!(retry("chain").await, Retried::NothingFailed);
     let from_start = retrier.clone().from_start(true);
     assert_eq!(from_start.retry(&[job_id("chain")]).await.unwrap(), [Retried::Queued]);
-    eventually("the third run", LONG, async || {
+    eventually("the third run", async || {
         let view = house.inspect.job("chain").await.unwrap().unwrap();
         (view.is_over() && view.text("run").as_deref() == Some("3")).then_some(())
     })

@@ -13,8 +13,6 @@ use support::*;
 use testkit::{Proxy, Scratch, Signal, eventually};
 use worker::execute::sql::databases::{DatabaseSettings, SqliteSettings};
 
-/// Long enough for what happens at once, and far from how long the statements would run.
-const MOMENT: Duration = Duration::from_secs(5);
 const ENDLESS: &str = "SELECT pg_sleep(600)";
 
 fn statements(view: &JobView) -> Vec<(String, Option<String>)> {
@@ -43,7 +41,7 @@ async fn a_running_statement_of_postgresql_stops_within_a_moment() {
     house.job("running", &format!("INSERT INTO effects VALUES ('running'); {ENDLESS}")).push();
     house.executing("running", "pg_sleep").await;
     assert_eq!(house.cancel("running").await, Cancelled::Requested);
-    eventually("the backend to go", MOMENT, async || (house.backends().await == 0).then_some(())).await;
+    eventually("the backend to go", async || (house.backends().await == 0).then_some(())).await;
     let view = house.ended("running").await;
     assert_eq!((view.status().as_str(), view.text("failed_reason")), ("cancelled", None));
     assert!(view.text("ended_at").is_some() && view.text("cancel_requested_at").is_some());
@@ -68,7 +66,7 @@ async fn a_running_statement_of_sqlite_stops_within_a_moment() {
     house.running("running").await;
     let claimed = || house.command(&["HEXISTS", "drayman:claims", "running"]).int();
     assert_eq!(house.cancel("running").await, Cancelled::Requested);
-    eventually("the claim to end", MOMENT, async || (claimed() == 0).then_some(())).await;
+    eventually("the claim to end", async || (claimed() == 0).then_some(())).await;
     assert_eq!(house.ended("running").await.status(), "cancelled");
     let file = folder.path().join("ann.db");
     let rows: i64 =
@@ -101,7 +99,7 @@ async fn a_cancel_that_somebody_writes_into_the_hash_comes_with_the_heartbeat_an
     house.job("written", &list).push();
     house.executing("written", "pg_sleep").await;
     house.command(&["HSET", "batch:jobs:written", "status", "cancelled"]);
-    eventually("the claim to end", LONG, async || (house.claims() == 0).then_some(())).await;
+    eventually("the claim to end", async || (house.claims() == 0).then_some(())).await;
     let view = house.ended("written").await;
     assert_eq!(view.status(), "cancelled");
     let statuses: Vec<String> = statements(&view).into_iter().map(|(status, _)| status).collect();
@@ -166,7 +164,7 @@ async fn a_cancel_that_comes_after_the_commit_of_a_lost_worker_is_too_late() {
         .await;
     house.job("committed", "INSERT INTO effects VALUES ('committed')").push();
     let committing = "SELECT 1 FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event_type = 'Lock'";
-    eventually("the commit to wait", LONG, async || {
+    eventually("the commit to wait", async || {
         (!house.postgres.query("postgres", committing).await.is_empty()).then_some(())
     })
     .await;
@@ -174,7 +172,7 @@ async fn a_cancel_that_comes_after_the_commit_of_a_lost_worker_is_too_late() {
     proxy.refuse(true);
     proxy.cut();
     gate.open().await;
-    eventually("the commit", LONG, async || (house.effects("committed").await == 1).then_some(())).await;
+    eventually("the commit", async || (house.effects("committed").await == 1).then_some(())).await;
     assert_eq!(house.cancel("committed").await, Cancelled::Requested);
     first.kill9();
     let second = Running::start(house.config());

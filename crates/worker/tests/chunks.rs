@@ -17,8 +17,8 @@ use queue_core::producer::{NewJob, Producer};
 use queue_core::retry::Retrier;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use support::{DB, LONG, config, ended, job_id, store};
-use testkit::{RedisServer, eventually};
+use support::{DB, config, ended, job_id, store};
+use testkit::{RedisServer, end_of, eventually};
 use worker::builder::{Worker, WorkerBuilder};
 use worker::execute::chunks::files::{csv, csv_to, json_lines, json_lines_to};
 use worker::execute::chunks::sqlite::sqlite;
@@ -92,7 +92,7 @@ impl Running {
 
     async fn stop(self) {
         self.shutdown.drain().cancel();
-        tokio::time::timeout(LONG, self.handle).await.expect("the worker stops").expect("no panic").expect("no error");
+        end_of("the worker stops", self.handle).await.expect("no panic").expect("no error");
     }
 }
 
@@ -333,7 +333,7 @@ async fn a_drain_stops_behind_the_chunk_and_another_worker_goes_on() {
     };
     let first = Running::start(&house, work(true));
     house.submit("t1").await;
-    eventually("the fourth chunk", LONG, async || (begun.load(Ordering::SeqCst) >= 30).then_some(())).await;
+    eventually("the fourth chunk", async || (begun.load(Ordering::SeqCst) >= 30).then_some(())).await;
     first.stop().await;
     let status = house.inspect.job("t1").await.unwrap().unwrap().status();
     assert_eq!((status.as_str(), &house.checkpoint("t1")["read_count"]), ("pending", &json!(30)));
@@ -373,7 +373,7 @@ async fn an_attempt_that_was_given_up_writes_nothing_more_into_the_database() {
     };
     let sleeping = Running::start(&house, work(true));
     house.submit("t1").await;
-    eventually("the sleeper to sleep", LONG, async || reached.load(Ordering::SeqCst).then_some(())).await;
+    eventually("the sleeper to sleep", async || reached.load(Ordering::SeqCst).then_some(())).await;
     // Its job is another's: as after the end of its session.
     let session = house.redis.raw_db(DB, &["HGET", "drayman:claims", "t1"]).text();
     let session = session.split('\t').next().unwrap().to_owned();

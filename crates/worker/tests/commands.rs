@@ -1,20 +1,15 @@
 //! Commands as handlers: real processes, with everything that they may do wrong.
 
 use std::collections::BTreeSet;
-use std::time::{Duration, Instant};
 
 use queue_core::model::task::Payload;
 use serde_json::{Value, json};
 use testkit::eventually;
 use worker::execute::task::{Outcome, Wish};
 
-use support::LONG;
 use support::handlers::*;
 
 mod support;
-
-/// Far shorter than what a hanging test would take, far longer than a busy machine does.
-const SOON: Duration = Duration::from_secs(30);
 
 fn shell(script: &str, keys: &str) -> Handled {
     Handled::command(&["sh", "-c", script], keys)
@@ -154,15 +149,13 @@ async fn a_command_is_ended_with_its_whole_group() {
     for (script, keys, outcome) in cases {
         let handled = shell(script, keys);
         let call = handled.start(task(&json!({})));
-        eventually("it to be up", LONG, async || (!call.desk.lines().is_empty()).then_some(())).await;
-        let start = Instant::now();
+        eventually("it to be up", async || (!call.desk.lines().is_empty()).then_some(())).await;
         call.stop.cancel();
         assert_eq!(call.end().await, outcome, "{script}");
-        assert!(start.elapsed() < SOON, "{script}");
         handled.nobody_left().await;
 
         let call = handled.start(task(&json!({})));
-        eventually("it to be up", LONG, async || (!call.desk.lines().is_empty()).then_some(())).await;
+        eventually("it to be up", async || (!call.desk.lines().is_empty()).then_some(())).await;
         call.end.abort();
         handled.nobody_left().await;
     }
@@ -170,18 +163,16 @@ async fn a_command_is_ended_with_its_whole_group() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn what_a_command_leaves_behind_holds_nobody_up() {
-    let start = Instant::now();
     let handled = shell("sleep 1000 & echo $!", "output = 'json'");
     let left = handled.result(json!({})).await.as_i64().unwrap() as i32;
-    eventually("what it left to be gone", LONG, async || (!exists(left)).then_some(())).await;
+    eventually("what it left to be gone", async || (!exists(left)).then_some(())).await;
     // Out of its group, and with its pipes.
     let handled = shell("setsid sleep 1000 & echo up", "");
-    eventually("one that got away", LONG, async || {
+    eventually("one that got away", async || {
         assert_eq!(handled.result(json!({})).await, json!("up\n"));
         (handled.processes() != BTreeSet::new()).then_some(())
     })
     .await;
-    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
 }
 
 #[tokio::test(flavor = "multi_thread")]

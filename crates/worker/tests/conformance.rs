@@ -80,7 +80,7 @@ async fn every_recorded_job_ends_as_recorded_and_ran_the_recorded_statements() {
     let worker = Running::start(config);
     let store = store(&redis).await;
     let inspect = Inspect::new(store.clone());
-    let canceller = Canceller::new(store, LONG);
+    let canceller = Canceller::new(store, PATIENCE);
     let target = Target { postgres: &postgres, dbname: "conformance" };
 
     let cases = cases();
@@ -95,7 +95,7 @@ async fn every_recorded_job_ends_as_recorded_and_ran_the_recorded_statements() {
     }
     for case in &cases {
         let Some(k) = case.cancel_during else { continue };
-        eventually(&format!("statement {k} of {} to run", case.id), LONG, async || {
+        eventually(&format!("statement {k} of {} to run", case.id), async || {
             (postgres.executed(&case.id).await.len() > k).then_some(())
         })
         .await;

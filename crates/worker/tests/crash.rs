@@ -61,7 +61,7 @@ impl House {
         let sql = format!(
             "SELECT 1 FROM pg_stat_activity WHERE application_name LIKE 'drayman:%' AND state = 'active' AND {condition}"
         );
-        eventually(&format!("a backend with {condition}"), LONG, async || {
+        eventually(&format!("a backend with {condition}"), async || {
             (!self.postgres.query("postgres", &sql).await.is_empty()).then_some(())
         })
         .await;
@@ -77,9 +77,9 @@ impl House {
     /// A stopped worker whose job `other` has ended notices when it is woken, and goes on as a new session.
     async fn wakes_and_goes_on(&self, sleeper: &Daemon, other: &Daemon) {
         sleeper.signal(Signal::SIGCONT);
-        sleeper.wait_for_line("the session is lost", LONG);
+        sleeper.wait_for_line("the session is lost");
         other.signal(Signal::SIGTERM);
-        other.wait(LONG);
+        other.wait();
         self.push("next", "SELECT 1");
         assert_eq!(ended(&self.inspect, "next").await.status(), "done");
     }
@@ -126,7 +126,7 @@ async fn killed_right_after_its_commit_the_statement_is_recognised_and_not_run_a
     // From here on the worker can't record anything.
     proxy.refuse(true);
     proxy.cut();
-    eventually("the commit", LONG, async || (house.effects().await == 1).then_some(())).await;
+    eventually("the commit", async || (house.effects().await == 1).then_some(())).await;
     first.kill9();
     let _second = house.worker();
     house.assert_done_once("after-commit").await;
@@ -137,7 +137,7 @@ async fn killed_right_after_its_commit_the_statement_is_recognised_and_not_run_a
 async fn stopped_for_longer_than_its_session_the_worker_loses_the_job_and_its_late_result_is_refused() {
     let house = House::build().await;
     let first = house.worker();
-    first.wait_for_line("serving", LONG);
+    first.wait_for_line("serving");
     house.push("stopped", "SELECT enter('x'); SELECT pg_sleep(1)");
     house.backend_in("query LIKE '%pg_sleep(1)%'").await;
     first.signal(Signal::SIGSTOP);
@@ -181,7 +181,7 @@ async fn stopped_before_its_statement_the_worker_finds_its_claim_gone_and_runs_n
     house.redis.raw_db(DB, &["LPUSH", "batch:queue:user", "early"]);
     house.redis.raw_db(DB, &["SADD", "batch:indexes:queue", "user"]);
     running(&house.inspect, "early").await;
-    eventually("the connection", LONG, async || (to_postgres.connections() > 0).then_some(())).await;
+    eventually("the connection", async || (to_postgres.connections() > 0).then_some(())).await;
     first.signal(Signal::SIGSTOP);
     to_postgres.delay(Duration::ZERO);
     let second = house.worker();

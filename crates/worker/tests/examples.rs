@@ -4,7 +4,7 @@ use std::process::{Command, Output, Stdio};
 
 use serde_json::{Value, json};
 use support::handlers::{Handled, PYTHON};
-use support::{DB, LONG};
+use support::{DB, PATIENCE};
 use testkit::{Daemon, RedisServer, Scratch, Signal, bin};
 
 mod support;
@@ -51,7 +51,7 @@ impl Example {
 
     /// What a task comes to: the exit code, its result, and the last line on standard error.
     fn call(&self, app: &str, op: &str, input: Value) -> (i32, Value, String) {
-        let wait = format!("--wait={}s", LONG.as_secs());
+        let wait = format!("--wait={}s", PATIENCE.as_secs());
         let call = ["submit", "--user", "ana", "--app", app, "--op", op, "--id", op, &wait, &input.to_string()];
         let Output { status, stdout, stderr } = self.drayman(&call);
         let said = String::from_utf8_lossy(&stderr).lines().last().unwrap_or_default().to_owned();
@@ -60,7 +60,7 @@ impl Example {
 
     fn stop(&self) {
         self.worker.signal(Signal::SIGTERM);
-        assert_eq!(self.worker.wait(LONG).code(), Some(0), "{}", self.worker.output());
+        assert_eq!(self.worker.wait().code(), Some(0), "{}", self.worker.output());
     }
 }
 
@@ -151,7 +151,7 @@ fn the_worker_of_orders_loads_each_once_and_reports_however_often_it_is_killed()
     let mut behind = 0;
     for _ in 0..4 {
         let worker = start();
-        testkit::eventually_blocking("some chunks", LONG, || {
+        testkit::eventually_blocking("some chunks", || {
             (read() > behind || steps()[0]["status"] == "done").then_some(())
         });
         worker.kill9();
@@ -159,7 +159,7 @@ fn the_worker_of_orders_loads_each_once_and_reports_however_often_it_is_killed()
     }
     let worker = start();
     let is_over = || (steps()[1]["status"] == "done").then_some(());
-    testkit::eventually_blocking("the report", LONG, is_over);
+    testkit::eventually_blocking("the report", is_over);
     let counts = steps()[0]["checkpoint"].clone();
     let told = ["read_count", "write_count", "filter_count", "skip_count"].map(|name| counts[name].as_i64().unwrap());
     assert_eq!(told, [ORDERS, ORDERS - ORDERS / 5 - ORDERS / 1_000, ORDERS / 5, ORDERS / 1_000], "{counts}");
@@ -187,7 +187,7 @@ fn the_worker_of_orders_loads_each_once_and_reports_however_often_it_is_killed()
 #[test]
 fn the_samples_of_flows_do_what_they_are_there_to_show() {
     let samples = Example::start("samples");
-    let wait = format!("--wait={}s", LONG.as_secs());
+    let wait = format!("--wait={}s", PATIENCE.as_secs());
     let launch = |name: &str, more: &[&str]| {
         let file = format!("{}/examples/samples/{name}.toml", env!("CARGO_MANIFEST_DIR"));
         let args = ["flow", "launch", &file, "--user", "ana", "--id", name, &wait];

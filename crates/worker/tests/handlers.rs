@@ -15,8 +15,8 @@ use queue_core::model::task::Payload;
 use queue_core::producer::{NewJob, Producer};
 use serde_json::json;
 use support::handlers::{Notes, task};
-use support::{DB, LONG, config, ended, job_id, running, store};
-use testkit::{Daemon, Proxy, RedisServer, Signal, eventually};
+use support::{DB, PATIENCE, config, ended, job_id, running, store};
+use testkit::{Daemon, Proxy, RedisServer, Signal, end_of, eventually};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use worker::builder::{Worker, WorkerBuilder};
@@ -36,7 +36,7 @@ impl House {
         let redis = RedisServer::start();
         let store = store(&redis).await;
         let (inspect, producer) = (Inspect::new(store.clone()), Producer::new(store.clone(), Limits::default()));
-        Self { redis, inspect, producer, canceller: Canceller::new(store, LONG) }
+        Self { redis, inspect, producer, canceller: Canceller::new(store, PATIENCE) }
     }
 
     async fn submit(&self, id: &str, op: &str) {
@@ -81,7 +81,7 @@ fn start(worker: WorkerBuilder) -> (Shutdown, JoinHandle<Result<(), BoxError>>) 
 
 async fn stop((shutdown, worker): (Shutdown, JoinHandle<Result<(), BoxError>>)) {
     shutdown.drain().cancel();
-    tokio::time::timeout(LONG, worker).await.expect("the worker stops").expect("no panic").expect("no error");
+    end_of("the worker stops", worker).await.expect("no panic").expect("no error");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -128,10 +128,10 @@ async fn a_worker_that_cannot_reach_redis_stops_its_tasks_when_they_may_be_anoth
     let worker = start(worker);
     house.submit("one", "pay").await;
     // It stands among the claims before the worker has heard of it.
-    eventually("the task to run", LONG, async || (calls.load(Ordering::SeqCst) > 0).then_some(())).await;
+    eventually("the task to run", async || (calls.load(Ordering::SeqCst) > 0).then_some(())).await;
     proxy.refuse(true);
     proxy.cut();
-    eventually("the task to be told to stop", LONG, async || told.load(Ordering::SeqCst).then_some(())).await;
+    eventually("the task to be told to stop", async || told.load(Ordering::SeqCst).then_some(())).await;
     assert_eq!(house.status("one").await, "running", "nothing was recorded");
     proxy.refuse(false);
     let view = ended(&house.inspect, "one").await;
@@ -186,7 +186,7 @@ async fn a_handler_that_is_not_well_takes_no_tasks_until_it_is_opened_anew_and_f
     let handler = application().unwrap().into_registrations().remove(0).handler;
     let outcome = handler.run(task(&json!(null)), Arc::new(Notes::default()), CancellationToken::new()).await;
     assert_eq!(outcome, Outcome::NotReady("the database is away".into()));
-    eventually("it to be asked how it is", LONG, async || (!house.is_served("shop.pay")).then_some(())).await;
+    eventually("it to be asked how it is", async || (!house.is_served("shop.pay")).then_some(())).await;
     assert!(house.is_served("shop2.other"), "others go on");
     house.submit("meanwhile", "pay").await;
     assert_eq!(house.status("meanwhile").await, "pending");
@@ -234,7 +234,7 @@ async fn blocking_code_that_is_told_to_stop_ends_as_it_says_and_one_that_is_deaf
     // Its job is over, and it goes on: nothing can end a thread.
     assert!(!left.load(Ordering::SeqCst));
     release.store(true, Ordering::SeqCst);
-    eventually("it to end by itself", LONG, async || left.load(Ordering::SeqCst).then_some(())).await;
+    eventually("it to end by itself", async || left.load(Ordering::SeqCst).then_some(())).await;
     stop(worker).await;
 }
 
@@ -242,7 +242,7 @@ async fn blocking_code_that_is_told_to_stop_ends_as_it_says_and_one_that_is_deaf
 async fn tasks_of_a_command_that_this_machine_lacks_wait_for_a_worker_that_has_it() {
     let house = House::build().await;
     let lacks = house.daemon(&["no-such-program"], &[]);
-    lacks.wait_for_line("a handler can't start", LONG);
+    lacks.wait_for_line("a handler can't start");
     house.submit("one", "pay").await;
     assert!(!house.is_served("shop.pay"));
     assert_eq!(house.status("one").await, "pending");
@@ -251,6 +251,6 @@ async fn tasks_of_a_command_that_this_machine_lacks_wait_for_a_worker_that_has_i
     assert_eq!((view.status().as_str(), view.text("attempts")), ("done", None));
     for daemon in [lacks, has] {
         daemon.signal(Signal::SIGTERM);
-        assert_eq!(daemon.wait(LONG).code(), Some(0), "{}", daemon.output());
+        assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.output());
     }
 }

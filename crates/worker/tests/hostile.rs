@@ -13,7 +13,7 @@ use worker::execute::sql::databases::{DatabaseSettings, SqliteSettings};
 
 /// Waits until an id of a user is set aside, and says why.
 async fn rejected(house: &House, id: &str, user: &str) -> String {
-    eventually(&format!("{id:?} of {user:?} to be rejected"), LONG, async || {
+    eventually(&format!("{id:?} of {user:?} to be rejected"), async || {
         let all: Vec<Rejected> = Inspect::new(house.store.clone()).rejected(100).await.expect("redis answers");
         all.into_iter().find(|entry| entry.id == id && entry.user == user).map(|entry| entry.reason)
     })
@@ -32,7 +32,7 @@ fn text(view: &JobView, field: &str) -> String {
 
 /// Nothing of what was submitted is left anywhere but in records.
 async fn nothing_is_left(house: &House) {
-    eventually("all work to be over", LONG, async || {
+    eventually("all work to be over", async || {
         let queued = house.command(&["SCARD", "batch:indexes:queue"]).int();
         let working = house.command(&["SCARD", "batch:wip:users"]).int();
         (queued == 0 && working == 0 && house.claims() == 0).then_some(())
@@ -48,7 +48,7 @@ async fn hashes_that_are_missing_late_or_no_hashes() {
     let late = house.job("late", "INSERT INTO effects VALUES ('late')");
     late.queue();
     late.announce();
-    eventually("the id to wait for its hash", LONG, async || {
+    eventually("the id to wait for its hash", async || {
         (!house.command(&["ZSCORE", "drayman:missing", "late ann"]).is_nil()).then_some(())
     })
     .await;
@@ -59,7 +59,7 @@ async fn hashes_that_are_missing_late_or_no_hashes() {
     let never = house.job("never", "SELECT 1");
     never.queue();
     never.announce();
-    eventually("the id to wait for its hash", LONG, async || {
+    eventually("the id to wait for its hash", async || {
         (!house.command(&["ZSCORE", "drayman:missing", "never ann"]).is_nil()).then_some(())
     })
     .await;

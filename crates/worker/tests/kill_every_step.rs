@@ -25,7 +25,7 @@ use queue_core::model::task::Payload;
 use queue_core::objects::Objects;
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
 use queue_core::scripts::TABLE;
-use support::{LONG, daemon, ended, job_id};
+use support::{PATIENCE, daemon, ended, job_id};
 use testkit::{Daemon, Point, Postgres, Proxy, RedisServer, Scratch, Signal, bin, eventually};
 
 const DATABASE: &str = "steps";
@@ -377,7 +377,7 @@ impl Lane {
         self.aside.store(case == Case::Leading, Ordering::SeqCst);
         if case == Case::Leading {
             let none = async || (self.count("EXISTS", "drayman:leader") == 0).then_some(());
-            eventually("the lane's leader to stand aside", LONG, none).await;
+            eventually("the lane's leader to stand aside", none).await;
         }
         house.submit(&self.store, case, &id).await;
         let proxy = Proxy::start(house.redis.addr());
@@ -388,17 +388,17 @@ impl Lane {
         if case == Case::Cancel {
             let sleeps =
                 format!("SELECT 1 FROM pg_stat_activity WHERE query LIKE '%{id}%pg_sleep(600)' AND state = 'active'");
-            eventually("the statement to run", LONG, async || {
+            eventually("the statement to run", async || {
                 (stopped() || house.postgres.query("postgres", &sleeps).await.len() == 1).then_some(())
             })
             .await;
-            Canceller::new(self.store.clone(), LONG).cancel(&job_id(&id)).await.expect("redis answers");
+            Canceller::new(self.store.clone(), PATIENCE).cancel(&job_id(&id)).await.expect("redis answers");
         }
         let over = async || self.is_over(case, &id).await;
         // What housekeeping does comes in its own time; a leader's whole round is a second away at most.
         let patient = stop.is_some_and(|((name, _), _)| !OF_A_JOB.contains(&name) && name != "lead: resign");
         let begun = std::time::Instant::now();
-        eventually(&format!("{id} to stop or to end"), LONG, async || {
+        eventually(&format!("{id} to stop or to end"), async || {
             if stopped() {
                 return Some(());
             }
@@ -411,7 +411,7 @@ impl Lane {
         .await;
         if !stopped() {
             worker.signal(Signal::SIGTERM);
-            eventually(&format!("{id} to stop or its worker to end"), LONG, async || {
+            eventually(&format!("{id} to stop or its worker to end"), async || {
                 (stopped() || worker.try_wait().is_some()).then_some(())
             })
             .await;
@@ -445,7 +445,7 @@ impl Lane {
         assert_eq!(self.house.effects(case, id).await, effects, "{id}");
         let record = |name: &str| view.text(name);
         let first = [record("status"), record("fallback_status"), record("ended_at"), record("results")];
-        eventually(&format!("nothing to be left of {id}"), LONG, async || {
+        eventually(&format!("nothing to be left of {id}"), async || {
             let left = ["HLEN drayman:claims", "LLEN batch:queue:ann", "SCARD drayman:lines"].map(|ask| {
                 let (command, key) = ask.split_once(' ').expect("two words");
                 self.count(command, key)
@@ -472,7 +472,7 @@ impl Lane {
         }
         if let Some(rescuer) = rescuer {
             rescuer.signal(Signal::SIGTERM);
-            assert!(rescuer.wait(LONG).success());
+            assert!(rescuer.wait().success());
         }
         let view = self.inspect.job(id).await.expect("redis answers").expect("it is kept");
         let record = |name: &str| view.text(name);
@@ -628,13 +628,13 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
             house.reader.tap(&proxy, Some((("enqueue", 1), point)));
             let program = submit(&proxy.redis_url(db), &id);
             let stopped = async || (proxy.stopped() > 0).then_some(());
-            eventually("the submission to stop", LONG, stopped).await;
+            eventually("the submission to stop", stopped).await;
             assert_eq!(queued(&id), usize::from(point != Point::BeforeCall), "{id}");
             if end == "killed" {
                 program.kill9();
             }
             proxy.cut();
-            let code = program.wait(LONG).code();
+            let code = program.wait().code();
             let known: &[Option<i32>] = match (end, point) {
                 // With its answer it may have come to its end by itself.
                 ("killed", Point::AfterReply) => &[None, Some(0)],
@@ -645,7 +645,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
             assert!(known.contains(&code), "{id}: {code:?} {}", program.output());
             let before = house.redis.raw_db(db, &["HGETALL", &format!("batch:jobs:{id}")]);
             for _ in 0..2 {
-                assert_eq!(submit(&url, &id).wait(LONG).code(), Some(0), "{id}");
+                assert_eq!(submit(&url, &id).wait().code(), Some(0), "{id}");
                 assert_eq!(queued(&id), 1, "{id}");
             }
             if point != Point::BeforeCall {
@@ -664,7 +664,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
             async move { producer.enqueue(job).await }
         });
         let stopped = async || (proxy.stopped() > 0).then_some(());
-        eventually("the submission to stop", LONG, stopped).await;
+        eventually("the submission to stop", stopped).await;
         proxy.cut();
         match first.await.expect("no panic") {
             Ok(Submitted::Queued(_)) => assert_eq!(point, Point::AfterReply),
@@ -673,7 +673,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
             }
             other => panic!("{point:?}: {other:?}"),
         }
-        let again = eventually("redis to be reached again", LONG, async || producer.enqueue(job()).await.ok()).await;
+        let again = eventually("redis to be reached again", async || producer.enqueue(job()).await.ok()).await;
         let there = matches!(again, Submitted::AlreadyThere(_));
         assert_eq!((there, queued(&id)), (point != Point::BeforeCall, 1), "{point:?}");
 
@@ -683,7 +683,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
             assert_eq!(house.effects(Case::Simple, &id).await, ["0"], "{id}");
         }
         worker.signal(Signal::SIGTERM);
-        assert!(worker.wait(LONG).success());
+        assert!(worker.wait().success());
     }
 }
 
@@ -708,7 +708,7 @@ async fn killed_at_any_call_who_submits_a_batch_may_submit_it_again_and_has_each
     let proxy = Proxy::start(house.redis.addr());
     let tap = house.reader.tap(&proxy, None);
     let whole = submit(&proxy.redis_url(0), "whole");
-    assert!(whole.wait(LONG).success(), "{}", whole.output());
+    assert!(whole.wait().success(), "{}", whole.output());
     let calls = tap.lock().unwrap().calls.clone();
     assert!(calls["batch_load"] > 2, "{calls:?}");
     for (call, point) in calls
@@ -719,7 +719,7 @@ async fn killed_at_any_call_who_submits_a_batch_may_submit_it_again_and_has_each
         let proxy = Proxy::start(house.redis.addr());
         house.reader.tap(&proxy, Some((call, point)));
         let program = submit(&proxy.redis_url(0), &id);
-        eventually("the submission to stop", LONG, async || (proxy.stopped() > 0).then_some(())).await;
+        eventually("the submission to stop", async || (proxy.stopped() > 0).then_some(())).await;
         program.kill9();
         proxy.cut();
         // What is there is the whole batch, or nothing that a worker would take.
@@ -728,7 +728,7 @@ async fn killed_at_any_call_who_submits_a_batch_may_submit_it_again_and_has_each
         }
         for _ in 0..2 {
             let again = submit(&url, &id);
-            assert!(again.wait(LONG).success(), "{id}: {}", again.output());
+            assert!(again.wait().success(), "{id}: {}", again.output());
             assert_eq!(counts(&id).await.expect("it is there"), ("pending".into(), ROWS), "{id}");
         }
     }

@@ -63,16 +63,16 @@ async fn who_leads_tells_what_nobody_serves_and_that_it_is_over() {
     let server = RedisServer::start();
     let (collector, url) = Collector::start();
     let leader = telling(&server, ENDPOINT, &url);
-    eventually("a leader that tells", LONG, async || (unserved(&collector, "(others)")? == (0, 0)).then_some(())).await;
+    eventually("a leader that tells", async || (unserved(&collector, "(others)")? == (0, 0)).then_some(())).await;
     let (collector_2, url_2) = Collector::start();
     let other = telling(&server, ENDPOINT, &url_2);
-    other.wait_for_line("serving", LONG);
+    other.wait_for_line("serving");
 
     let print = ["kind", "task", "app", "shop", "op", "print", "input", "{}", "created_at", "2024-01-01T00:00:00.000Z"];
     for (id, user) in [("marked-a", "ann-marked"), ("marked-b", "ann-marked"), ("marked-c", "bob-marked")] {
         push(&server, id, user, &print);
     }
-    let (_, wait) = eventually("three jobs that nobody serves", LONG, async || {
+    let (_, wait) = eventually("three jobs that nobody serves", async || {
         unserved(&collector, "shop.print").filter(|(jobs, _)| *jobs == 3)
     })
     .await;
@@ -84,7 +84,7 @@ async fn who_leads_tells_what_nobody_serves_and_that_it_is_over() {
     let print = async |_: Value, _: Context| Ok::<_, Problem>(());
     let worker = Worker::builder().config(config).handler("shop", "print", print).run(shutdown.clone());
     let worker = tokio::spawn(worker);
-    eventually("a zero", LONG, async || (unserved(&collector, "shop.print")? == (0, 0)).then_some(())).await;
+    eventually("a zero", async || (unserved(&collector, "shop.print")? == (0, 0)).then_some(())).await;
     let inspect = Inspect::new(store(&server).await);
     for id in ["marked-a", "marked-b", "marked-c"] {
         assert_eq!(ended(&inspect, id).await.status(), "done");
@@ -97,10 +97,10 @@ async fn who_leads_tells_what_nobody_serves_and_that_it_is_over() {
     shutdown.drain().cancel();
     worker.await.expect("no panic").expect("no error");
     leader.signal(Signal::SIGTERM);
-    assert_eq!(leader.wait(LONG).code(), Some(0), "{}", leader.output());
-    eventually("the other one to tell", LONG, async || unserved(&collector_2, "(others)")).await;
+    assert_eq!(leader.wait().code(), Some(0), "{}", leader.output());
+    eventually("the other one to tell", async || unserved(&collector_2, "(others)")).await;
     other.signal(Signal::SIGTERM);
-    assert_eq!(other.wait(LONG).code(), Some(0), "{}", other.output());
+    assert_eq!(other.wait().code(), Some(0), "{}", other.output());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -113,6 +113,6 @@ async fn nothing_is_exported_without_an_endpoint_of_ours() {
     let inspect = Inspect::new(store(&server).await);
     assert_eq!(ended(&inspect, "a").await.status(), "failed");
     worker.signal(Signal::SIGTERM);
-    assert_eq!(worker.wait(LONG).code(), Some(0), "{}", worker.output());
+    assert_eq!(worker.wait().code(), Some(0), "{}", worker.output());
     assert_eq!((collector.metrics().len(), collector.traces().len()), (0, 0));
 }

@@ -16,7 +16,7 @@ use queue_core::producer::{NewJob, Producer, Submitted};
 use queue_core::reconcile;
 use serde::{Deserialize, Serialize};
 use support::handlers::{PYTHON, file};
-use support::{DB, LONG, job_id, store};
+use support::{DB, PATIENCE, job_id, store};
 use testkit::chaos::Random;
 use testkit::{Daemon, RawClient, RedisServer, Signal, Value, eventually, eventually_blocking};
 use worker::builder::Worker;
@@ -116,7 +116,7 @@ impl Plan {
             End::Retry(reason) => ("ignored", Some(reason), None, tries(max_attempts)),
             End::Over(status, reason, result) => (status, Some(reason), result.map(str::to_owned), tries(1)),
         };
-        let timeout = if hangs { random.ms(150, 300) } else { LONG };
+        let timeout = if hangs { random.ms(150, 300) } else { PATIENCE };
         Self { id: format!("m-{number}"), form, input, max_attempts, timeout, status, reason, result, attempts }
     }
 
@@ -387,7 +387,7 @@ impl Looks {
 
     /// Waits until it has no other children than its programs, and none that nobody has waited for.
     fn settled(&self) {
-        eventually_blocking("only programs to be left", LONG, || {
+        eventually_blocking("only programs to be left", || {
             let children = self.children();
             (children.len() <= PROGRAMS && children.iter().all(|(_, zombie)| !zombie)).then_some(())
         });
@@ -434,7 +434,7 @@ fn ten_thousand_tasks_that_do_whatever_they_like_end_rightly_and_leave_nothing()
     });
     let count = |command: &str, key: &str| redis.raw_db(DB, &[command, key]).int();
     let finished = |number: u64| {
-        eventually_blocking(&format!("{number} tasks to end"), Duration::from_secs(100), || {
+        eventually_blocking(&format!("{number} tasks to end"), || {
             assert!(worker.try_wait().is_none(), "the worker ended");
             (count("ZCARD", "drayman:finished") as u64 == number).then_some(())
         });
@@ -473,7 +473,7 @@ fn ten_thousand_tasks_that_do_whatever_they_like_end_rightly_and_leave_nothing()
     for submitted in runtime.block_on(producer.enqueue_many(gates.collect())) {
         assert!(matches!(submitted, Ok(Submitted::Queued(_))), "{submitted:?}");
     }
-    eventually_blocking("all places to be taken at once", LONG, || {
+    eventually_blocking("all places to be taken at once", || {
         (0..SLOTS).all(|at| scratch.path().join(format!("up-{at}")).exists()).then_some(())
     });
     assert_eq!(count("HLEN", "drayman:claims"), SLOTS as i64);
@@ -490,6 +490,6 @@ fn ten_thousand_tasks_that_do_whatever_they_like_end_rightly_and_leave_nothing()
     assert_eq!(runtime.block_on(reconcile::check(&store, keep)).expect("redis answers"), []);
 
     worker.signal(Signal::SIGTERM);
-    assert!(worker.wait(LONG).success(), "{}", worker.output());
-    runtime.block_on(eventually("all processes to be gone", LONG, async || marked(&folder).is_empty().then_some(())));
+    assert!(worker.wait().success(), "{}", worker.output());
+    runtime.block_on(eventually("all processes to be gone", async || marked(&folder).is_empty().then_some(())));
 }

@@ -15,12 +15,9 @@ use testkit::{Daemon, RedisServer, eventually, eventually_blocking};
 use worker::execute::task::{Outcome, Wish};
 
 use support::handlers::*;
-use support::{LONG, Running, ended, job_id, store};
+use support::{Running, ended, job_id, store};
 
 mod support;
-
-/// Far shorter than what a hanging test would take, far longer than a busy machine does.
-const SOON: Duration = Duration::from_secs(30);
 
 fn pid(value: &Value) -> i32 {
     value["pid"].as_i64().expect("a pid") as i32
@@ -61,7 +58,7 @@ impl House {
             let fence = self.redis.raw_db(support::DB, &["HGET", &key, "fence"]);
             (!fence.is_nil()).then(|| fence.text())
         };
-        eventually(&format!("job {id} to be taken"), LONG, fence).await
+        eventually(&format!("job {id} to be taken"), fence).await
     }
 
     /// Status and reason of a job that has ended.
@@ -72,7 +69,7 @@ impl House {
 }
 
 async fn gone(pid: i32) {
-    eventually("the process to be gone", LONG, async || (!exists(pid)).then_some(())).await;
+    eventually("the process to be gone", async || (!exists(pid)).then_some(())).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -203,10 +200,8 @@ async fn a_task_that_goes_on_after_its_cancel_is_ended_by_force() {
         let handled = Handled::behaving(graces);
         let call = handled.start(task(&json!({ "do": "hang", "deaf": deaf })));
         let pid = call.progress().await.done as i32;
-        let start = Instant::now();
         call.stop.cancel();
         assert_eq!(call.end().await, Outcome::Stopped);
-        assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
         gone(pid).await;
         // The next task gets another process, and need not wait: nobody takes this for a program that can't start.
         assert_ne!(support::handlers::result(handled.call(json!({ "do": "" })).await), json!({ "pid": pid }));
@@ -349,14 +344,12 @@ async fn what_a_program_has_started_ends_with_it() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_grandchild_that_left_the_group_and_holds_the_pipes_holds_up_nobody() {
     let handled = Handled::behaving("");
-    let start = Instant::now();
     let problem = handled.problem(json!({ "do": "fork", "leaves": true, "exit": true })).await;
     assert_eq!(problem.reason, "the program ended with exit code 3 before it had answered");
     let first = handled.result(json!({ "do": "fork", "leaves": true, "afterwards": "exit" })).await;
     gone(pid(&first)).await;
     assert_ne!(pid(&handled.result(json!({ "do": "" })).await), pid(&first));
     handled.handler.close().await;
-    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
     // Out of reach, as the page says.
     assert_eq!(handled.processes().len(), 2);
 }
@@ -366,13 +359,11 @@ async fn a_program_that_reads_nothing_keeps_nobody_waiting() {
     let handled = Handled::program(&["sleep", "1000"], "size = 2\ncancel_grace = '50ms'");
     // More than a pipe holds.
     let calls = [(); 2].map(|()| handled.start(task(&json!("x".repeat(1 << 20)))));
-    eventually("both processes", LONG, async || (handled.processes().len() == 2).then_some(())).await;
-    let start = Instant::now();
+    eventually("both processes", async || (handled.processes().len() == 2).then_some(())).await;
     for call in calls {
         call.stop.cancel();
         assert_eq!(call.end().await, Outcome::Stopped);
     }
-    assert!(start.elapsed() < SOON, "{:?}", start.elapsed());
     handled.nobody_left().await;
     let handled = Handled::program(&["sh", "-c", "exec <&-; sleep 1000"], "");
     let reason = "the program closed its standard input before it had answered";
@@ -417,7 +408,7 @@ async fn tasks_of_a_program_that_is_gone_wait_for_its_return() {
     }
     house.taken("1").await;
     let back = async || (house.inspect.job("1").await.unwrap().unwrap().status() == "pending").then_some(());
-    eventually("the task to go back", LONG, back).await;
+    eventually("the task to go back", back).await;
     std::fs::copy(file("behave.py"), &path).unwrap();
     for id in ids {
         assert_eq!(house.end_of(id).await, ("done".into(), None), "{id}");
@@ -518,7 +509,7 @@ fn a_worker_that_is_killed_takes_its_programs_with_it() {
             }
             let command = Handled::command(&["sh", "-c", "trap '' TERM; echo $$ >&2; while :; do sleep 0.1; done"], "");
             let call = command.start(task(&json!({})));
-            let said = eventually("its pid", LONG, async || call.desk.lines().first().cloned()).await;
+            let said = eventually("its pid", async || call.desk.lines().first().cloned()).await;
             pids.push(said.parse().unwrap());
             println!("pids {pids:?}");
             std::future::pending::<()>().await;
@@ -526,14 +517,14 @@ fn a_worker_that_is_killed_takes_its_programs_with_it() {
     }
     let args = ["--exact", "--nocapture", "a_worker_that_is_killed_takes_its_programs_with_it"];
     let worker = Daemon::spawn(std::env::current_exe().unwrap(), &args, &[(INNER, "1")]);
-    let line = worker.wait_for_line("pids ", LONG);
+    let line = worker.wait_for_line("pids ");
     let pids: BTreeSet<i32> = serde_json::from_str(line.split_once("pids ").unwrap().1).unwrap();
     assert_eq!(pids.len(), 3);
     let alive =
         |pid: &i32| std::fs::read_to_string(format!("/proc/{pid}/stat")).is_ok_and(|stat| !stat.contains(") Z "));
     assert!(pids.iter().all(alive));
     worker.kill9();
-    eventually_blocking("the programs to end", LONG, || (!pids.iter().any(alive)).then_some(()));
+    eventually_blocking("the programs to end", || (!pids.iter().any(alive)).then_some(()));
 }
 
 #[test]

@@ -22,7 +22,7 @@ async fn while_leaders_are_killed_and_stopped_each_tick_is_made_once() {
     let definition = Definition {
         cron: Cron::parse("* * * * * *", "Europe/Berlin").unwrap(),
         missed: Missed::CatchUp,
-        grace: LONG,
+        grace: PATIENCE,
         user: User::new("ana").unwrap(),
         // Nobody serves it: its jobs stay where they can be counted.
         job: Fields::new().with("query", "select 1").with("database", "nowhere"),
@@ -30,11 +30,11 @@ async fn while_leaders_are_killed_and_stopped_each_tick_is_made_once() {
     let made = || server.raw_db(DB, &["LRANGE", "batch:queue:ana", "0", "-1"]).texts();
     let more = async |what: &str| {
         let before = made().len();
-        eventually(what, LONG, async || (made().len() >= before + 3).then_some(())).await;
+        eventually(what, async || (made().len() >= before + 3).then_some(())).await;
     };
     let leader = async || {
         let key = ["GET", "drayman:leader"];
-        let text = eventually("somebody to lead", LONG, async || {
+        let text = eventually("somebody to lead", async || {
             let reply = server.raw_db(DB, &key);
             (!reply.is_nil()).then(|| reply.text())
         });

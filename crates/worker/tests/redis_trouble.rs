@@ -1,4 +1,4 @@
-//! What the daemon does while Redis is in trouble and afterwards: work goes on by itself, takes resume within two seconds,
+//! What the daemon does while Redis is in trouble and afterwards: work goes on by itself and not by a scan,
 //! what was acknowledged ends once, and what a producer was told for sure is true.
 
 mod support;
@@ -6,18 +6,15 @@ mod support;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use queue_core::Store;
 use queue_core::config::{Limits, RedisConfig, Url};
 use queue_core::ids::{JobId, User};
 use queue_core::inspect::{Inspect, JobView};
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
-use support::{DB, LONG, running};
+use support::{DB, running};
 use testkit::{Daemon, Direction, Proxy, RedisServer, Scratch, Sentinel, Signal, Value, bin, eventually};
-
-/// From the server's first answer to the first new take.
-const RESUMES_WITHIN: Duration = Duration::from_secs(2);
 
 const ALWAYS: [(&str, &str); 3] = [("appendonly", "yes"), ("appendfsync", "always"), ("enable-debug-command", "yes")];
 
@@ -29,13 +26,13 @@ struct Yard {
 }
 
 impl Yard {
-    /// With the scan interval that workers have by default: what resumes sooner does so by itself or by a message.
+    /// Its scans are an hour apart: what resumes does so by itself or by a message.
     fn on(url: String) -> Self {
         let folder = Scratch::new("trouble");
         let (config, path) = (folder.path().join("worker.toml"), folder.path().join("db"));
         rusqlite::Connection::open(&path).unwrap().execute("CREATE TABLE effects (what TEXT)", ()).unwrap();
         let text = format!(
-            "[worker]\nsession_lifetime = '6s'\nscan_interval = '5s'\n[redis]\ncommand_timeout = '2s'\n\
+            "[worker]\nsession_lifetime = '6s'\nscan_interval = '1h'\n[redis]\ncommand_timeout = '2s'\n\
              [retry]\nmax_attempts = 100\ndelay = '100ms'\ndelay_max = '1s'\n\
              [databases.main]\nkind = 'sqlite'\npath = '{}'\n",
             path.display()
@@ -43,7 +40,7 @@ impl Yard {
         std::fs::write(&config, text).unwrap();
         let args = ["--config", config.to_str().unwrap(), "--redis-url", &url];
         let daemon = Daemon::spawn(bin("drayman-worker"), &args, &[]);
-        daemon.wait_for_line("serving", LONG);
+        daemon.wait_for_line("serving");
         Self { url, folder, daemon }
     }
 
@@ -81,20 +78,15 @@ impl Yard {
     }
 
     /// Submits a job by hand, with nothing but plain commands, as soon as the server answers, and waits for its take.
-    async fn resumes(&self, server: &RedisServer, id: &str) -> Duration {
-        let back = Instant::now();
+    async fn resumes(&self, server: &RedisServer, id: &str) {
         push(server, id);
         let key = format!("batch:jobs:{id}");
-        eventually("a take", LONG, async || (!server.raw_db(DB, &["HGET", &key, "started_at"]).is_nil()).then_some(()))
-            .await;
-        let after = back.elapsed();
-        println!("the first take came {} ms after the server", after.as_millis());
-        after
+        eventually("a take", async || (!server.raw_db(DB, &["HGET", &key, "started_at"]).is_nil()).then_some(())).await;
     }
 
     async fn stops(&self) {
         self.daemon.signal(Signal::SIGTERM);
-        assert_eq!(self.daemon.wait(LONG).code(), Some(0), "{}", self.daemon.output());
+        assert_eq!(self.daemon.wait().code(), Some(0), "{}", self.daemon.output());
     }
 }
 
@@ -110,7 +102,7 @@ impl Load {
         let answers = self.task.await.unwrap();
         let acknowledged = || answers.iter().filter(|(_, answer)| answer.is_ok()).map(|(id, _)| id);
         let mut redis = server.client(DB);
-        eventually("all that was acknowledged to end", LONG, async || {
+        eventually("all that was acknowledged to end", async || {
             acknowledged()
                 .all(|id| {
                     let status = redis.call(&["HGET", &format!("batch:jobs:{id}"), "status"]);
@@ -135,10 +127,8 @@ impl Load {
             }
         }
         // What nobody was told of may still run.
-        eventually("all claims to end", LONG, async || {
-            (redis.call(&["HLEN", "drayman:claims"]).int() == 0).then_some(())
-        })
-        .await;
+        eventually("all claims to end", async || (redis.call(&["HLEN", "drayman:claims"]).int() == 0).then_some(()))
+            .await;
         let count = |kind: fn(&Result<Submitted, EnqueueError>) -> bool| answers.values().filter(|a| kind(a)).count();
         let unknown = count(|answer| matches!(answer, Err(EnqueueError::Unknown { .. })));
         println!("submitted {}: {} acknowledged, {unknown} unknown", answers.len(), count(Result::is_ok));
@@ -177,8 +167,7 @@ async fn survives(server: &RedisServer, yard: Yard, trouble: impl AsyncFnOnce())
     let load = yard.produce().await;
     yard.resumes(server, "before").await;
     trouble().await;
-    let after = yard.resumes(server, "after").await;
-    assert!(after < RESUMES_WITHIN, "{after:?}");
+    yard.resumes(server, "after").await;
     load.holds(&yard, server).await;
     yard.stops().await;
 }
@@ -223,8 +212,7 @@ async fn a_server_that_comes_back_empty_is_worked_with_at_once() {
     yard.resumes(&server, "before").await;
     server.restart();
     assert!(server.dump_db(DB).len() < 5, "what is there is new");
-    let after = yard.resumes(&server, "after").await;
-    assert!(after < RESUMES_WITHIN, "{after:?}");
+    yard.resumes(&server, "after").await;
     let load = yard.produce().await;
     load.holds(&yard, &server).await;
     yard.stops().await;
@@ -306,18 +294,16 @@ async fn while_memory_is_full_what_waits_is_done_and_nothing_new_is_accepted() {
     assert!(matches!(refused, EnqueueError::OutOfMemory(_)), "{refused}");
     // It runs for as long as it takes, is recorded, and all that waited is done.
     let view: JobView =
-        eventually("the slow one to end", LONG, async || inspect.job("slow").await.unwrap().filter(JobView::is_over))
-            .await;
+        eventually("the slow one to end", async || inspect.job("slow").await.unwrap().filter(JobView::is_over)).await;
     assert_eq!((view.status().as_str(), view.text("failed_reason")), ("done", None));
-    eventually("all queues to be empty", LONG, async || {
+    eventually("all queues to be empty", async || {
         let left = server.raw_db(DB, &["EVAL", "return #redis.call('KEYS', 'batch:queue:*')", "0"]).int()
             + server.raw_db(DB, &["HLEN", "drayman:claims"]).int();
         (left == 0).then_some(())
     })
     .await;
     server.raw(&["CONFIG", "SET", "maxmemory", "0"]);
-    let after = yard.resumes(&server, "after").await;
-    assert!(after < RESUMES_WITHIN, "{after:?}");
+    yard.resumes(&server, "after").await;
     let answers = load.holds(&yard, &server).await;
     assert!(answers.values().any(|answer| matches!(answer, Err(EnqueueError::OutOfMemory(_)))));
     yard.stops().await;
@@ -389,8 +375,7 @@ async fn a_clock_of_redis_that_jumps_kills_no_session_and_stops_no_work() {
     let load = yard.produce().await;
     for (round, hours) in [1, -1, 0].into_iter().enumerate() {
         server.shift_clock(hours * 3_600);
-        let after = yard.resumes(&server, &format!("after-{round}")).await;
-        assert!(after < RESUMES_WITHIN, "{after:?}");
+        yard.resumes(&server, &format!("after-{round}")).await;
         // Longer than the leader leads unless it is renewed.
         seconds(6.0).await;
     }
@@ -400,7 +385,7 @@ async fn a_clock_of_redis_that_jumps_kills_no_session_and_stops_no_work() {
 }
 
 /// Behind Sentinel, what the replica had not got is lost with the primary: only what it had confirmed is held to its word.
-async fn fails_over(down_after: Duration, kill: bool) -> Duration {
+async fn fails_over(down_after: Duration, kill: bool) {
     let sentinel = Sentinel::start(down_after);
     let (first, second) = sentinel.first_and_second();
     let yard = Yard::on(sentinel.url_db(DB));
@@ -421,10 +406,10 @@ async fn fails_over(down_after: Duration, kill: bool) -> Duration {
         first.pause();
     }
     sentinel.wait_for_primary(second);
-    let after = yard.resumes(second, "after").await;
+    yard.resumes(second, "after").await;
     let mut redis = second.client(DB);
     for number in 0..20 {
-        eventually("what the replica had to end", LONG, async || {
+        eventually("what the replica had to end", async || {
             let status = redis.call(&["HGET", &format!("batch:jobs:kept-{number}"), "status"]);
             (status.text() == "done").then_some(())
         })
@@ -438,27 +423,22 @@ async fn fails_over(down_after: Duration, kill: bool) -> Duration {
         yard.resumes(second, "at-the-end").await;
     }
     yard.stops().await;
-    after
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failover_from_a_primary_that_died_work_goes_on_at_the_new_one() {
-    let after = fails_over(Duration::from_secs(2), true).await;
-    assert!(after < RESUMES_WITHIN, "{after:?}");
+    fails_over(Duration::from_secs(2), true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn after_a_failover_from_a_primary_that_hangs_work_goes_on_at_the_new_one() {
-    let after = fails_over(Duration::from_secs(2), false).await;
-    // It may just have begun to greet the old one once more.
-    assert!(after < Duration::from_secs(4), "{after:?}");
+    fails_over(Duration::from_secs(2), false).await;
 }
 
 /// The time that Sentinel takes by default to give a primary up.
 #[tokio::test(flavor = "multi_thread")]
 async fn after_the_thirty_seconds_that_sentinel_waits_by_default_work_goes_on() {
-    let after = fails_over(Duration::from_secs(30), true).await;
-    assert!(after < RESUMES_WITHIN, "{after:?}");
+    fails_over(Duration::from_secs(30), true).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -473,18 +453,17 @@ async fn a_server_that_is_nearly_full_accepts_nothing_new_until_there_is_room() 
     // The default mark is nine tenths.
     let limit = used.trim().parse::<u64>().unwrap() * 100 / 95;
     server.raw(&["CONFIG", "SET", "maxmemory", &limit.to_string()]);
-    let refused = eventually("a refusal", LONG, async || {
+    let refused = eventually("a refusal", async || {
         let number = server.raw(&["INCR", "number"]).int();
         producer.enqueue(job(&format!("job-{number}"), &format!("user{number}"))).await.err()
     })
     .await;
     assert!(matches!(refused, EnqueueError::NoRoom { used, mark } if used > mark), "{refused}");
-    yard.daemon.wait_for_line("redis is nearly full", LONG);
+    yard.daemon.wait_for_line("redis is nearly full");
     // Foreign producers are refused by Redis alone, and only when nothing is left.
-    let after = yard.resumes(&server, "foreign").await;
-    assert!(after < RESUMES_WITHIN, "{after:?}");
+    yard.resumes(&server, "foreign").await;
     server.raw(&["DEL", "filler"]);
-    eventually("room", LONG, async || producer.enqueue(job("again", "ann")).await.ok()).await;
-    yard.daemon.wait_for_line("redis has room again", LONG);
+    eventually("room", async || producer.enqueue(job("again", "ann")).await.ok()).await;
+    yard.daemon.wait_for_line("redis has room again");
     yard.stops().await;
 }

@@ -14,7 +14,6 @@ use worker::execute::function::{Application, BoxError, Context};
 use worker::execute::rows::{Feed, RowAnswer, RowsEnd, RowsOf};
 use worker::execute::task::{Handler, Outcome, Problem, Wish};
 
-use support::LONG;
 use support::handlers::*;
 
 mod support;
@@ -198,7 +197,7 @@ async fn a_row_that_hangs_is_dropped_at_the_stop_and_one_that_hears_it_may_still
         let handler = only(handler.unwrap());
         let feed = feed(&[json!(false), json!(true), json!(false)]);
         let (stop, end) = start_rows(&handler, &feed);
-        eventually("a row to hang", LONG, async || up.load(Ordering::SeqCst).then_some(())).await;
+        eventually("a row to hang", async || up.load(Ordering::SeqCst).then_some(())).await;
         stop.cancel();
         assert_eq!(end_of_rows(end).await, RowsEnd::Over);
         assert!(dropped.load(Ordering::SeqCst) && feed.has_more());
@@ -222,7 +221,7 @@ async fn blocking_rows_stop_after_the_one_that_they_are_at() {
     let handler = only(handler.unwrap());
     let feed = feed(&[json!(0), json!(1), json!(2)]);
     let (stop, end) = start_rows(&handler, &feed);
-    eventually("the second row", LONG, async || up.load(Ordering::SeqCst).then_some(())).await;
+    eventually("the second row", async || up.load(Ordering::SeqCst).then_some(())).await;
     stop.cancel();
     release.store(true, Ordering::SeqCst);
     assert_eq!(end_of_rows(end).await, RowsEnd::Over);
@@ -467,7 +466,7 @@ async fn rows_that_are_to_stop_are_answered_if_the_program_hears_it_and_left_ope
     // It waits for a line of which it knows that it will be a cancel.
     let feed = feed(&[json!({ "do": "wait" }), json!({ "do": "be", "answer": { "status": "retry" } }), count.clone()]);
     let (stop, end) = start_rows(&handled.handler, &feed);
-    eventually("a row to be begun", LONG, async || feed.overdue_at()).await;
+    eventually("a row to be begun", async || feed.overdue_at()).await;
     stop.cancel();
     assert_eq!(end_of_rows(end).await, RowsEnd::Over);
     let answers = feed.take_answers();
@@ -479,7 +478,7 @@ async fn rows_that_are_to_stop_are_answered_if_the_program_hears_it_and_left_ope
     let hang = json!({ "do": "hang", "file": file });
     let feed = support::handlers::feed(&[count.clone(), count.clone(), count, hang]);
     let (stop, end) = start_rows(&handled.handler, &feed);
-    eventually("a row to hang", LONG, async || file.exists().then_some(())).await;
+    eventually("a row to hang", async || file.exists().then_some(())).await;
     stop.cancel();
     assert_eq!(end_of_rows(end).await, RowsEnd::Over);
     let answered: Vec<bool> = feed.take_answers().iter().map(Option::is_some).collect();
@@ -502,7 +501,7 @@ async fn a_program_in_node_ends_its_rows_by_a_word() {
     let feed = feed(&[json!(""), json!(""), json!("hang"), json!("")]);
     let (stop, end) = start_rows(&handled.handler, &feed);
     // The line behind the first two is begun.
-    eventually("rows to hang", LONG, async || (!feed.has_more()).then_some(())).await;
+    eventually("rows to hang", async || (!feed.has_more()).then_some(())).await;
     stop.cancel();
     assert_eq!(end_of_rows(end).await, RowsEnd::Over);
     let result = |line: i64| RowResult {

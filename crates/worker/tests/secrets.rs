@@ -82,7 +82,7 @@ async fn nothing_is_told(format: &str) {
     );
     run_jobs(&house).await;
     daemon.signal(Signal::SIGTERM);
-    daemon.wait(LONG);
+    daemon.wait();
     assert!(daemon.line("execution ended").is_some(), "it logs");
     assert!(daemon.line("it failed and will be tried again").is_some(), "it logs failures");
     tells_nothing(&daemon);
@@ -123,10 +123,8 @@ async fn a_lost_connection_and_a_takeover_tell_nothing_either() {
     house.executing("orphan", "pg_sleep").await;
     first.kill9();
     let second = house.daemon(&settings);
-    testkit::eventually("the takeover", LONG, async || {
-        (house.postgres.executed("orphan").await.len() == 2).then_some(())
-    })
-    .await;
+    testkit::eventually("the takeover", async || (house.postgres.executed("orphan").await.len() == 2).then_some(()))
+        .await;
     house.cancel("orphan").await;
     assert_eq!(house.ended("orphan").await.status(), "cancelled");
     tells_nothing(&first);

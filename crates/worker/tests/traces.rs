@@ -45,8 +45,8 @@ async fn what_becomes_of_a_job_is_one_trace_with_its_producers() {
     }
     // What has not left yet leaves before the end.
     daemon.signal(Signal::SIGTERM);
-    assert_eq!(daemon.wait(LONG).code(), Some(0));
-    eventually("the traces of two jobs", LONG, async || {
+    assert_eq!(daemon.wait().code(), Some(0));
+    eventually("the traces of two jobs", async || {
         (spans(&collector).iter().filter(|span| span.name == "job").count() == 2).then_some(())
     })
     .await;
@@ -75,9 +75,9 @@ async fn a_chain_of_statements_waits_once() {
     house.job("chain", chain).with("traceparent", format!("00-{TRACE}-{PARENT}-01")).push();
     assert_eq!(house.ended("chain").await.status(), "failed");
     daemon.signal(Signal::SIGTERM);
-    daemon.wait(LONG);
+    daemon.wait();
     let count = |name: &str| spans(&collector).iter().filter(|span| span.trace == TRACE && span.name == name).count();
-    eventually("all statements", LONG, async || (count("job") == 3).then_some(())).await;
+    eventually("all statements", async || (count("job") == 3).then_some(())).await;
     assert_eq!([count("wait"), count("take"), count("statement"), count("finish")], [1, 3, 3, 3]);
 }
 
@@ -110,12 +110,12 @@ async fn a_submission_by_command_stands_between_its_caller_and_the_job() {
     ];
     let caller = format!("00-{TRACE}-{PARENT}-01");
     let program = Daemon::spawn(bin("drayman"), &submit, &[endpoint, ("TRACEPARENT", &caller)]);
-    assert_eq!(program.wait(LONG).code(), Some(0), "{}", program.output());
+    assert_eq!(program.wait().code(), Some(0), "{}", program.output());
     assert_eq!(house.ended("by-command").await.status(), "done");
     daemon.signal(Signal::SIGTERM);
-    daemon.wait(LONG);
+    daemon.wait();
     let named = |name: &str| spans(&collector).into_iter().find(|span| span.trace == TRACE && span.name == name);
-    let job = eventually("the job's span", LONG, async || named("job")).await;
+    let job = eventually("the job's span", async || named("job")).await;
     let submitted = named("submit").expect("it left before the program ended");
     assert_eq!((submitted.parent.as_str(), job.parent), (PARENT, submitted.id));
 }

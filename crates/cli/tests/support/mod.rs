@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::process::{Child, Command, Stdio};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use queue_core::Store;
 use queue_core::config::{RedisConfig, Url};
@@ -168,9 +168,5 @@ pub fn push(server: &RedisServer, id: &str, user: &str, fields: &[(&str, &str)])
 
 /// Waits for a state.
 pub fn until(what: &str, mut reached: impl FnMut() -> bool) {
-    let start = Instant::now();
-    while !reached() {
-        assert!(start.elapsed() < Duration::from_secs(20), "{what}");
-        std::thread::sleep(Duration::from_millis(10));
-    }
+    testkit::eventually_blocking(what, || reached().then_some(()));
 }

@@ -115,7 +115,7 @@ async fn records_that_expire_by_themselves_leave_the_books_as_they_go() {
     assert_eq!(canceller.cancel(&JobId::new("again").unwrap()).await.unwrap(), Cancelled::AtOnce);
     rig.balanced();
     let budget = Budget { retention_ms: HOUR_MS, count: 10, ..Budget::default() };
-    eventually("the record to leave the books", LIMIT, async || {
+    eventually("the record to leave the books", async || {
         let done = leadership.upkeep_within(&budget).await.unwrap().unwrap();
         assert_eq!(done.evicted, 0);
         (done.trimmed == 1).then_some(())
@@ -162,7 +162,7 @@ async fn above_the_mark_nothing_new_is_accepted_until_there_is_some_room_below_i
     // What the leader said ends by itself.
     let short = Budget { retention_ms: HOUR_MS, used: 2, mark: 1, mark_ms: 30, ..Budget::default() };
     assert!(leadership.upkeep_within(&short).await.unwrap().unwrap().full);
-    eventually("the word to expire", LIMIT, async || producer.enqueue(job("c")).await.ok()).await;
+    eventually("the word to expire", async || producer.enqueue(job("c")).await.ok()).await;
 
     // What the server itself says.
     let (used, maxmemory) = leadership.memory().await.unwrap().unwrap();
@@ -203,7 +203,7 @@ async fn delayed_jobs_count_as_queued_until_they_are_due_or_cancelled() {
     let claim = take_one(&session).await;
     end(claim, "done").await;
 
-    let canceller = Canceller::new(rig.store.clone(), LIMIT);
+    let canceller = Canceller::new(rig.store.clone(), PATIENCE);
     assert_eq!(canceller.cancel(&JobId::new("d2").unwrap()).await.unwrap(), Cancelled::AtOnce);
     rig.balanced();
     assert_eq!(rig.store.enqueue(&most(3, 16_384), &[job("q5", 0), job("q6", 0)]).await.unwrap(), [queued, full]);
@@ -241,7 +241,7 @@ async fn who_may_not_measure_still_ends_jobs() {
     end(take_one(&session).await, "done").await;
     assert_eq!(rig.redis(&["HGET", "drayman:kept", "a1"]).text(), "0");
     let leader = queue_core::ids::SessionId::new("leader:1:a").unwrap();
-    let leadership = queue_core::leader::hold(&store, &leader, LIMIT).await.unwrap().unwrap();
+    let leadership = queue_core::leader::hold(&store, &leader, PATIENCE).await.unwrap().unwrap();
     assert_eq!(leadership.memory().await.unwrap(), None);
     rig.balanced();
 }

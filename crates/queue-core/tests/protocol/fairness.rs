@@ -10,6 +10,7 @@ use proptest::prelude::*;
 use queue_core::ids::Pool;
 use queue_core::scripts::{Fields, Verdict};
 use queue_core::session::{Claim, Fairness, Session};
+use testkit::end_of;
 
 use crate::support::*;
 
@@ -292,7 +293,7 @@ async fn four_racing_sessions_never_exceed_a_capacity_and_use_it_all() {
         }));
     }
     for racer in racers {
-        tokio::time::timeout(Duration::from_secs(60), racer).await.expect("every job is taken in the end").unwrap();
+        end_of("every job is taken in the end", racer).await.unwrap();
     }
     assert_eq!(counters.2.load(Ordering::SeqCst), 300, "each job ran once");
     assert_eq!(counters.1.load(Ordering::SeqCst), CAPACITY);

@@ -264,7 +264,7 @@ async fn a_host_that_a_foreign_worker_schedules_is_left_to_it_before_any_leader_
     rig.redis(&["DEL", "batch:locks:theirs"]);
     let leadership = rig.lead().await;
     let hosts = leadership.active_hosts().await.unwrap();
-    assert_eq!(leadership.hold_host_locks(LIMIT, hosts).await.unwrap(), Ok(vec![]));
+    assert_eq!(leadership.hold_host_locks(PATIENCE, hosts).await.unwrap(), Ok(vec![]));
     assert_eq!(ids(&take(&session, 4).await), ["a1"]);
 }
 

@@ -13,7 +13,7 @@ use queue_core::producer::{NewJob, Producer};
 use queue_core::scripts::{Fields, Finished};
 use queue_core::session::Claim;
 use serde_json::{Value, json};
-use testkit::{Proxy, eventually};
+use testkit::{Proxy, end_of, eventually};
 
 use crate::support::*;
 
@@ -136,7 +136,7 @@ async fn waiting_survives_a_lost_connection_and_lost_events() {
     submitted(&rig, "a").await;
     let handle = JobHandle::new(rig.connect_through(&proxy).await, JobId::new("a").unwrap());
     let waiting = tokio::spawn(async move { handle.wait(None).await });
-    eventually("somebody to listen", LIMIT, async || {
+    eventually("somebody to listen", async || {
         (rig.redis(&["PUBSUB", "CHANNELS", "drayman:events:ann"]).texts().len() == 1).then_some(())
     })
     .await;
@@ -146,7 +146,7 @@ async fn waiting_survives_a_lost_connection_and_lost_events() {
     finish(take_one(&session).await, done(&json!(1))).await;
     proxy.drop_replies(false);
     proxy.cut();
-    let view = tokio::time::timeout(LIMIT, waiting).await.expect("it looks again").unwrap().unwrap();
+    let view = end_of("it looks again", waiting).await.unwrap().unwrap();
     assert_eq!(view.stand(), Status::Done);
 }
 

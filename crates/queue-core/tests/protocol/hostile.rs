@@ -460,7 +460,7 @@ async fn a_scheduled_job_whose_hash_is_spoiled_is_set_aside_when_it_is_due() {
     rig.redis(&["HDEL", "batch:jobs:no-user", "user"]);
     rig.redis(&["HSET", "batch:jobs:odd-user", "user", "tab\tin"]);
     submit(&rig, b"alice", b"bystander", &[]);
-    testkit::eventually("all to be due", LIMIT, async || {
+    testkit::eventually("all to be due", async || {
         look(&rig).await;
         (rig.redis(&["EXISTS", "drayman:due"]).int() == 0).then_some(())
     })

@@ -4,6 +4,7 @@ use queue_core::events::Events;
 use queue_core::inspect::{Filter, Inspect};
 use queue_core::model::Status;
 use queue_core::scripts::Verdict;
+use testkit::end_of;
 
 use crate::support::*;
 
@@ -79,17 +80,17 @@ async fn listeners_hear_every_move_of_a_users_jobs_and_no_others() {
             }
         }
     }
-    let claim = testkit::eventually("the job to be due", LIMIT, async || take(&session, 1).await.pop()).await;
+    let claim = testkit::eventually("the job to be due", async || take(&session, 1).await.pop()).await;
     end(claim, "done").await;
     let expected =
         ["pending", "running", "pending", "running", "pending", "running", "scheduled", "pending", "running", "done"];
     for status in expected {
-        let event = tokio::time::timeout(LIMIT, of_alice.next()).await.expect("an event").unwrap();
+        let event = end_of("an event", of_alice.next()).await.unwrap();
         assert_eq!((event.user.as_str(), event.id.as_str(), event.status.as_str()), ("alice", "a1", status));
     }
     let mut of_bob = Vec::new();
     for _ in 0..expected.len() + 3 {
-        let event = tokio::time::timeout(LIMIT, of_all.next()).await.expect("an event").unwrap();
+        let event = end_of("an event", of_all.next()).await.unwrap();
         if event.user == "bob: x" {
             of_bob.push(event.status);
         }

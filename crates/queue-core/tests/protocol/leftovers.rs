@@ -59,7 +59,7 @@ async fn nothing_is_left_of_jobs_that_ended_and_were_kept_long_enough() {
     // Each job goes through another end on its first turn, and ends on its second.
     let mut turns = 0;
     let mut verdicts = [Verdict::Next, Verdict::Back, Verdict::Later { after_ms: 1 }].into_iter();
-    testkit::eventually("all jobs to end", LIMIT, async || {
+    testkit::eventually("all jobs to end", async || {
         leadership.upkeep(Duration::ZERO).await.unwrap().unwrap();
         for claim in take(&session, 8).await {
             turns += 1;
@@ -78,7 +78,7 @@ async fn nothing_is_left_of_jobs_that_ended_and_were_kept_long_enough() {
     assert!(take(&session, 8).await.is_empty());
     rig.redis(&["PEXPIRE", "batch:jobs:big", "1"]);
     session.close().await.unwrap();
-    testkit::eventually("records to expire", LIMIT, async || {
+    testkit::eventually("records to expire", async || {
         leadership.upkeep(Duration::ZERO).await.unwrap().unwrap();
         rig.redis(&["KEYS", "batch:jobs:*"]).texts().is_empty().then_some(())
     })
@@ -117,7 +117,7 @@ async fn nothing_is_left_of_limits_and_bands_when_their_jobs_have_ended() {
         canceller.cancel(&JobId::new(id).unwrap()).await.unwrap();
     }
     let mut ended = 0;
-    testkit::eventually("all jobs to end", LIMIT, async || {
+    testkit::eventually("all jobs to end", async || {
         for claim in take(&session, 8).await {
             ended += 1;
             end(claim, "done").await;
@@ -125,7 +125,7 @@ async fn nothing_is_left_of_limits_and_bands_when_their_jobs_have_ended() {
         (ended == jobs.len() - 4).then_some(())
     })
     .await;
-    testkit::eventually("what is kept of limits to go", LIMIT, async || {
+    testkit::eventually("what is kept of limits to go", async || {
         assert!(take(&session, 8).await.is_empty());
         let left =
             ["barred:*", "throttled", "starts:*", "bands", "active", "high:*", "low:*", "lines", "ready:*", "busy:*"];

@@ -12,7 +12,7 @@ use queue_core::limits::{InForce, Limits, OfPool, OfUser, Reason, Set, Whose};
 use queue_core::reconcile;
 use queue_core::scripts::{Fields, Submission, Verdict};
 use queue_core::session::{Claim, Session};
-use testkit::RedisServer;
+use testkit::{RedisServer, end_of};
 
 use crate::support::*;
 use crate::wakeups::{parked, woken};
@@ -329,7 +329,7 @@ async fn racing_sessions_never_run_more_of_a_user_than_it_may_and_others_do_not_
         })
     });
     for racer in racers.collect::<Vec<_>>() {
-        tokio::time::timeout(Duration::from_secs(60), racer).await.expect("every job is taken in the end").unwrap();
+        end_of("every job is taken in the end", racer).await.unwrap();
     }
     assert_eq!(counters[1].load(Ordering::SeqCst), MOST, "all that may run do");
     agreed(&rig).await;

@@ -102,8 +102,7 @@ async fn a_submission_whose_answer_was_lost_is_unknown_by_its_id_and_can_be_repe
     assert!(error.to_string().contains(new.id.as_str()));
     proxy.drop_replies(false);
     proxy.cut();
-    let submitted =
-        eventually("the connection to come back", LIMIT, async || producer.enqueue(new.clone()).await.ok()).await;
+    let submitted = eventually("the connection to come back", async || producer.enqueue(new.clone()).await.ok()).await;
     assert_eq!(submitted, Submitted::AlreadyThere(new.id.clone()), "it had been queued");
     assert_eq!(rig.queue("alice"), [new.id.as_str()]);
 
@@ -125,7 +124,7 @@ async fn an_unreachable_server_leaves_nothing_behind_that_runs_later() {
     proxy.refuse(true);
     proxy.cut();
     // At first it may not have been noticed that the connection is gone.
-    let new = eventually("a definite failure", LIMIT, async || {
+    let new = eventually("a definite failure", async || {
         let new = job("alice", "select 1");
         match producer.enqueue(new.clone()).await.unwrap_err() {
             EnqueueError::Unknown { .. } => None,
@@ -138,8 +137,7 @@ async fn an_unreachable_server_leaves_nothing_behind_that_runs_later() {
     })
     .await;
     proxy.refuse(false);
-    eventually("the connection to come back", LIMIT, async || producer.enqueue(job("bob", "select 1")).await.ok())
-        .await;
+    eventually("the connection to come back", async || producer.enqueue(job("bob", "select 1")).await.ok()).await;
     assert_eq!(rig.redis(&["EXISTS", &job_key(new.id.as_str())]).int(), 0, "an abandoned command does not run late");
 }
 

@@ -1,13 +1,12 @@
 //! The table of scripts: each loads, none minds being forgotten, a stale caller changes nothing, every reply is known.
 
-use std::time::Duration;
-
 use queue_core::ids::{Fence, JobId, SessionId};
 use queue_core::leader;
 use queue_core::scripts::{
     self, Beat, CancelOrder, CancelReply, Enqueued, Fields, Finish, Finished, Lead, Mark, NotLeader, SessionEnd,
     TakeReply, Upkeep, Verdict,
 };
+use testkit::end_of;
 
 use crate::support::*;
 
@@ -215,7 +214,7 @@ async fn an_old_queue_longer_than_one_call_says_that_there_is_more_and_keeps_its
     assert_eq!(queue[..1_200], names, "the oldest of the old layout is the head");
     assert_eq!(queue[1_200..], ["later"]);
     assert_eq!(leadership.move_old_queues().await.unwrap(), Ok(0));
-    tokio::time::timeout(Duration::from_secs(5), rig.session("sql:*", 1)).await.unwrap();
+    end_of("an answer", rig.session("sql:*", 1)).await;
     rig.redis(&["HSET", &job_key("later"), "user", "alice"]);
     rig.balanced();
 }

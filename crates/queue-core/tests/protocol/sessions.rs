@@ -26,7 +26,7 @@ async fn a_session_that_stands_still_for_a_lifetime_is_dead_and_one_that_beats_i
     let leadership = rig.lead().await;
     let mut watch = SessionWatch::default();
     let start = Instant::now();
-    let buried = eventually("the dead to be found", LIMIT, async || {
+    let buried = eventually("the dead to be found", async || {
         assert!(matches!(alive.beat().await.unwrap(), Beat::Alive { .. }));
         let buried = watch.pass(&leadership, LIFETIME).await.unwrap().unwrap();
         (!buried.is_empty()).then_some(buried)
@@ -49,15 +49,14 @@ async fn a_watch_that_was_interrupted_begins_anew() {
         let mut watch = SessionWatch::default();
         let begin = Instant::now();
         // Nearly a lifetime of silence is seen …
-        eventually("most of a lifetime", LIMIT, async || {
+        eventually("most of a lifetime", async || {
             assert_eq!(watch.pass(&leadership, LIFETIME).await.unwrap().unwrap(), []);
             (begin.elapsed() > LIFETIME / 2).then_some(())
         })
         .await;
         // … then the watch is told of an outage, or was itself asleep.
         if paused {
-            eventually("a lifetime without a look", LIMIT, async || (begin.elapsed() > LIFETIME * 2).then_some(()))
-                .await;
+            eventually("a lifetime without a look", async || (begin.elapsed() > LIFETIME * 2).then_some(())).await;
         } else {
             watch.restart();
         }
@@ -85,7 +84,7 @@ async fn jobs_of_a_dead_session_go_back_first_in_their_order_and_say_what_happen
     let claims = take(&doomed, 8).await;
     assert_eq!(ids(&claims), ["a1", "a2", "a3"]);
     claims[2].pen().mark(&Fields::new().with("fallback_status", "running")).await.unwrap();
-    let canceller = Canceller::new(rig.store.clone(), LIMIT);
+    let canceller = Canceller::new(rig.store.clone(), PATIENCE);
     assert_eq!(canceller.cancel(&claims[1].job().id).await.unwrap(), Cancelled::Requested);
     let term = rig.lead().await.term();
     let reply = rig.store.session_reclaim(doomed.id().as_str(), 0, &leader_id(), term).await.unwrap();
@@ -216,10 +215,9 @@ async fn leadership_has_terms_is_handed_over_at_once_and_survives_two_who_believ
     rig.notice(&["alice"]).await;
     let claim = take_one(&session).await;
     let mut watch = SessionWatch::default();
-    let told = eventually("the first to be told", LIMIT, async || {
-        watch.pass(&first, Duration::from_millis(50)).await.unwrap().err()
-    })
-    .await;
+    let told =
+        eventually("the first to be told", async || watch.pass(&first, Duration::from_millis(50)).await.unwrap().err())
+            .await;
     assert_eq!(told, NotLeader);
     assert_eq!(first.upkeep(ttl).await.unwrap(), Err(NotLeader));
     assert!(second.upkeep(ttl).await.unwrap().is_ok());

@@ -15,6 +15,7 @@ use queue_core::scripts::{Fields, Finished, Verdict};
 use queue_core::session::Claim;
 use queue_core::slow_query::{SlowQueries, SlowQueryError, SlowQueryStatus};
 use serde_json::{Value, json};
+use testkit::end_of;
 
 use crate::support::*;
 
@@ -374,7 +375,7 @@ async fn q15_every_end_is_announced() {
                 }
             }
         };
-        tokio::time::timeout(LIMIT, told).await.expect("it is told");
+        end_of("it is told", told).await;
     }
 }
 

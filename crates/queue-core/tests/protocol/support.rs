@@ -11,11 +11,11 @@ use queue_core::leader::{self, Leadership};
 use queue_core::model::batch::{RowEnd, unpack_results};
 use queue_core::scripts::{Fields, Finished, QueueLimits, Submission, Verdict};
 use queue_core::session::{Claim, Fairness, Service, Session};
+pub use testkit::PATIENCE;
 use testkit::{Proxy, RedisServer, Value};
 
 pub const DB: u8 = 5;
 pub const KEEP_MS: u64 = 7_200_000;
-pub const LIMIT: Duration = Duration::from_secs(10);
 
 /// A server and a connection to it.
 pub struct Rig {

@@ -48,7 +48,7 @@ async fn jobs_whose_take_was_not_answered_come_with_the_next_take() {
     assert_eq!(rig.redis(&["HLEN", "drayman:claims"]).int(), 2, "the take ran");
     proxy.drop_replies(false);
     proxy.cut();
-    let claims = eventually("the connection to come back", LIMIT, async || session.take(10).await.ok()).await.unwrap();
+    let claims = eventually("the connection to come back", async || session.take(10).await.ok()).await.unwrap();
     let mut got = ids(&claims.claims);
     got.sort();
     assert_eq!(got, ["alice", "bob"]);
@@ -97,7 +97,7 @@ async fn a_finish_whose_answer_was_lost_is_sent_again_and_recorded_once() {
     let claim = take_one(&session).await;
     proxy.drop_replies(true);
     let finish = tokio::spawn(end(claim, "done"));
-    eventually("the finish to run", LIMIT, async || (rig.status("a1") == "done").then_some(())).await;
+    eventually("the finish to run", async || (rig.status("a1") == "done").then_some(())).await;
     proxy.drop_replies(false);
     proxy.cut();
     assert_eq!(finish.await.unwrap(), Finished::Repeated);
@@ -211,7 +211,7 @@ async fn users_whose_jobs_were_cancelled_do_not_hide_those_behind_them() {
     let jobs: Vec<_> = users.iter().map(|user| submission(user, user, "h")).collect();
     rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     rig.store.enqueue(&most(64, 16_384), &[submission("last", "last", "h")]).await.unwrap();
-    let canceller = queue_core::cancel::Canceller::new(rig.store.clone(), LIMIT);
+    let canceller = queue_core::cancel::Canceller::new(rig.store.clone(), PATIENCE);
     let gone: Vec<_> = jobs.iter().map(|job| job.id.clone()).collect();
     canceller.cancel_many(&gone).await.unwrap();
     let mut got = Vec::new();

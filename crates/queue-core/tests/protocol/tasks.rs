@@ -6,6 +6,7 @@ use queue_core::config::Limits;
 use queue_core::ids::{App, JobId, Op, Pool, PoolPattern, User};
 use queue_core::model::task::Payload;
 use queue_core::producer::{NewJob, Producer};
+use testkit::end_of;
 
 use crate::support::*;
 
@@ -150,7 +151,7 @@ async fn a_session_takes_no_more_of_a_pool_than_it_has_room_for_and_others_hear_
     assert_eq!(ids(&take(&large, 8).await), ["b2", "a3"]);
     assert!(take(&large, 8).await.is_empty(), "it is parked");
     producer.enqueue(task("cleo", "c1", "bank", "pay")).await.unwrap();
-    let hint = tokio::time::timeout(LIMIT, woken.recv()).await.expect("a hint for who has room").unwrap();
+    let hint = end_of("a hint for who has room", woken.recv()).await.unwrap();
     assert_eq!(hint.text, "bank.pay");
     // Parked for both, nobody is for the one alone, and no trace of that is left.
     let third = take(&large, 8).await;

@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use queue_core::Store;
 use queue_core::model::track::{Codes, DataError, Failure, Lock, Outcome, Record, TrackStatus};
@@ -11,7 +11,7 @@ use queue_core::reply::Reply;
 use queue_core::scripts::{Script, TRACKER_END, TRACKER_RENEW, TRACKER_START};
 use queue_core::tracker::{Ended, Guard, NewRecord, Order, RunError, Selection, StartOptions, TrackError, Tracker};
 use serde_json::{Value, json};
-use testkit::{Point, Proxy, eventually};
+use testkit::{Point, Proxy, end_of, eventually};
 
 use crate::support::*;
 
@@ -62,7 +62,7 @@ async fn ghost(rig: &Rig, id: &str, lock: &str) -> String {
         panic!("no start")
     };
     let tracker = tracker(rig);
-    eventually("the lock expires", LIMIT, async || record(&tracker, id).await.lock?.expired.then_some(())).await;
+    eventually("the lock expires", async || record(&tracker, id).await.lock?.expired.then_some(())).await;
     started[1].lossy().unwrap()
 }
 
@@ -265,7 +265,7 @@ async fn a_guard_that_is_dropped_is_a_failure() {
     let tracker = tracker(&rig);
     tracker.create("j", NewRecord::default()).await.unwrap();
     drop(tracker.start("j", options()).await.unwrap());
-    let failed = eventually("the failure is recorded", LIMIT, async || {
+    let failed = eventually("the failure is recorded", async || {
         Some(record(&tracker, "j").await).filter(|record| record.lock.is_none())
     });
     let failed = failed.await;
@@ -276,7 +276,7 @@ async fn a_guard_that_is_dropped_is_a_failure() {
     let none = futures_now(end.as_mut());
     assert!(none.is_none());
     drop(end);
-    eventually("the success is recorded", LIMIT, async || {
+    eventually("the success is recorded", async || {
         (record(&tracker, "j").await.status == TrackStatus::Succeeded).then_some(())
     })
     .await;
@@ -419,7 +419,7 @@ async fn a_lock_lives_as_long_as_its_guard() {
     let guard = tracker.start("j", expire(SHORT)).await.unwrap();
     let first = record(&tracker, "j").await.lock.unwrap().until_ms;
     let beyond = first + SHORT.as_millis() as u64;
-    eventually("the lock is renewed for longer than its life", LIMIT, async || {
+    eventually("the lock is renewed for longer than its life", async || {
         assert!(matches!(tracker.start("j", options()).await, Err(TrackError::Locked { .. })));
         (record(&tracker, "j").await.lock.unwrap().until_ms > beyond).then_some(())
     })
@@ -439,13 +439,13 @@ async fn a_holder_hears_that_its_lock_is_lost() {
     tracker.create("j", NewRecord::default()).await.unwrap();
     // As if it had been paused beyond its time.
     let guard = tracker.start("j", expire(SHORT)).await.unwrap();
-    let next = eventually("another follows", LIMIT, async || {
+    let next = eventually("another follows", async || {
         // A renewal may come in between.
         rig.redis(&["HSET", "drayman:track:invoices:j", "lock_until", "1"]);
         tracker.start("j", options()).await.ok()
     });
     let next = next.await;
-    tokio::time::timeout(LIMIT, guard.lost().cancelled()).await.expect("the renewal finds the lock lost");
+    end_of("the renewal finds the lock lost", guard.lost().cancelled()).await;
     assert!(matches!(guard.succeed().await, Err(TrackError::LockLost)));
     assert_eq!(next.succeed().await.unwrap().status, TrackStatus::Succeeded);
 
@@ -455,7 +455,7 @@ async fn a_holder_hears_that_its_lock_is_lost() {
         rig.redis(&["HSET", "drayman:track:invoices:k", "lock", "somebody"]);
         std::future::pending().await
     };
-    let ended = tokio::time::timeout(LIMIT, tracker.run("k", expire(SHORT), work)).await.expect("the work is dropped");
+    let ended = end_of("the work is dropped", tracker.run("k", expire(SHORT), work)).await;
     assert!(matches!(ended, Err(RunError::LockLost)), "{ended:?}");
 }
 
@@ -469,15 +469,12 @@ async fn a_holder_that_cannot_reach_redis_stops_when_its_lock_may_be_anothers() 
     let guard = far.start("j", expire(SHORT)).await.unwrap();
     proxy.refuse(true);
     proxy.cut();
-    tokio::time::timeout(LIMIT, guard.lost().cancelled()).await.expect("it gives up by itself");
-    let until = Instant::now() + LIMIT;
-    let next = loop {
-        match tracker.start("j", options()).await {
-            Ok(next) => break next,
-            Err(TrackError::Locked { .. }) => assert!(Instant::now() < until),
-            Err(other) => panic!("{other}"),
-        }
-    };
+    end_of("it gives up by itself", guard.lost().cancelled()).await;
+    let next = eventually("the lock to be free", async || match tracker.start("j", options()).await {
+        Err(TrackError::Locked { .. }) => None,
+        next => Some(next.unwrap()),
+    })
+    .await;
     proxy.refuse(false);
     assert!(matches!(guard.fail("late").await, Err(TrackError::LockLost)));
     next.succeed().await.unwrap();
@@ -513,7 +510,7 @@ async fn calls_that_are_cut_at_any_point_are_made_again_and_count_once() {
         let id = format!("job {nth}");
         tracker.create(&id, NewRecord::default()).await.unwrap();
         let cut = async {
-            eventually("the call comes to its point", LIMIT, async || (proxy.stopped() > 0).then_some(())).await;
+            eventually("the call comes to its point", async || (proxy.stopped() > 0).then_some(())).await;
             proxy.cut();
         };
         let work = async {
@@ -598,7 +595,7 @@ async fn records_stay_unless_their_tracker_says_how_long() {
     assert_eq!((lives("stays"), lives("failed")), (-1, -1));
     tracker.reset("ignored").await.unwrap();
     assert_eq!(lives("ignored"), -1);
-    eventually("the record expires", LIMIT, async || (lives("done") == -2).then_some(())).await;
+    eventually("the record expires", async || (lives("done") == -2).then_some(())).await;
     assert_eq!(tracker.get("done").await.unwrap(), None);
     let succeeded = Selection::Status(TrackStatus::Succeeded);
     assert_eq!(ids(&tracker, succeeded, 9, Order::Oldest).await, ["stays"]);
@@ -754,7 +751,7 @@ async fn each_transition_leaves_a_debug_trace_without_the_jobs_data() {
     tracker.start("j", options()).await.unwrap().fail("marker").await.unwrap();
     tracker.reset("j").await.unwrap();
     let guard = tracker.start("j", expire(SHORT)).await.unwrap();
-    eventually("a renewal", LIMIT, async || lines.have("lock renewed").then_some(())).await;
+    eventually("a renewal", async || lines.have("lock renewed").then_some(())).await;
     guard.succeed().await.unwrap();
     tracker.start("j", options()).await.unwrap_err();
     for line in [

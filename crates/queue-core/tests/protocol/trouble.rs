@@ -6,7 +6,7 @@ use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use queue_core::Store;
 use queue_core::cancel::{Cancelled, Canceller};
@@ -72,7 +72,7 @@ impl Asked {
 
 /// The same producer submits again by itself once the trouble is over.
 async fn goes_on(producer: &Producer, server: &RedisServer, user: &str) {
-    let asked = eventually("a submission to be accepted", LIMIT, async || {
+    let asked = eventually("a submission to be accepted", async || {
         let asked = Asked::by(producer, user).await;
         asked.result.is_ok().then_some(asked)
     })
@@ -115,7 +115,7 @@ async fn a_producer_at_a_server_that_loads_is_told_that_nothing_was_sent() {
         scope.spawn(|| server.raw(&["DEBUG", "LOADAOF"]));
         let runtime = tokio::runtime::Handle::current();
         tokio::task::block_in_place(|| {
-            runtime.block_on(eventually("a refusal", LIMIT, async || {
+            runtime.block_on(eventually("a refusal", async || {
                 let asked = Asked::by(&producer, "bob").await;
                 asked.result.is_err().then_some(asked)
             }))
@@ -140,7 +140,7 @@ async fn a_producer_during_a_long_script_does_not_know_and_then_is_refused_for_s
     // Until the threshold the server is simply silent, and what it was sent will run.
     let silent = Asked::by(&producer, "bob").await;
     silent.is_unknown();
-    let refused = eventually("a refusal", LIMIT, async || {
+    let refused = eventually("a refusal", async || {
         let asked = Asked::by(&producer, "bob").await;
         matches!(asked.result, Err(EnqueueError::Failed(_))).then_some(asked)
     })
@@ -162,7 +162,7 @@ async fn a_producer_at_a_server_that_sleeps_does_not_know_and_what_it_sent_is_th
     let asked = Asked::by(&producer, "bob").await;
     asked.is_unknown();
     rig.server.resume();
-    eventually("the job that was sent", LIMIT, async || (rig.queue("bob").len() == 1).then_some(())).await;
+    eventually("the job that was sent", async || (rig.queue("bob").len() == 1).then_some(())).await;
     goes_on(&producer, &rig.server, "bob").await;
 }
 
@@ -180,7 +180,7 @@ async fn a_reply_that_is_cut_anywhere_leaves_it_unknown_and_the_job_there_once()
         asked.is_unknown();
         assert_eq!(rig.queue(&user), [asked.id.as_str()], "cut after {bytes} bytes");
         let again = NewJob { id: asked.id.clone(), ..job(&user) };
-        let again = eventually("an answer", LIMIT, async || producer.enqueue(again.clone()).await.ok()).await;
+        let again = eventually("an answer", async || producer.enqueue(again.clone()).await.ok()).await;
         assert_eq!(again, Submitted::AlreadyThere(asked.id));
         assert_eq!(rig.queue(&user).len(), 1);
     }
@@ -212,9 +212,7 @@ async fn while_nothing_listens_a_producer_is_told_so_and_nothing_of_it_comes_lat
     proxy.refuse(true);
     proxy.cut();
     let mut definite = Vec::new();
-    let start = Instant::now();
-    // Longer than any pause between attempts grows.
-    while start.elapsed() < Duration::from_secs(4) {
+    while definite.len() < 3 {
         let asked = Asked::by(&producer, "bob").await;
         match &asked.result {
             Err(EnqueueError::Failed(error)) => {
@@ -225,15 +223,12 @@ async fn while_nothing_listens_a_producer_is_told_so_and_nothing_of_it_comes_lat
             other => panic!("{other:?}"),
         }
     }
-    assert!(definite.len() >= 2);
     // Abandoned by its caller, it does not run later either.
     let abandoned = job("bob");
     let waiting = tokio::time::timeout(Duration::from_millis(100), producer.enqueue_many(vec![abandoned.clone()]));
     waiting.await.expect_err("there is no connection");
     proxy.refuse(false);
-    let back = Instant::now();
     goes_on(&producer, &rig.server, "carol").await;
-    assert!(back.elapsed() < Duration::from_secs(2), "{:?}", back.elapsed());
     definite.iter().for_each(|asked| asked.left_nothing(&rig.server));
     assert_eq!(rig.redis(&["EXISTS", &job_key(abandoned.id.as_str())]).int(), 0);
 }
@@ -300,7 +295,7 @@ async fn while_memory_is_full_work_ends_and_drains_and_nothing_new_comes_in() {
     assert_eq!(store.lead(&leader, Some(60_000)).await.unwrap(), Lead::Leader(leadership.term()));
     store.session_reclaim(doomed.id().as_str(), 0, &leader, leadership.term()).await.unwrap().unwrap();
     assert_eq!(end(lost, "done").await, Finished::Stale);
-    let canceller = Canceller::new(store.clone(), LIMIT);
+    let canceller = Canceller::new(store.clone(), PATIENCE);
     assert_eq!(canceller.cancel(&JobId::new("e").unwrap()).await.unwrap(), Cancelled::AtOnce);
     // A worker may even be started anew.
     let fresh = rig.session("db:*", 2).await;
@@ -375,7 +370,7 @@ async fn a_clock_that_is_set_back_or_ahead_breaks_no_order_of_holders_and_keeps_
     rig.server.shift_clock(0);
     assert!(matches!(store.lead(&old, Some(500)).await.unwrap(), Lead::Leader(_)));
     rig.server.shift_clock(-3_600);
-    eventually("another to lead", LIMIT, async || {
+    eventually("another to lead", async || {
         matches!(store.lead(&new, Some(500)).await.unwrap(), Lead::Leader(_)).then_some(())
     })
     .await;
@@ -421,10 +416,7 @@ async fn behind_sentinel_a_producer_finds_the_new_primary_by_itself() {
     first.pause();
     Asked::by(&producer, "bob").await.is_unknown();
     sentinel.wait_for_primary(second);
-    let back = Instant::now();
     goes_on(&producer, second, "carol").await;
-    println!("a producer submits again {:?} after the failover", back.elapsed());
-    assert!(back.elapsed() < Duration::from_secs(4), "{:?}", back.elapsed());
     // The old one wakes, and thinks for a while that it is the primary: nobody asks it any more.
     first.resume();
     goes_on(&producer, second, "carol").await;
@@ -466,7 +458,7 @@ async fn after_an_answer_that_nobody_can_read_the_outcome_is_unknown() {
         let asked = Asked::by(&producer, "alice").await;
         asked.is_unknown();
         assert_eq!(rig.redis(&["EXISTS", &job_key(asked.id.as_str())]).int(), 1);
-        eventually("an answer", LIMIT, async || Asked::by(&producer, "alice").await.result.ok()).await;
+        eventually("an answer", async || Asked::by(&producer, "alice").await.result.ok()).await;
     }
 }
 

@@ -7,7 +7,7 @@ use queue_core::model::task::Payload;
 use queue_core::producer::{NewJob, Producer};
 use queue_core::session::Session;
 use queue_core::store::Message;
-use testkit::eventually;
+use testkit::{end_of, eventually};
 use tokio::sync::mpsc::Receiver;
 
 use crate::support::*;
@@ -26,7 +26,7 @@ pub async fn woken(rig: &Rig, session: &Session, ear: &mut Receiver<Message>) ->
     assert_eq!(rig.redis(&["PUBLISH", &channel, "the test asks"]).int(), 1);
     let mut count = 0;
     loop {
-        let message = tokio::time::timeout(LIMIT, ear.recv()).await.expect("an answer").expect("a connection");
+        let message = end_of("an answer", ear.recv()).await.expect("a connection");
         if message.text == "the test asks" {
             return count;
         }
@@ -86,7 +86,7 @@ async fn a_head_that_comes_to_another_pool_wakes_who_serves_that() {
     drop(first);
 
     // The same when the head is cancelled.
-    let canceller = queue_core::cancel::Canceller::new(rig.store.clone(), LIMIT);
+    let canceller = queue_core::cancel::Canceller::new(rig.store.clone(), PATIENCE);
     rig.store
         .enqueue(&most(64, 16_384), &[submission("bob", "b1", "h1"), submission("bob", "b2", "h2")])
         .await
@@ -107,7 +107,7 @@ async fn what_becomes_free_wakes_another_where_the_finisher_will_not_take() {
     let mut ear = rig.store.subscribe(&[rig.store.keys().wake(narrow.id().as_str())], &[]).await.unwrap();
     assert!(take(&narrow, 1).await.is_empty(), "no room");
     claim
-        .finish(final_verdict(), LIMIT, queue_core::scripts::Fields::new().with("status", "done"), true)
+        .finish(final_verdict(), PATIENCE, queue_core::scripts::Fields::new().with("status", "done"), true)
         .await
         .unwrap();
     assert_eq!(woken(&rig, &narrow, &mut ear).await, 1);
@@ -121,7 +121,7 @@ async fn a_foreign_push_wakes_once_the_announcement_is_heard() {
     let mut announcements = rig.store.subscribe(&[rig.store.keys().announcements()], &[]).await.unwrap();
     rig.submit("alice", "a1", "h");
     assert_eq!(woken(&rig, &session, &mut ear).await, 0);
-    let heard = tokio::time::timeout(LIMIT, announcements.recv()).await.unwrap().unwrap();
+    let heard = end_of("an answer", announcements.recv()).await.unwrap();
     rig.notice(&[&heard.text]).await;
     assert_eq!(woken(&rig, &session, &mut ear).await, 1);
     assert_eq!(id(&take_one(&session).await), "a1");
@@ -139,7 +139,7 @@ async fn who_may_not_publish_still_submits_takes_cancels_and_finishes() {
     assert_eq!(woken(&rig, &session, &mut ear).await, 0, "no hint came");
     let mute = open(&store, service("sql:*", 4)).await;
     let claim = take_one(&mute).await;
-    let canceller = queue_core::cancel::Canceller::new(store.clone(), LIMIT);
+    let canceller = queue_core::cancel::Canceller::new(store.clone(), PATIENCE);
     assert_eq!(canceller.cancel(&claim.job().id).await.unwrap(), queue_core::cancel::Cancelled::Requested);
     let queue_core::scripts::Beat::Alive { cancels, .. } = mute.beat().await.unwrap() else { panic!("alive") };
     assert_eq!(cancels, ["a1"]);
@@ -167,7 +167,7 @@ async fn a_closed_session_is_woken_no_more() {
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     assert_eq!(woken(&rig, &closed, &mut ear).await, 0);
     let worker = rig.session("sql:*", 4).await;
-    assert_eq!(eventually("the job", LIMIT, async || take(&worker, 1).await.pop()).await.job().id.as_str(), "a1");
+    assert_eq!(eventually("the job", async || take(&worker, 1).await.pop()).await.job().id.as_str(), "a1");
 }
 
 #[tokio::test]

@@ -27,8 +27,6 @@ pub const OP: &str = "rows";
 pub const USERS: usize = 2;
 /// Most batches of one user that are not over.
 const OPEN_PER_USER: usize = 3;
-/// A program that nothing stands in the way of ends within this time.
-const CALM_LIMIT: Duration = Duration::from_secs(60);
 
 const COUNTS: &str = "the rows of a batch are its rows done, failed and aborted";
 const ROWS: &str = "each row of a batch has one end, and it is that of its line";
@@ -451,7 +449,7 @@ impl Run<'_> {
         all.extend(&args[1..]);
         let objects = self.stage.objects_url();
         let program = Daemon::spawn(bin("drayman"), &all, &[("DRAYMAN_OBJECTS__URL", &objects)]);
-        program.wait(CALM_LIMIT);
+        program.wait();
         program.output()
     }
 }

@@ -30,8 +30,6 @@ const OPEN_PER_USER: usize = 3;
 /// Items of a step in chunks, and how many are in a chunk.
 const ITEMS: usize = 12;
 const CHUNK: usize = 5;
-/// A program that nothing stands in the way of ends within this time.
-const CALM_LIMIT: Duration = Duration::from_secs(60);
 
 const OVER: &str = "an acknowledged execution of a flow has an end";
 const TURNS: &str = "a step runs if what it comes after has ended so, and else does not";
@@ -463,7 +461,7 @@ impl Run<'_> {
     fn steps_of(&self, id: &str) -> Vec<Step> {
         let url = self.stage.redis.url_db(stage::DB);
         let program = Daemon::spawn(bin("drayman"), &["flow", "steps", "--redis-url", &url, "--json", id], &[]);
-        program.wait(CALM_LIMIT);
+        program.wait();
         program.output().lines().map(|line| serde_json::from_str(line).expect("a step is JSON")).collect()
     }
 }

@@ -48,8 +48,6 @@ const DRAIN_LIMIT: Duration = Duration::from_secs(60);
 const HAND_IN_LIMIT: Duration = Duration::from_secs(20);
 /// Most jobs of one user that have not ended.
 const OPEN_PER_USER: usize = 12;
-/// A program that is not killed ends within this time.
-const PROGRAM_LIMIT: Duration = Duration::from_secs(60);
 
 /// How a run goes.
 #[derive(Clone, Debug)]
@@ -242,7 +240,7 @@ impl Run<'_> {
         violations.extend(verdict::of_processes(stage));
         violations.extend(self.leftovers().expect("nothing fails any more"));
         // Workers that stop in order take their registrations with them.
-        stage.stop_workers(PROGRAM_LIMIT);
+        stage.stop_workers();
         violations.extend(verdict::of_processes(stage));
         violations.extend(self.leftovers().expect("nothing fails any more"));
         let mut concerned: Vec<String> = violations.iter().filter_map(|violation| violation.job.clone()).collect();
@@ -478,6 +476,6 @@ impl Run<'_> {
             thread::sleep(after);
             program.signal(Signal::SIGKILL);
         }
-        program.wait(PROGRAM_LIMIT).code()
+        program.wait().code()
     }
 }

@@ -378,7 +378,7 @@ impl Stage {
             }
             if let Some(status) = slot.worker.as_ref().and_then(Daemon::try_wait) {
                 let worker = slot.worker.as_ref().expect("it has just ended");
-                worker.wait(Duration::from_secs(1));
+                worker.wait();
                 let began = worker.line("serving").is_some();
                 if worker.line("panicked").is_some() || (began && !(slot.told && status.success())) {
                     complaints.push(format!(
@@ -419,7 +419,7 @@ impl Stage {
     }
 
     /// Tells all workers to stop and waits until they have.
-    pub fn stop_workers(&self, limit: Duration) {
+    pub fn stop_workers(&self) {
         for at in 0..self.slots.len() {
             if let Some(worker) = &self.slot(at).worker {
                 worker.signal(Signal::SIGTERM);
@@ -428,7 +428,7 @@ impl Stage {
         for at in 0..self.slots.len() {
             let mut slot = self.slot(at);
             if let Some(worker) = &slot.worker {
-                worker.wait(limit);
+                worker.wait();
             }
             self.bury(&mut slot);
         }

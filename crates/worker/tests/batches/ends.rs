@@ -36,7 +36,7 @@ async fn an_abort_is_told_to_rows_at_work_and_what_they_say_afterwards_changes_n
     let over = house.over("b1").await;
     assert_eq!((over.status, over.counts), (Status::Cancelled, view.counts));
     assert!(view.counts.done >= 10 && view.counts.aborted >= 940, "{view:?}");
-    eventually("late answers", LONG, async || (late.load(Ordering::SeqCst) > 0).then_some(())).await;
+    eventually("late answers", async || (late.load(Ordering::SeqCst) > 0).then_some(())).await;
     assert_eq!(ears.heard(1).await, [("b1".to_owned(), Status::Cancelled, view.counts)]);
     worker.stop().await;
     house.nothing_runs().await;
@@ -189,7 +189,7 @@ async fn files_that_can_not_be_stored_for_a_while_are_stored_later_once_and_leav
     let view = house.until("b1", "all rows done", |view| view.finishing).await;
     assert_eq!((view.status, view.counts), (Status::Running, counts(300, 300, 0, 0)));
     // It was tried, in vain.
-    eventually("an attempt at the files", LONG, async || {
+    eventually("an attempt at the files", async || {
         let attempts = house.redis.raw_db(DB, &["HGET", "batch:jobs:b1:files", "attempts"]);
         (!attempts.is_nil() && attempts.text() != "0").then_some(())
     })

@@ -28,7 +28,7 @@ async fn a_worker_that_stops_ends_the_row_that_it_is_at_and_leaves_the_others() 
     house.submit("b1", "post", 1..=300).await;
     for most in [60, 120, 180] {
         let worker = worker();
-        eventually("some rows", LONG, async || (calls.lock().unwrap().len() > most).then_some(())).await;
+        eventually("some rows", async || (calls.lock().unwrap().len() > most).then_some(())).await;
         worker.stop().await;
         assert!(!house.view("b1").await.is_over());
     }
@@ -57,7 +57,7 @@ async fn a_redis_that_is_restarted_with_its_log_loses_no_row_and_no_result() {
     }));
     house.submit("b1", "post", 1..=3_000).await;
     for share in [500, 1_500] {
-        eventually("some rows", LONG, async || (calls.load(Ordering::SeqCst) > share).then_some(())).await;
+        eventually("some rows", async || (calls.load(Ordering::SeqCst) > share).then_some(())).await;
         house.redis.kill();
         house.redis.restart();
     }
@@ -105,7 +105,7 @@ async fn rows_that_end_their_workers_are_found_and_fail_and_no_others() {
     let guard = Running::start(house.worker().handler("bank", "guard", |_: Value, _| async { Ok::<_, Problem>(()) }));
     let mut lives = 0;
     let mut daemon = start();
-    eventually("the batch to be over", LONG, async || {
+    eventually("the batch to be over", async || {
         if daemon.try_wait().is_some() {
             lives += 1;
             daemon = start();

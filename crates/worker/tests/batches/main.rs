@@ -16,8 +16,8 @@ use queue_core::model::Status;
 use queue_core::model::batch::{Counts, Row};
 use queue_core::objects::Objects;
 use serde_json::json;
-use support::{DB, LONG, config, job_id, store};
-use testkit::{RedisServer, eventually};
+use support::{DB, config, job_id, store};
+use testkit::{RedisServer, end_of, eventually};
 use worker::builder::{Worker, WorkerBuilder};
 use worker::execute::function::BoxError;
 use worker::execute::rows::BatchEnd;
@@ -67,7 +67,7 @@ impl House {
 
     /// Waits until a batch stands as is wanted.
     async fn until(&self, id: &str, what: &str, wanted: impl Fn(&BatchView) -> bool) -> BatchView {
-        eventually(&format!("batch {id}: {what}"), LONG, async || Some(self.view(id).await).filter(&wanted)).await
+        eventually(&format!("batch {id}: {what}"), async || Some(self.view(id).await).filter(&wanted)).await
     }
 
     async fn rows(&self, id: &str) -> Vec<RowView> {
@@ -83,7 +83,7 @@ impl House {
     }
 
     async fn over(&self, id: &str) -> BatchView {
-        let view = self.batches.wait(&job_id(id), Some(LONG)).await.expect("redis answers");
+        let view = end_of("the batch ends", self.batches.wait(&job_id(id), None)).await.expect("redis answers");
         assert!(view.is_over(), "{view:?}");
         view
     }
@@ -96,7 +96,7 @@ impl House {
 
     /// Nothing of a batch is left but its record and what belongs to it.
     async fn nothing_runs(&self) {
-        eventually("nothing to run", LONG, async || {
+        eventually("nothing to run", async || {
             let runs = self.redis.raw_db(DB, &["EXISTS", "drayman:claims", "drayman:active"]).int() > 0;
             let parts = self.redis.raw_db(DB, &["KEYS", "drayman:batch_parts:*"]).texts();
             (!runs && parts.is_empty()).then_some(())
@@ -124,7 +124,7 @@ impl Running {
 
     async fn stop(self) {
         self.shutdown.drain().cancel();
-        tokio::time::timeout(LONG, self.handle).await.expect("the worker stops").expect("no panic").expect("no error");
+        end_of("the worker stops", self.handle).await.expect("no panic").expect("no error");
     }
 }
 
@@ -146,7 +146,7 @@ impl Ears {
     async fn heard(&self, count: usize) -> Vec<(String, Status, Counts)> {
         let told =
             |ends: &Vec<BatchEnd>| ends.iter().map(|end| (end.batch.to_string(), end.status, end.counts)).collect();
-        eventually(&format!("{count} ends to be told"), LONG, async || {
+        eventually(&format!("{count} ends to be told"), async || {
             let ends = self.0.lock().unwrap();
             (ends.len() >= count).then(|| told(&ends))
         })

@@ -1,7 +1,7 @@
 //! What becomes of each row.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use queue_core::ids::User;
 use queue_core::model::batch::RowStatus;
@@ -214,18 +214,14 @@ async fn a_single_job_behind_a_large_batch_is_next() {
     house.submit("large", "post", 1..=100_000).await;
     house.until("large", "some rows done", |view| view.counts.done > 0).await;
     let producer = Producer::new(store(&house.redis).await, Limits::default());
-    let mut slowest = Duration::ZERO;
     for _ in 0..5 {
         let (app, op) = (App::new("bank").unwrap(), Op::new("post").unwrap());
         let job = NewJob::task(User::new("bob").unwrap(), app, op, Payload::json(&1).unwrap());
-        let begun = Instant::now();
         let handle = producer.submit(job).await.unwrap();
-        handle.wait(Some(LONG)).await.unwrap();
-        slowest = slowest.max(begun.elapsed());
+        end_of("the task ends", handle.wait(None)).await.unwrap();
     }
     let view = house.view("large").await;
     assert!(!view.is_over(), "the batch is still at work: {:?}", view.counts);
-    assert!(slowest < Duration::from_secs(2), "{slowest:?}");
     worker.stop().await;
 }
 
@@ -277,7 +273,7 @@ async fn an_id_that_is_given_to_another_batch_has_the_rows_and_the_context_of_th
             let read = house.rows("b1").await;
             assert!(read.iter().all(|row| row.result.as_ref() == Some(&row.input)), "{read:?}");
         } else {
-            eventually("its record is gone", LONG, async || house.batches.view(&job_id("b1")).await.err()).await;
+            eventually("its record is gone", async || house.batches.view(&job_id("b1")).await.err()).await;
         }
     }
     worker.stop().await;
@@ -321,7 +317,7 @@ async fn a_cut_whose_answer_is_lost_leaves_each_row_to_one_chunk() {
     house.submit("b1", "post", 1..=10).await;
     let worker = Running::start(slow);
     for count in [1, 2] {
-        eventually("a cut", LONG, async || (lost.load(Ordering::SeqCst) >= count).then_some(())).await;
+        eventually("a cut", async || (lost.load(Ordering::SeqCst) >= count).then_some(())).await;
         proxy.cut();
     }
     let view = house.over("b1").await;

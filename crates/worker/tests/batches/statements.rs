@@ -27,10 +27,10 @@ async fn rows_for_a_statement_take_effect_once_however_often_their_workers_are_k
     let survivor = house.daemon(&settings);
     for share in [300, 1_000, 1_700, 2_400] {
         let victim = house.daemon(&settings);
-        eventually("some rows", LONG, async || (done().await > share).then_some(())).await;
+        eventually("some rows", async || (done().await > share).then_some(())).await;
         victim.kill9();
     }
-    let view = batches.wait(&job_id("b1"), Some(LONG)).await.unwrap();
+    let view = end_of("the batch ends", batches.wait(&job_id("b1"), None)).await.unwrap();
     assert_eq!((view.status, view.counts), (Status::Failed, counts(4_000, 3_998, 2, 0)));
     let effects = house.postgres.query(DATABASE, "SELECT count(*)::text, count(DISTINCT id)::text FROM bookings").await;
     assert_eq!(effects[0], [Some("4000".to_owned()), Some("4000".to_owned())], "each once");

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crate::cluster::{Cluster, count};
 use crate::commit_proxy::{AtCommit, Proxy};
@@ -27,6 +27,12 @@ async fn running(client: &tokio_postgres::Client, work: &Work) {
     let sql =
         format!("SELECT count(*) FROM pg_stat_activity WHERE state = 'active' AND query LIKE '/* {} */%'", work.job);
     eventually("the statement runs", || async { count(client, &sql).await == 1 }).await;
+}
+
+/// Ends when a statement in this database waits for a lock that another holds.
+async fn waits_for_a_lock(client: &tokio_postgres::Client) {
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'";
+    eventually("a statement waits for a lock", || async { count(client, sql).await == 1 }).await;
 }
 
 /// No backend of the job is left.
@@ -131,20 +137,19 @@ async fn deadlocks_and_serialization_failures_may_be_retried() {
     transaction.batch_execute("UPDATE t SET a = a WHERE a = 2").await.unwrap();
     let job = work(cluster.target(&db), "UPDATE t SET a = a WHERE a = 1; UPDATE t SET a = a WHERE a = 2");
     let (end, _) = tokio::join!(run(&executor, job.clone()), async {
-        running(&client, &job).await;
-        tokio::time::sleep(Duration::from_millis(50)).await;
+        waits_for_a_lock(&client).await;
         transaction.batch_execute("UPDATE t SET a = a WHERE a = 1").await.unwrap();
         transaction.commit().await.unwrap();
     });
     let failure = failed(end);
     assert_eq!((failure.sqlstate.as_deref(), failure.retryable), (Some("40P01"), true));
 
-    let sql = "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; SELECT count(*) FROM t; SELECT pg_sleep(0.5); UPDATE t SET a = a";
+    let sql = "SET TRANSACTION ISOLATION LEVEL SERIALIZABLE; SELECT count(*) FROM t; SELECT pg_advisory_xact_lock(99); UPDATE t SET a = a";
     let job = work(cluster.target(&db), sql);
+    client.batch_execute("SELECT pg_advisory_lock(99)").await.unwrap();
     let (end, _) = tokio::join!(run(&executor, job.clone()), async {
-        running(&client, &job).await;
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        client.batch_execute("UPDATE t SET a = a").await.unwrap();
+        waits_for_a_lock(&client).await;
+        client.batch_execute("UPDATE t SET a = a; SELECT pg_advisory_unlock(99)").await.unwrap();
     });
     let failure = failed(end);
     assert_eq!((failure.sqlstate.as_deref(), failure.retryable), (Some("40001"), true));
@@ -226,17 +231,15 @@ async fn a_timeout_holds_over_several_statements() {
     let cluster = Cluster::get();
     let executor = plain();
     for sql in [
-        "SELECT pg_sleep(5)",
-        "SELECT pg_sleep(0.2); SELECT pg_sleep(0.2); SELECT pg_sleep(0.2); SELECT pg_sleep(5)",
-        "SET statement_timeout = 0; SELECT pg_sleep(5)",
-        "BEGIN; SELECT pg_sleep(0.2); COMMIT; SELECT pg_sleep(0.2); SELECT pg_sleep(0.2); SELECT pg_sleep(5)",
+        "SELECT pg_sleep(600)",
+        "SELECT pg_sleep(0.2); SELECT pg_sleep(0.2); SELECT pg_sleep(0.2); SELECT pg_sleep(600)",
+        "SET statement_timeout = 0; SELECT pg_sleep(600)",
+        "BEGIN; SELECT pg_sleep(0.2); COMMIT; SELECT pg_sleep(0.2); SELECT pg_sleep(0.2); SELECT pg_sleep(600)",
     ] {
-        let started = Instant::now();
         let job = Work { timeout: Duration::from_millis(300), ..work(cluster.target("postgres"), sql) };
         let failure = failed(run(&executor, job).await);
         assert_eq!(failure.message, "canceling statement due to statement timeout", "{sql}");
         assert_eq!((failure.sqlstate.as_deref(), failure.retryable), (Some("57014"), false));
-        assert!(started.elapsed() < Duration::from_secs(3), "{sql}");
     }
 }
 
@@ -253,19 +256,17 @@ async fn a_stop_is_heeded_before_during_and_not_after() {
     assert_eq!(cluster.received(job.job.as_str()).await, 0);
 
     for sql in [
-        "INSERT INTO t VALUES (2); SELECT pg_sleep(30)",
-        "BEGIN; INSERT INTO t VALUES (2); SELECT pg_sleep(30); COMMIT",
+        "INSERT INTO t VALUES (2); SELECT pg_sleep(600)",
+        "BEGIN; INSERT INTO t VALUES (2); SELECT pg_sleep(600); COMMIT",
     ] {
         let stop = CancellationToken::new();
         let job = work(cluster.target(&db), sql);
-        let started = Instant::now();
         let claim = Claim::default();
         let (end, ()) = tokio::join!(executor.execute(job.clone(), &claim, stop.clone()), async {
             running(&client, &job).await;
             stop.cancel();
         });
         assert_eq!(end, End::Stopped, "{sql}");
-        assert!(started.elapsed() < Duration::from_secs(5));
         gone(&client, &job).await;
     }
     assert_eq!(count(&client, "SELECT count(*) FROM t").await, 0);
@@ -292,7 +293,7 @@ async fn a_stop_is_heeded_before_during_and_not_after() {
 async fn a_statement_cancelled_from_elsewhere_is_told_apart() {
     let cluster = Cluster::get();
     let client = cluster.client("postgres").await;
-    for sql in ["SELECT pg_sleep(30)", "BEGIN; SELECT pg_sleep(30); COMMIT"] {
+    for sql in ["SELECT pg_sleep(600)", "BEGIN; SELECT pg_sleep(600); COMMIT"] {
         let job = work(cluster.target("postgres"), sql);
         let executor = plain();
         let (end, ()) = tokio::join!(run(&executor, job.clone()), async {
@@ -319,9 +320,9 @@ async fn a_terminated_backend_is_tried_again_unless_it_may_have_had_effect() {
         });
         end
     };
-    let failure = failed(terminated(&plain(), "SELECT pg_sleep(30)").await);
+    let failure = failed(terminated(&plain(), "SELECT pg_sleep(600)").await);
     assert_eq!((failure.sqlstate.as_deref(), failure.retryable), (Some("57P01"), true));
-    let bare = "BEGIN; SELECT pg_sleep(30); COMMIT";
+    let bare = "BEGIN; SELECT pg_sleep(600); COMMIT";
     assert!(matches!(terminated(&plain(), bare).await, End::Unknown(_)));
     assert!(failed(terminated(&with_lost(LostStatement::RunAgain), bare).await).retryable);
 }
@@ -331,14 +332,13 @@ async fn who_takes_over_ends_the_earlier_execution() {
     let cluster = Cluster::get();
     let (db, client) = cluster.database().await;
     client.batch_execute("CREATE TABLE t(a int); CREATE TABLE quick()").await.unwrap();
-    let slow_at_first = "INSERT INTO t VALUES (1); SELECT pg_sleep(60) WHERE NOT EXISTS (SELECT FROM quick)";
+    let slow_at_first = "INSERT INTO t VALUES (1); SELECT pg_sleep(600) WHERE NOT EXISTS (SELECT FROM quick)";
     // The second gives its lock away.
     for sql in [slow_at_first, &format!("SELECT pg_advisory_unlock_all(); {slow_at_first}")] {
         client.batch_execute("TRUNCATE t, quick").await.unwrap();
         let first = work(cluster.target(&db), sql);
         let later = Work { takes_over: true, fence: Fence(first.fence.0 + 1), ..first.clone() };
         let lost = Claim::default();
-        let started = Instant::now();
         let (end, later_end) =
             tokio::join!(async { plain().execute(first.clone(), &lost, CancellationToken::new()).await }, async {
                 running(&client, &first).await;
@@ -349,7 +349,6 @@ async fn who_takes_over_ends_the_earlier_execution() {
         assert_eq!(end, End::ClaimLost, "{sql}");
         done(later_end);
         assert_eq!(count(&client, "SELECT count(*) FROM t").await, 1, "{sql}");
-        assert!(started.elapsed() < Duration::from_secs(30));
     }
 }
 

@@ -493,18 +493,17 @@ async fn one_row_that_takes_too_long_fails_alone() {
     let (db, client) = cluster.database().await;
     client.batch_execute("CREATE TABLE t(a float8)").await.unwrap();
     let sql = "INSERT INTO t SELECT $1 FROM pg_sleep($1)";
-    let mut work = rows_work(cluster.target(&db), sql, [json!([0]), json!([30]), json!([0.01])]);
-    work.each.timeout = Duration::from_millis(300);
-    let started = Instant::now();
+    let mut work = rows_work(cluster.target(&db), sql, [json!([0]), json!([600]), json!([0.01])]);
+    // Long enough for the short ones on any machine.
+    work.each.timeout = Duration::from_secs(2);
     assert_eq!(ends(&committed(run(&plain(), work).await)), ["done", "57014", "done"]);
-    assert!(started.elapsed() < Duration::from_secs(5));
     assert_eq!(count(&client, "SELECT count(*) FROM t").await, 2);
 
     let files = Files::new();
     files.connection().execute_batch("CREATE TABLE t(a)").unwrap();
     let sql = "INSERT INTO t WITH RECURSIVE n(x) AS (SELECT 1 UNION ALL SELECT x + 1 FROM n WHERE x < $1) SELECT max(x) FROM n";
     let mut work = rows_work(file(), sql, [json!([1]), json!([1_000_000_000_000_i64]), json!([2])]);
-    work.each.timeout = Duration::from_millis(200);
+    work.each.timeout = Duration::from_secs(2);
     assert_eq!(ends(&committed(run(&files.executor(), work).await)), ["done", "57014", "done"]);
     assert_eq!(files.count("SELECT sum(a) FROM t"), 3);
 }
@@ -515,12 +514,10 @@ async fn a_row_that_lifts_its_limit_ends_the_chunk_all_the_same() {
     let (db, client) = cluster.database().await;
     client.batch_execute("CREATE TABLE t(a float8)").await.unwrap();
     let sql = "INSERT INTO t SELECT $1 FROM set_config('statement_timeout', '0', false), pg_sleep($1)";
-    let mut work = rows_work(cluster.target(&db), sql, [json!([0]), json!([60])]);
+    let mut work = rows_work(cluster.target(&db), sql, [json!([0]), json!([600])]);
     work.each.timeout = Duration::from_millis(200);
-    let started = Instant::now();
     let failure = failure(run(&plain(), work.clone()).await);
     assert_eq!((failure.sqlstate.as_deref(), failure.retryable), (Some("57014"), false));
-    assert!(started.elapsed() < Duration::from_secs(10));
     gone(&client, &work).await;
     assert_eq!(count(&client, "SELECT count(*) FROM t").await, 0);
 }
@@ -709,8 +706,8 @@ async fn rows_do_not_wait_for_each_other_s_answers() {
     let work = rows_work(target, "INSERT INTO t VALUES ($1)", rows);
     let started = Instant::now();
     let answers = committed(run(&plain(), work).await);
-    // One after the other they would wait for 50 s.
-    assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    // One after the other they would wait for 1,000 round trips of 100 ms, whatever the machine.
+    assert!(started.elapsed() < Duration::from_secs(90), "{:?}", started.elapsed());
     assert_eq!(ends(&answers).iter().filter(|end| **end == "22P02").count(), 20);
     assert_eq!(count(&client, "SELECT count(*) FROM t").await, 980);
 }

@@ -2,7 +2,7 @@
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use queue_core::ids::{Fence, JobId, User};
@@ -103,9 +103,5 @@ pub fn failed(end: End) -> Failure {
 
 /// Waits until `what` holds.
 pub async fn eventually<F: Future<Output = bool>>(what: &str, mut holds: impl FnMut() -> F) {
-    let give_up = Instant::now() + Duration::from_secs(15);
-    while !holds().await {
-        assert!(Instant::now() < give_up, "never: {what}");
-        tokio::time::sleep(Duration::from_millis(10)).await;
-    }
+    testkit::eventually(what, async || holds().await.then_some(())).await;
 }

@@ -13,14 +13,12 @@ use queue_core::model::Status;
 use queue_core::model::batch::{Counts, Row};
 use queue_core::model::task::{Encoding, File, Payload, Progress};
 use serde_json::Value;
-use testkit::eventually;
+use testkit::{end_of, eventually};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use worker::config::handlers::{HandlerConfig, build};
 use worker::execute::rows::{BatchEnd, Feed, RowAnswer, RowsEnd, RowsOf};
 use worker::execute::task::{Desk, Handler, Outcome, Problem, Task};
-
-use super::LONG;
 
 /// The interpreter itself: what is found in PATH may be a script that looks for it each time.
 pub static PYTHON: LazyLock<String> = LazyLock::new(|| {
@@ -111,7 +109,7 @@ impl Handled {
 
     #[track_caller]
     pub fn nobody_left(&self) -> impl Future<Output = ()> {
-        eventually("the end of all processes", LONG, async || self.processes().is_empty().then_some(()))
+        eventually("the end of all processes", async || self.processes().is_empty().then_some(()))
     }
 }
 
@@ -132,12 +130,12 @@ pub struct Call {
 
 impl Call {
     pub async fn end(self) -> Outcome {
-        tokio::time::timeout(LONG, self.end).await.expect("the call ends").expect("no panic")
+        end_of("the call ends", self.end).await.expect("no panic")
     }
 
     /// Waits for its first progress.
     pub async fn progress(&self) -> Progress {
-        eventually("some progress", LONG, async || self.desk.progress.lock().unwrap().first().cloned()).await
+        eventually("some progress", async || self.desk.progress.lock().unwrap().first().cloned()).await
     }
 }
 
@@ -227,7 +225,7 @@ pub fn start_rows(handler: &Arc<dyn Handler>, feed: &Arc<Feed>) -> (Cancellation
 }
 
 pub async fn end_of_rows(end: JoinHandle<RowsEnd>) -> RowsEnd {
-    tokio::time::timeout(LONG, end).await.expect("the rows end").expect("no panic")
+    end_of("the rows end", end).await.expect("no panic")
 }
 
 /// Works on rows until there are no more, and tells what became of each.

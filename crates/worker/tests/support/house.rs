@@ -6,7 +6,7 @@ use queue_core::inspect::{Inspect, JobView};
 use testkit::{Daemon, Postgres, RedisServer, Value, eventually};
 use tokio_postgres::Client;
 
-use super::{DB, LONG, config, daemon, job_id, store};
+use super::{DB, PATIENCE, config, daemon, job_id, store};
 use worker::config::Config;
 
 pub const DATABASE: &str = "shop";
@@ -31,7 +31,7 @@ impl House {
         postgres.query(DATABASE, "CREATE TABLE effects (what text)").await;
         let store = store(&redis).await;
         let inspect = Inspect::new(store.clone());
-        let canceller = Canceller::new(store.clone(), LONG);
+        let canceller = Canceller::new(store.clone(), PATIENCE);
         Self { redis, postgres, store, inspect, canceller }
     }
 
@@ -82,7 +82,7 @@ impl House {
             "SELECT 1 FROM pg_stat_activity WHERE state = 'active' AND query LIKE '/* {id} */%' \
              AND position($part${part}$part$ in query) > 0"
         );
-        eventually(&format!("a statement of {id} with {part:?}"), LONG, async || {
+        eventually(&format!("a statement of {id} with {part:?}"), async || {
             (!self.postgres.query("postgres", &sql).await.is_empty()).then_some(())
         })
         .await;

@@ -12,16 +12,14 @@ use queue_core::Store;
 use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{JobId, PoolPattern};
 use queue_core::inspect::{Inspect, JobView};
+pub use testkit::PATIENCE;
 use testkit::Postgres;
 use testkit::RedisServer;
-use testkit::{Daemon, bin, eventually};
+use testkit::{Daemon, bin, end_of, eventually};
 use tokio::sync::watch;
 use worker::config::Config;
 use worker::dispatch::Limits;
 use worker::shutdown::Shutdown;
-
-/// Long enough for any step on a busy machine.
-pub const LONG: Duration = Duration::from_secs(60);
 
 /// The database of the reference layout.
 pub const DB: u8 = 5;
@@ -57,7 +55,7 @@ impl Running {
 
     pub async fn stop(self) {
         self.shutdown.drain().cancel();
-        tokio::time::timeout(LONG, self.handle).await.expect("the worker stops").expect("no panic").expect("no error");
+        end_of("the worker stops", self.handle).await.expect("no panic").expect("no error");
     }
 }
 
@@ -109,7 +107,7 @@ pub async fn store(server: &RedisServer) -> Store {
 
 /// Waits until nothing more of a job will run.
 pub async fn ended(inspect: &Inspect, id: &str) -> JobView {
-    eventually(&format!("job {id} to end"), LONG, async || {
+    eventually(&format!("job {id} to end"), async || {
         inspect.job(id).await.expect("redis answers").filter(JobView::is_over)
     })
     .await
@@ -117,7 +115,7 @@ pub async fn ended(inspect: &Inspect, id: &str) -> JobView {
 
 /// Waits until a job runs.
 pub async fn running(inspect: &Inspect, id: &str) -> JobView {
-    eventually(&format!("job {id} to run"), LONG, async || {
+    eventually(&format!("job {id} to run"), async || {
         inspect.job(id).await.expect("redis answers").filter(|view| view.status() == "running")
     })
     .await
