@@ -37,19 +37,24 @@ const TEST_PREFIX: &str = "DRAYMAN_TEST_";
 /// What the names of all other variables begin with.
 pub const PREFIX: &str = "DRAYMAN_";
 
-/// The sections that some binary knows. One file serves all of them, so each passes over the sections of the others.
-const SECTIONS: [&str; 13] = [
+/// The sections of all programs. One file serves several of them, so each program passes over the sections of the others.
+/// [`load`] refuses to work for a program with a section that is missing here.
+const SECTIONS: [&str; 17] = [
     "redis",
     "limits",
     "worker",
     "sql",
     "databases",
     "tasks",
+    "chunks",
     "handlers",
     "capacity",
     "retry",
     "retention",
     "objects",
+    "export",
+    "intake",
+    "folders",
     "log",
     "telemetry",
 ];
@@ -686,7 +691,11 @@ impl Layers {
 /// Lays the layers over `defaults` and checks the result.
 pub fn load<T: Configuration>(defaults: &T, layers: &Layers) -> Result<T, ConfigError> {
     let base = Figment::from(Serialized::defaults(defaults));
-    let mut stack = Stack { known: sections(&base), merged: base.clone(), layers: Vec::new() };
+    let own = sections(&base);
+    for section in &own {
+        assert!(SECTIONS.contains(&section.as_str()), "SECTIONS lacks {section}: no other program would read its file");
+    }
+    let mut stack = Stack { own, merged: base.clone(), layers: Vec::new() };
     if let Some((path, text)) = read_file(layers)? {
         let dict = parse_toml(&text).map_err(|reason| ConfigError::Syntax { path: path.clone(), reason })?;
         stack.push(path.display().to_string(), dict);
@@ -718,14 +727,15 @@ pub fn to_toml<T: Serialize>(config: &T) -> Result<String, toml::ser::Error> {
 
 /// The layers above the defaults, kept apart beside their sum so that a fault can be traced to its place.
 struct Stack {
-    known: Vec<String>,
+    /// The sections of this program.
+    own: Vec<String>,
     merged: Figment,
     layers: Vec<(String, Value)>,
 }
 
 impl Stack {
     fn push(&mut self, origin: String, mut dict: Dict) {
-        dict.retain(|section, _| self.known.contains(section) || !SECTIONS.contains(&section.as_str()));
+        dict.retain(|section, _| self.own.contains(section) || !SECTIONS.contains(&section.as_str()));
         self.merged = std::mem::take(&mut self.merged).merge(Serialized::from(&dict, Profile::Default));
         self.layers.push((origin, dict.into()));
     }
@@ -746,11 +756,13 @@ impl Stack {
         let origin = self.origin(&path).unwrap_or_else(|| "the defaults".into());
         match fault.kind {
             figment::error::Kind::UnknownField(_, known) => {
+                let is_section = path.len() == 1;
+                let known = if is_section { &SECTIONS } else { known };
                 let mut hint = match known {
                     [] => String::new(),
                     known => format!("; there {} {}", if known.len() == 1 { "is" } else { "are" }, known.join(", ")),
                 };
-                if origin.starts_with(PREFIX) && path.len() == 1 {
+                if origin.starts_with(PREFIX) && is_section {
                     hint.push_str("; a section and its key are joined by two underscores");
                 }
                 ConfigError::UnknownKey { key, origin, hint }
@@ -959,8 +971,11 @@ mod tests {
         );
         assert_eq!(
             refusal("[worker]\nslots = 1\n", &[("DRAYMAN_REDIS_URL", "redis://h")]),
-            "unknown key redis_url in DRAYMAN_REDIS_URL; there are redis, worker; a section and its key are joined by two \
-             underscores"
+            format!(
+                "unknown key redis_url in DRAYMAN_REDIS_URL; there are {}; a section and its key are joined by two \
+                 underscores",
+                SECTIONS.join(", ")
+            )
         );
         assert!(refusal("[worke]\n", &[]).starts_with("unknown key worke in DIR/worker.toml"));
         let mut setting = Setting::new("", &[]);
@@ -972,6 +987,21 @@ mod tests {
     fn sections_of_other_binaries_are_passed_over() {
         let setting = Setting::new("[sql]\nanything = 1\n", &[("DRAYMAN_LOG__LEVEL", "debug")]);
         assert_eq!(setting.load(), Ok(Sample::default()));
+    }
+
+    #[test]
+    #[should_panic(expected = "SECTIONS lacks newcomer")]
+    fn a_section_that_the_other_programs_would_not_know_is_found_at_once() {
+        #[derive(Default, Serialize, Deserialize)]
+        struct Program {
+            newcomer: u16,
+        }
+        impl Configuration for Program {
+            fn validate(&self) -> Result<(), Fault> {
+                Ok(())
+            }
+        }
+        let _ = load(&Program::default(), &Setting::new("", &[]).layers);
     }
 
     #[test]

@@ -1,10 +1,10 @@
-//! What stands in `deploy/` works.
+//! What stands in `deploy/` works, and so do the pages' examples of configuration.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use testkit::{RedisServer, Scratch};
+use testkit::{RedisServer, Scratch, bin};
 
 fn deploy(file: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../../deploy").join(file)
@@ -68,6 +68,62 @@ fn the_unit_gives_the_worker_what_it_counts_on() {
     };
     let graces = ["drain_grace", "cancel_grace", "kill_grace"].map(|key| seconds(&settings, key)).iter().sum::<u64>();
     assert!(seconds(&unit, "TimeoutStopSec") > 2 * graces, "{graces}");
+}
+
+/// The files of configuration that are shipped, and the pages' examples of such: where each stands, and its text.
+fn configurations() -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let files = fs::read_dir(deploy("")).unwrap().chain(fs::read_dir(deploy("../docs")).unwrap());
+    for path in files.map(|entry| entry.unwrap().path()).chain([deploy("../README.md")]) {
+        let name = path.file_name().unwrap().to_string_lossy().into_owned();
+        match path.extension().and_then(|ending| ending.to_str()) {
+            Some("toml") => found.push((name, fs::read_to_string(path).unwrap())),
+            Some("md") => {
+                let page = fs::read_to_string(path).unwrap();
+                let blocks = page.split("\n```toml\n").skip(1).map(|rest| rest.split("\n```").next().unwrap());
+                // The others are flows.
+                let blocks = blocks.filter(|block| !block.contains("[[steps]]"));
+                found.extend(blocks.enumerate().map(|(at, block)| (format!("{name}, block {at}"), block.into())));
+            }
+            _ => {}
+        }
+    }
+    assert!(found.len() > 8, "{found:?}");
+    found
+}
+
+#[test]
+fn each_program_reads_each_file_that_is_shipped_and_each_example_of_the_pages() {
+    let (redis, scratch) = (RedisServer::start(), Scratch::new("shipped"));
+    let path = scratch.path().join("drayman.toml");
+    let url = redis.url_db(5);
+    let run = |program: &str, args: &[&str]| -> (Option<i32>, String) {
+        let mut command = Command::new(bin(program));
+        let output = command.env_clear().arg("--config").arg(&path).args(args).output().unwrap();
+        (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
+    };
+    let programs: [(&str, &[&str]); 4] = [
+        ("drayman", &["--redis-url", &url, "submit", "--user", "ann", "--database", "trips", "SELECT 1"]),
+        ("drayman-canceller", &["--redis-url", &url, "--user", "ann", "--dry-run"]),
+        ("drayman-worker", &["--print-config"]),
+        ("drayman-intake", &["--print-config"]),
+    ];
+    for (name, text) in configurations() {
+        for (program, args) in programs {
+            fs::write(&path, &text).unwrap();
+            let (code, said) = run(program, args);
+            if program == "drayman-intake" && !text.contains("[[folders]]") {
+                // It has nothing to do then, and that is all that is wrong.
+                assert!(code == Some(2) && said.contains("folders there are none"), "{program}, {name}: {said}");
+            } else {
+                assert_eq!(code, Some(0), "{program}, {name}: {said}");
+            }
+            // What no program knows is refused by each.
+            fs::write(&path, format!("[wroker]\nslots = 1\n{text}")).unwrap();
+            let (code, said) = run(program, args);
+            assert!(code == Some(2) && said.contains("unknown key wroker in"), "{program}, {name}: {said}");
+        }
+    }
 }
 
 #[test]
