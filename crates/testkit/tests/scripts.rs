@@ -1,4 +1,5 @@
-//! How `scripts/lib.sh` finds a Redis: with programs on the PATH that only pretend to be what they are called.
+//! How scripts find a Redis, and what they make of failed tests: with programs on the PATH that only pretend to be what
+//! they are called.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -14,7 +15,8 @@ impl Machine {
     fn new() -> Self {
         let machine = Self(Scratch::new("scripts"));
         fs::create_dir(machine.bin()).unwrap();
-        for tool in ["bash", "sh", "dirname", "find", "head", "rm", "mkdir", "chmod", "cat", "env", "sleep"] {
+        let tools = ["bash", "sh", "dirname", "find", "head", "rm", "mkdir", "chmod", "cat", "env", "sleep"];
+        for tool in tools.into_iter().chain(["awk", "grep", "mktemp", "sed", "tee"]) {
             let real = ["/usr/bin", "/bin"].map(|dir| Path::new(dir).join(tool));
             symlink(real.iter().find(|path| path.exists()).unwrap(), machine.bin().join(tool)).unwrap();
         }
@@ -104,4 +106,107 @@ fn a_socket_path_that_the_kernel_would_refuse_is_refused_first() {
     let output = Machine::new().run(&format!("REDIS_SERVER=true; start_redis /tmp/{}", "x".repeat(100)));
     assert!(!output.status.success());
     assert!(String::from_utf8_lossy(&output.stderr).contains("path of the socket is too long"));
+}
+
+/// What a runner of tests says in a run, and its exit code.
+type Said<'a> = (&'a str, i32);
+
+/// Runs the tests with a cargo that says the one thing when it is called first, and the other after that: the exit
+/// code, the output, and how often it was called.
+fn tests(which: &str, runner: &str, first: Said, again: Said) -> (Option<i32>, String, usize) {
+    let cargo = r#"
+echo "$*" >> "$BIN/calls"
+if [ -e "$BIN/begun" ]; then cat "$BIN/again"; exit AGAIN; fi
+echo > "$BIN/begun"; cat "$BIN/first"; exit FIRST
+"#;
+    let cargo = cargo.replace("FIRST", &first.1.to_string()).replace("AGAIN", &again.1.to_string());
+    let machine = Machine::new().with("cargo", &cargo);
+    fs::write(machine.bin().join("first"), first.0).unwrap();
+    fs::write(machine.bin().join("again"), again.0).unwrap();
+    let output = machine.run(&format!(". $ROOT/scripts/rerun.sh; run_tests {which} {runner} --workspace"));
+    let calls = fs::read_to_string(machine.bin().join("calls")).unwrap();
+    (output.status.code(), String::from_utf8(output.stdout).unwrap(), calls.lines().count())
+}
+
+const NEXTEST_ONE_FAILED: Said = (
+    "        FAIL [   0.204s] (4/9) testkit::deploy b\n  stdout\n    Summary [ oh\n\
+     \u{1b}[31;1m     Summary\u{1b}[0m [   2.471s] 9 tests run: 8 passed (1 slow), 1 failed, 3 skipped\n\
+     \u{1b}[31;1m        FAIL\u{1b}[0m [   0.204s] (4/9) testkit::deploy mod::b\nerror: test run failed\n",
+    100,
+);
+const CARGO_ONE_FAILED: Said = (
+    "     Running unittests src/lib.rs (target/debug/deps/a-1)\ntest a ... ok\n\
+     test result: ok. 5 passed; 0 failed; 1 ignored; 0 measured; 0 filtered out; finished in 0.00s\n\
+     \u{20}    Running tests/deploy.rs (target/debug/deps/deploy-1)\ntest mod::b ... FAILED\n\nfailures:\n    mod::b\n\
+     test result: FAILED. 3 passed; 1 failed; 0 ignored; 0 measured; 2 filtered out; finished in 0.00s\n\
+     error: 1 target failed:\n    `-p testkit --test deploy`\n",
+    101,
+);
+
+#[test]
+fn a_test_that_alone_failed_runs_once_more_and_is_named_if_it_passes_then() {
+    let passed = (NEXTEST_ONE_FAILED.0, 0);
+    let (code, said, calls) = tests("rerun-one", "nextest", NEXTEST_ONE_FAILED, passed);
+    assert_eq!((code, calls), (Some(0), 2), "{said}");
+    assert!(said.contains("\nflaky: testkit::deploy mod::b passed at its second run."), "{said}");
+    assert_eq!(said.lines().last(), Some("9 passed, 0 failed, 3 skipped"));
+
+    let passed = ("running 1 test\ntest mod::b ... ok\n", 0);
+    let (code, said, calls) = tests("rerun-one", "cargo_test", CARGO_ONE_FAILED, passed);
+    assert_eq!((code, calls), (Some(0), 2), "{said}");
+    assert!(said.contains("\nflaky: mod::b passed at its second run."), "{said}");
+    assert_eq!(said.lines().last(), Some("9 passed, 0 failed, 3 skipped"));
+}
+
+#[test]
+fn a_test_that_fails_again_or_does_not_run_again_has_failed() {
+    let cases = [
+        ("nextest", NEXTEST_ONE_FAILED, (NEXTEST_ONE_FAILED.0, 100), 100),
+        ("cargo_test", CARGO_ONE_FAILED, ("test mod::b ... FAILED\n", 101), 101),
+        ("cargo_test", CARGO_ONE_FAILED, ("running 0 tests\n", 0), 101),
+    ];
+    for (runner, first, again, wanted) in cases {
+        let (code, said, calls) = tests("rerun-one", runner, first, again);
+        assert_eq!((code, calls), (Some(wanted), 2), "{said}");
+        assert!(!said.contains("flaky"), "{said}");
+        assert_eq!(said.lines().last(), Some("8 passed, 1 failed, 3 skipped"));
+    }
+}
+
+#[test]
+fn no_second_run_where_nobody_asked_where_two_failed_or_where_some_did_not_run() {
+    let two = NEXTEST_ONE_FAILED
+        .0
+        .replace("9 tests run", "10 tests run")
+        .replace("1 failed", "1 failed, 1 timed out")
+        .replace("error: test run", "     TIMEOUT [  60.012s] (5/9) worker::chaos c\nerror: test run");
+    let cargo_two = CARGO_ONE_FAILED
+        .0
+        .replace("test a ... ok", "test a ... FAILED")
+        .replace("ok. 5 passed; 0", "FAILED. 4 passed; 1");
+    let interrupted = NEXTEST_ONE_FAILED.0.replace("9 tests run", "7/9 tests run");
+    let crashed =
+        format!("     Running tests/crash.rs (target/debug/deps/crash-1)\nrunning 2 tests\n{}", CARGO_ONE_FAILED.0);
+    let cases = [
+        ("rerun-none", "nextest", NEXTEST_ONE_FAILED.0, "8 passed, 1 failed, 3 skipped"),
+        ("rerun-one", "nextest", &two, "8 passed, 2 failed, 3 skipped"),
+        ("rerun-one", "nextest", &interrupted, "error: test run failed"),
+        ("rerun-one", "nextest", "error: could not compile `worker`", "error: could not compile `worker`"),
+        ("rerun-none", "cargo_test", CARGO_ONE_FAILED.0, "8 passed, 1 failed, 3 skipped"),
+        ("rerun-one", "cargo_test", &cargo_two, "7 passed, 2 failed, 3 skipped"),
+        ("rerun-one", "cargo_test", &crashed, "    `-p testkit --test deploy`"),
+    ];
+    for (which, runner, first, last) in cases {
+        let (code, said, calls) = tests(which, runner, (first, 100), ("test mod::b ... ok\n", 0));
+        assert_eq!((code, calls), (Some(100), 1), "{said}");
+        assert!(!said.contains("flaky"), "{said}");
+        assert_eq!(said.lines().last(), Some(last));
+    }
+}
+
+#[test]
+fn where_all_pass_the_last_line_sums_them_up() {
+    let nextest = ("     Summary [   0.1s] 1 test run: 1 passed, 0 skipped\n", 0);
+    let (code, said, calls) = tests("rerun-one", "nextest", nextest, ("", 1));
+    assert_eq!((code, calls, said.lines().last()), (Some(0), 1, Some("1 passed, 0 failed, 0 skipped")));
 }
