@@ -73,22 +73,22 @@ valkey_from_wheel() {
     printf '%s\n' "$server"
 }
 
-# start_redis FOLDER: starts REDIS_SERVER, private to its socket; sets REDIS_SOCKET and REDIS_PID.
+# start_redis FOLDER [SETTING...]: starts REDIS_SERVER, private to its socket if no setting says otherwise; sets
+# REDIS_SOCKET and REDIS_PID.
 start_redis() {
     REDIS_SOCKET=$1/redis.sock
     # The limit of a socket's address is 108 bytes with its end.
     [ ${#REDIS_SOCKET} -lt 108 ] || die "the path of the socket is too long: $REDIS_SOCKET"
     "$REDIS_SERVER" --port 0 --unixsocket "$REDIS_SOCKET" --unixsocketperm 700 --dir "$1" --save '' \
-        --appendonly no --maxmemory-policy noeviction --daemonize no >"$1/redis.log" 2>&1 &
+        --appendonly no --maxmemory-policy noeviction --daemonize no "${@:2}" >"$1/redis.log" 2>&1 &
     REDIS_PID=$!
-    local try
-    for ((try = 0; try < 100; try++)); do
-        if [ "$(redis_cli PING 2>/dev/null)" = PONG ]; then return; fi
-        kill -0 "$REDIS_PID" 2>/dev/null || break
+    until [ "$(redis_cli PING 2>/dev/null)" = PONG ]; do
+        if ! kill -0 "$REDIS_PID" 2>/dev/null; then
+            cat "$1/redis.log" >&2
+            die "$REDIS_SERVER did not start"
+        fi
         sleep 0.1
     done
-    cat "$1/redis.log" >&2
-    die "$REDIS_SERVER did not start"
 }
 
 # redis_cli COMMAND...: on database 5 of the server at REDIS_SOCKET.
