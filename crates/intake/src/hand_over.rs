@@ -78,7 +78,9 @@ pub async fn hand_over(claim: &Claim, config: &FolderConfig, means: &Means) -> R
                     return taken_back(loader, Trouble::Later(format!("bad lines can't be reported: {error}"))).await;
                 }
             },
-            Err(RowError::Bad(line)) => return taken_back(loader, Trouble::Bad(line.to_string())).await,
+            Err(RowError::Bad(line) | RowError::Lost(line)) => {
+                return taken_back(loader, Trouble::Bad(line.to_string())).await;
+            }
             Err(RowError::Io(error)) => return taken_back(loader, unreadable(error)).await,
         }
     }
