@@ -5,7 +5,7 @@
 //! - [`Proxy`]: a network between client and server that loses, delays and cuts;
 //! - [`Daemon`] and [`bin`]: this workspace's programs as child processes, with their output;
 //! - [`NotifySocket`]: systemd's end of the readiness protocol;
-//! - [`chaos`]: all of these together for a minute or an hour, with random work and random faults;
+//! - [`chaos`]: all of these together for hundreds of jobs or more, with random work and random faults;
 //! - [`eventually`]: wait for a state, never for a time.
 //!
 //! A fixture that cannot be set up panics with the reason: a test has no better answer to it. The servers, the

@@ -38,6 +38,10 @@ pub enum Point {
     BeforeReply,
     /// The client has its reply, and the server gets nothing more.
     AfterReply,
+    /// The client's connection is cut at once, and the server gets the call when so much time has passed.
+    Late(Duration),
+    /// It is not stopped: the server gets it a second time at once, as where a client has sent it again and the first one comes late.
+    Twice,
 }
 
 /// Sees each request of a Redis client, the words of the command, and may stop it.
@@ -174,6 +178,11 @@ impl Proxy {
     /// than cuts and refusals don't reach connections with a gate, and subscriptions pass it unseen.
     pub fn gate(&self, gate: impl FnMut(&[Vec<u8>]) -> Option<Point> + Send + 'static) {
         *self.shared.gate() = Some(Box::new(gate));
+    }
+
+    /// Shows commands to nobody any more, on connections that are made from now on.
+    pub fn open_gate(&self) {
+        *self.shared.gate() = None;
     }
 
     /// How many connections stand still by the gate's word: what it stopped there has come as far as its point.
@@ -333,6 +342,10 @@ async fn gated(mut ends: Ends, shared: &Shared) -> io::Result<()> {
         }
         while !last && let Some((length, words)) = resp::command(&requests)? {
             let point = shared.gate().as_mut().and_then(|gate| gate(&words));
+            if let Some(Point::Late(time)) = point {
+                tokio::spawn(deliver_late(ends.from_server, ends.to_server, requests.drain(..length).collect(), time));
+                return Ok(());
+            }
             if point == Some(Point::BeforeCall) {
                 // What was asked before is still answered.
                 (last, stop) = (true, true);
@@ -340,9 +353,14 @@ async fn gated(mut ends: Ends, shared: &Shared) -> io::Result<()> {
             }
             listens |= words.first().is_some_and(|word| word.to_ascii_uppercase().ends_with(b"SUBSCRIBE"));
             ends.to_server.write_all(&requests[..length]).await?;
+            if point == Some(Point::Twice) {
+                ends.to_server.write_all(&requests[..length]).await?;
+                open.push_back(None);
+            } else {
+                last = point.is_some();
+            }
             requests.drain(..length);
             open.push_back(point);
-            last = point.is_some();
         }
         if listens {
             ends.to_client.write_all(&replies).await?;
@@ -353,7 +371,10 @@ async fn gated(mut ends: Ends, shared: &Shared) -> io::Result<()> {
             if point == Some(Point::BeforeReply) {
                 return shared.stop().await;
             }
-            ends.to_client.write_all(&replies[..length]).await?;
+            // Of two replies to one call the client gets the first.
+            if point != Some(Point::Twice) {
+                ends.to_client.write_all(&replies[..length]).await?;
+            }
             replies.drain(..length);
             if point == Some(Point::AfterReply) {
                 return shared.stop().await;
@@ -362,6 +383,15 @@ async fn gated(mut ends: Ends, shared: &Shared) -> io::Result<()> {
         if stop && open.is_empty() {
             return shared.stop().await;
         }
+    }
+}
+
+/// Sends a call of a client that is gone, and waits for its reply so that it is not lost with the connection.
+async fn deliver_late(mut from_server: OwnedReadHalf, mut to_server: OwnedWriteHalf, call: Vec<u8>, time: Duration) {
+    tokio::time::sleep(time).await;
+    // A server that is gone by then never gets it.
+    if to_server.write_all(&call).await.is_ok() {
+        let _ = from_server.read(&mut [0; 1024]).await;
     }
 }
 
@@ -539,6 +569,24 @@ mod tests {
             // Others pass.
             RawClient::connect(proxy.addr()).unwrap().call(&["PING"]);
         }
+    }
+
+    #[test]
+    fn a_late_call_comes_when_its_client_is_gone_and_a_doubled_one_is_answered_once() {
+        let (server, proxy, _) = setup();
+        proxy.gate(|words| match &words[1][..] {
+            b"late" => Some(Point::Late(Duration::from_millis(200))),
+            b"twice" => Some(Point::Twice),
+            _ => None,
+        });
+        let mut client = RawClient::connect(proxy.addr()).unwrap();
+        assert_eq!(client.call(&["INCR", "twice"]), Value::Int(1));
+        assert_eq!(client.call(&["INCR", "once"]), Value::Int(1));
+        assert!(client.try_call(&["INCR", "late"]).is_err());
+        eventually_blocking("the late call", || (!server.raw(&["GET", "late"]).is_nil()).then_some(()));
+        assert_eq!(server.raw(&["MGET", "late", "twice", "once"]).texts(), ["1", "2", "1"]);
+        proxy.open_gate();
+        assert_eq!(RawClient::connect(proxy.addr()).unwrap().call(&["INCR", "twice"]), Value::Int(3));
     }
 
     #[test]

@@ -1,6 +1,6 @@
-//! Random work under random faults, for less than a minute here and for hours by
-//! `cargo run -p testkit --bin chaos -- --duration 1h`, or with handlers in Rust besides by
-//! `DRAYMAN_CHAOS_DURATION=1h cargo test -p worker --test chaos`.
+//! Random work under random faults: a few hundred jobs here, and as many as wanted by
+//! `cargo run -p testkit --bin chaos -- --jobs 10000`, or with handlers in Rust besides by
+//! `DRAYMAN_CHAOS_JOBS=10000 cargo test -p worker --test chaos`.
 
 use std::collections::BTreeSet;
 use std::fs::File;
@@ -17,11 +17,15 @@ use worker::execute::function::Context;
 use worker::execute::task::Problem;
 use worker::shutdown::Shutdown;
 
+/// About a minute of them, on a machine that does nothing else.
+const JOBS: usize = 250;
+
 /// What a task is to do.
 #[derive(Deserialize)]
 struct Task {
     deed: String,
     ms: u64,
+    most: usize,
 }
 
 /// Each worker of the run is this test once more. It does as `task.py` of the fault harness does.
@@ -30,21 +34,31 @@ async fn a_worker_of_the_run_below() {
     let Some(path) = std::env::var_os("CHAOS_EFFECTS") else { return };
     let config = Config::load(&Layers::of_process(None)).expect("a configuration");
     let telemetry = Telemetry::start(&config.log, &config.telemetry).expect("a log");
+    let lines = path.clone();
     let file = move || File::options().append(true).create(true).open(&path);
+    let process = std::process::id();
     let worker = Worker::builder().config(config).handler("chaos", "rust", move |task: Task, context: Context| {
-        let file = file();
+        let (file, lines) = (file(), lines.clone());
         async move {
             let mut file = file?;
             let (job, attempt) = (context.job(), context.attempt());
-            file.write_all(format!("{job} {attempt} begun\n").as_bytes())?;
+            file.write_all(format!("{job} {attempt} begun {process}\n").as_bytes())?;
             tokio::time::sleep(Duration::from_millis(task.ms)).await;
+            if task.deed == "poison" {
+                let (text, own) = (std::fs::read_to_string(lines)?, format!("{job} "));
+                let killed = text.lines().filter(|line| line.starts_with(&own) && line.contains(" poison "));
+                if killed.count() < task.most {
+                    file.write_all(format!("{job} {attempt} poison {process}\n").as_bytes())?;
+                    std::process::abort();
+                }
+            }
             match &*task.deed {
                 "fail" => return Err(Problem::fail("planned")),
                 "once" if attempt == 1 => return Err(Problem::retry("planned")),
                 _ => {}
             }
-            file.write_all(format!("{job} {attempt} done\n").as_bytes())?;
-            Ok(())
+            file.write_all(format!("{job} {attempt} done {process}\n").as_bytes())?;
+            Ok(process)
         }
     });
     let ended = worker.run(Shutdown::on_signals().expect("signals")).await;
@@ -65,9 +79,9 @@ fn whatever_fails_no_job_is_lost_none_is_recorded_twice_and_every_effect_is_ther
     println!("DRAYMAN_CHAOS_SEED={seed}");
     let exe = std::env::current_exe().expect("this program").display().to_string();
     let worker = Some([&*exe, "--exact", "--nocapture", "a_worker_of_the_run_below"].map(str::to_owned).to_vec());
-    let duration = std::env::var("DRAYMAN_CHAOS_DURATION").ok().and_then(|text| humantime::parse_duration(&text).ok());
-    let duration = duration.unwrap_or(Duration::from_secs(30));
-    let report = run(&Options { seed, duration, workers: 4, users: 6, worker });
+    let jobs = std::env::var("DRAYMAN_CHAOS_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(JOBS);
+    println!("DRAYMAN_CHAOS_JOBS={jobs}");
+    let report = run(&Options { seed, jobs, workers: 4, users: 6, worker });
     println!("{report}");
     assert!(report.violations.is_empty(), "{report}");
     assert!(report.counts.tasks.len() == 3 && report.counts.runs.done > 10, "{report}");

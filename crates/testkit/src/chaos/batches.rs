@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 use serde_json::{Value, json};
 
 use super::random::Random;
-use super::stage::{self, Stage, ask, connect};
+use super::stage::{self, Stage, connect};
+use super::state;
 use super::verdict::Violation;
 use super::workload::{APP, HOSTS};
 use super::{HAND_IN_LIMIT, Run};
@@ -141,15 +142,9 @@ impl Batches {
         batches.values().flat_map(|known| [Some(known.batch.id.clone()), told(known)]).flatten().collect()
     }
 
-    /// Those of them that have not ended.
-    pub fn open(&self, stage: &Stage) -> io::Result<usize> {
-        let mut redis = connect(&stage.redis)?;
-        let mut open = 0;
-        for id in self.ids() {
-            let status = ask(&mut redis, &["HGET", &format!("batch:jobs:{id}"), "status"])?;
-            open += usize::from(status.is_nil() || !is_over(&status.text()));
-        }
-        Ok(open)
+    /// Those of them that have not ended, with how many rows of them have not.
+    pub fn open(&self, stage: &Stage) -> io::Result<Vec<String>> {
+        open_of(&self.ids(), stage)
     }
 
     fn open_of(&self, user: &str, stage: &Stage) -> usize {
@@ -157,18 +152,21 @@ impl Batches {
             let batches = self.0.lock().expect("no thread panics");
             batches.values().filter(|known| known.batch.user == user).map(|known| known.batch.id.clone()).collect()
         };
-        let count = || -> io::Result<usize> {
-            let mut redis = connect(&stage.redis)?;
-            let mut open = 0;
-            for id in &ids {
-                let status = ask(&mut redis, &["HGET", &format!("batch:jobs:{id}"), "status"])?;
-                open += usize::from(status.is_nil() || !is_over(&status.text()));
-            }
-            Ok(open)
-        };
         // While Redis is away, nothing more is handed in.
-        count().unwrap_or(OPEN_PER_USER)
+        open_of(&ids, stage).map_or(OPEN_PER_USER, |open| open.len())
     }
+}
+
+fn open_of(ids: &[String], stage: &Stage) -> io::Result<Vec<String>> {
+    let mut redis = connect(&stage.redis)?;
+    let mut open = Vec::new();
+    for id in ids {
+        if !state::status(&mut redis, id)?.is_some_and(|status| is_over(&status)) {
+            let left = state::field(&mut redis, id, "left")?.unwrap_or_default();
+            open.push(format!("{id} {left}").trim_end().to_owned());
+        }
+    }
+    Ok(open)
 }
 
 fn is_over(status: &str) -> bool {
@@ -210,7 +208,7 @@ impl Run<'_> {
             while !self.is_closed() && self.batches.open_of(&batch.user, &self.stage) >= OPEN_PER_USER {
                 thread::sleep(Duration::from_millis(100));
             }
-            if self.is_closed() {
+            if !self.is_wanted() {
                 return;
             }
             let known = Known { batch: batch.clone(), acknowledged: false, abort_asked: false };
@@ -326,7 +324,7 @@ impl Run<'_> {
         let Known { batch, acknowledged, abort_asked } = known;
         let mut found = Vec::new();
         let mut redis = connect(&self.stage.redis).expect("nothing fails any more");
-        let hash = ask(&mut redis, &["HGETALL", &format!("batch:jobs:{}", batch.id)]).expect("it answers").map();
+        let hash = state::hash(&mut redis, &batch.id).expect("it answers");
         if hash.is_empty() && !acknowledged {
             return found;
         }

@@ -49,6 +49,15 @@ pub enum Fault {
     CutDatabase(Direction, u64),
     /// PostgreSQL crashes and starts again.
     RestartDatabase,
+    /// The next replies to a worker's takes are lost, one of each take, for so long.
+    LoseTakes(usize, Duration),
+    /// Redis gets a worker's takes and finishes twice, for so long: what was sent again comes in before what was late.
+    Double(usize, Duration),
+    /// SIGKILL to a worker whose next finish is on its way and never comes; and when another takes its place. What it has committed
+    /// elsewhere is not recorded.
+    KillAtFinish(usize, Duration),
+    /// The same, of a job that takes long, and the finish comes when another worker is at work on that job.
+    FinishLate(usize, Duration),
 }
 
 impl Fault {
@@ -74,6 +83,10 @@ impl Fault {
             Fault::Terminate(..) => "backends terminated",
             Fault::CutDatabase(..) => "database cut at a byte",
             Fault::RestartDatabase => "database crashed",
+            Fault::LoseTakes(..) => "replies of takes lost",
+            Fault::Double(..) => "calls doubled",
+            Fault::KillAtFinish(..) => "worker killed at a finish",
+            Fault::FinishLate(..) => "finish of a killed worker late",
         }
     }
 }
@@ -97,11 +110,11 @@ impl Iterator for Schedule {
 
     fn next(&mut self) -> Option<Self::Item> {
         let random = &mut self.random;
-        let pause = if random.chance(15) { Duration::ZERO } else { random.ms(100, 1_600) };
+        let pause = if random.chance(15) { Duration::ZERO } else { random.ms(100, 1_200) };
         let worker = random.between(0, self.workers as u64) as usize;
         let proxy = random.between(0, self.workers as u64 + 1) as usize;
         let direction = if random.chance(50) { Direction::ToServer } else { Direction::ToClient };
-        let fault = match random.weighted(&[12, 6, 7, 5, 3, 3, 3, 4, 3, 2, 5, 9, 6, 5, 4, 6, 5, 1, 7]) {
+        let fault = match random.weighted(&[8, 6, 7, 4, 3, 3, 3, 3, 3, 2, 5, 7, 5, 4, 4, 6, 5, 1, 6, 8, 8, 10, 10]) {
             0 => Fault::KillWorker(worker, random.ms(0, 3_000)),
             1 => Fault::EndWorker(worker, random.ms(0, 1_000)),
             2 => Fault::StopWorker(worker, random.ms(100, 6_000)),
@@ -120,6 +133,10 @@ impl Iterator for Schedule {
             15 => Fault::Terminate(random.between(1, 4)),
             16 => Fault::CutDatabase(direction, random.between(0, 2_500)),
             17 => Fault::RestartDatabase,
+            19 => Fault::LoseTakes(worker, random.ms(1_000, 4_000)),
+            20 => Fault::Double(worker, random.ms(1_000, 4_000)),
+            21 => Fault::KillAtFinish(worker, random.ms(0, 1_500)),
+            22 => Fault::FinishLate(worker, random.ms(0, 1_500)),
             _ => Fault::KillHandlers(worker),
         };
         Some((pause, fault))
@@ -137,6 +154,6 @@ mod tests {
         let first: Vec<_> = Schedule::of(9, 4).take(2_000).collect();
         assert_eq!(first, Schedule::of(9, 4).take(2_000).collect::<Vec<_>>());
         assert_ne!(first, Schedule::of(10, 4).take(2_000).collect::<Vec<_>>());
-        assert_eq!(first.iter().map(|(_, fault)| fault.kind()).collect::<BTreeSet<_>>().len(), 19);
+        assert_eq!(first.iter().map(|(_, fault)| fault.kind()).collect::<BTreeSet<_>>().len(), 23);
     }
 }

@@ -14,12 +14,12 @@ use std::time::{Duration, Instant};
 use serde::Deserialize;
 
 use super::random::Random;
-use super::stage::{self, Stage, ask, connect};
+use super::stage::{self, Stage, connect};
+use super::state::{self, status};
 use super::verdict::Violation;
 use super::workload::APP;
 use super::{HAND_IN_LIMIT, Run};
 use crate::process::{Daemon, bin};
-use crate::redis::RawClient;
 
 /// The database that steps name.
 pub const DATABASE: &str = "flows";
@@ -153,28 +153,24 @@ impl Flows {
         let mut ids = Vec::new();
         for id in self.executions(None) {
             if status(&mut redis, &id)?.is_some() {
-                let steps = ask(&mut redis, &["KEYS", &format!("batch:jobs:{id}:*")])?.texts();
-                ids.extend(steps.into_iter().filter_map(|key| Some(key.strip_prefix("batch:jobs:")?.to_owned())));
+                ids.extend(state::jobs_of(&mut redis, &format!("{id}:"))?);
                 ids.push(id);
             }
         }
         Ok(ids)
     }
 
-    /// How many of them have not ended.
-    pub fn open(&self, stage: &Stage, user: Option<&str>) -> io::Result<usize> {
+    /// Those of them that have not ended.
+    pub fn open(&self, stage: &Stage, user: Option<&str>) -> io::Result<Vec<String>> {
         let mut redis = connect(&stage.redis)?;
-        let mut open = 0;
+        let mut open = Vec::new();
         for id in self.executions(user) {
-            open += usize::from(status(&mut redis, &id)?.is_some_and(|status| !is_over(&status)));
+            if status(&mut redis, &id)?.is_some_and(|status| !is_over(&status)) {
+                open.push(id);
+            }
         }
         Ok(open)
     }
-}
-
-fn status(redis: &mut RawClient, id: &str) -> io::Result<Option<String>> {
-    let status = ask(redis, &["HGET", &format!("batch:jobs:{id}"), "status"])?;
-    Ok((!status.is_nil()).then(|| status.text()))
 }
 
 fn is_over(status: &str) -> bool {
@@ -219,11 +215,12 @@ impl Run<'_> {
             let plan = Plan::of(self.options.seed, user, number);
             self.wait(plan.pause);
             // While Redis is away, nothing more is handed in.
-            let is_full = || self.flows.open(&self.stage, Some(&plan.user)).map_or(true, |open| open >= OPEN_PER_USER);
+            let is_full =
+                || self.flows.open(&self.stage, Some(&plan.user)).map_or(true, |open| open.len() >= OPEN_PER_USER);
             while !self.is_closed() && is_full() {
                 thread::sleep(Duration::from_millis(100));
             }
-            if self.is_closed() {
+            if !self.is_wanted() {
                 return;
             }
             let file = self.stage.folder().join(format!("{}.toml", plan.id));
@@ -335,7 +332,7 @@ impl Run<'_> {
         // Of each step how often it was done, and whether it ever was not.
         let mut runs: HashMap<usize, (usize, bool)> = HashMap::new();
         for id in &known.ids {
-            let hash = ask(&mut redis, &["HGETALL", &format!("batch:jobs:{id}")]).expect("it answers").map();
+            let hash = state::hash(&mut redis, id).expect("it answers");
             let text = |name: &str| hash.get(name).map_or("", String::as_str).to_owned();
             if hash.is_empty() {
                 if known.acknowledged.contains(id) {

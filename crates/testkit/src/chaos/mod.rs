@@ -15,6 +15,7 @@ mod flows;
 mod random;
 mod report;
 mod stage;
+mod state;
 mod verdict;
 mod watch;
 mod workload;
@@ -22,7 +23,7 @@ mod workload;
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -31,7 +32,8 @@ pub use faults::{Fault, Schedule};
 pub use flows::Counts as FlowCounts;
 pub use random::Random;
 pub use report::Report;
-pub use verdict::{KeyRule, LAYOUT, Violation};
+pub use state::{KeyRule, LAYOUT};
+pub use verdict::Violation;
 pub use workload::{Handler, Job, Route};
 
 use crate::process::{Daemon, Signal, bin};
@@ -39,13 +41,16 @@ use crate::redis::{RawClient, Value};
 use batches::Batches;
 use flows::Flows;
 use stage::{Stage, ask, connect_to};
+use verdict::{AGREE, STUCK};
 use watch::Watch;
 use workload::{APP, HOSTS};
 
-/// How long what is left may take once the faults have ended.
-const DRAIN_LIMIT: Duration = Duration::from_secs(60);
+/// For so long nothing has moved once the faults have ended: then nothing will.
+const STANDSTILL: Duration = Duration::from_secs(90);
+/// Takes of one job since then: more of them are no progress.
+const TAKES_LIMIT: usize = 60;
 /// How long handing in what was begun may take then.
-const HAND_IN_LIMIT: Duration = Duration::from_secs(20);
+const HAND_IN_LIMIT: Duration = Duration::from_secs(120);
 /// Most jobs of one user that have not ended.
 const OPEN_PER_USER: usize = 12;
 
@@ -54,8 +59,8 @@ const OPEN_PER_USER: usize = 12;
 pub struct Options {
     /// What decides over work and faults.
     pub seed: u64,
-    /// How long they go on.
-    pub duration: Duration,
+    /// How many jobs are handed in; the faults go on meanwhile. A batch is one, and so is an execution of a flow.
+    pub jobs: usize,
     /// How many workers there are.
     pub workers: usize,
     /// How many users hand in jobs.
@@ -70,8 +75,8 @@ struct Run<'a> {
     options: &'a Options,
     stage: Stage,
     watch: Watch,
-    /// Nothing new is handed in.
-    closed: AtomicBool,
+    /// Jobs that are still to be handed in.
+    to_come: AtomicUsize,
     /// Faults have ended.
     calm: AtomicBool,
     over: AtomicBool,
@@ -80,9 +85,21 @@ struct Run<'a> {
     /// When faults of which kind began.
     struck: Mutex<Vec<(Instant, &'static str)>>,
     faults: Mutex<BTreeMap<&'static str, usize>>,
+    lasted: Mutex<Duration>,
     drained: Mutex<Duration>,
     batches: Batches,
     flows: Flows,
+}
+
+/// What there is to see of progress.
+#[derive(Debug, PartialEq, Eq)]
+struct State {
+    /// What has not ended, and of a batch how many rows have not.
+    open: Vec<String>,
+    /// Once all has ended: what is left of it.
+    leftovers: Vec<String>,
+    books: Vec<String>,
+    effects: u64,
 }
 
 /// Runs, and tells what it has shown.
@@ -95,13 +112,14 @@ pub fn run(options: &Options) -> Report {
         options,
         stage: Stage::build(options.workers, options.worker.as_deref()),
         watch: Watch::default(),
-        closed: AtomicBool::new(false),
+        to_come: AtomicUsize::new(options.jobs),
         calm: AtomicBool::new(false),
         over: AtomicBool::new(false),
         violations: Mutex::default(),
         crashes: Mutex::default(),
         struck: Mutex::default(),
         faults: Mutex::default(),
+        lasted: Mutex::default(),
         drained: Mutex::default(),
         batches: Batches::default(),
         flows: Flows::default(),
@@ -148,24 +166,40 @@ impl Run<'_> {
         self.violations.lock().expect("no thread panics").push(violation);
     }
 
+    /// Whether nothing new is handed in.
     fn is_closed(&self) -> bool {
-        self.closed.load(Ordering::SeqCst)
+        self.to_come.load(Ordering::SeqCst) == 0
+    }
+
+    /// Whether one more job is to be handed in: by whoever asks.
+    fn is_wanted(&self) -> bool {
+        self.to_come.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |left| left.checked_sub(1)).is_ok()
     }
 
     fn is_calm(&self) -> bool {
         self.calm.load(Ordering::SeqCst)
     }
 
-    /// The faults, until their time is over.
+    /// The faults, until all jobs are handed in.
     fn rage(&self) {
-        let end = self.stage.begin() + self.options.duration;
         let mut ends = Vec::new();
         let mut schedule = Schedule::of(self.options.seed, self.options.workers);
         let (pause, mut next) = schedule.next().expect("it never ends");
         // The first workers get to work first.
         let mut at = Instant::now() + pause + Duration::from_secs(1);
-        while Instant::now() < end {
+        let (mut last, mut moved) = ((0, 0), Instant::now());
+        while !self.is_closed() {
             self.supervise();
+            let progress = (self.to_come.load(Ordering::SeqCst), self.watch.open().len());
+            if progress != last {
+                (last, moved) = (progress, Instant::now());
+            } else if moved.elapsed() > STANDSTILL {
+                // Whether that is the faults' doing shows when they have ended.
+                self.to_come.store(0, Ordering::SeqCst);
+            }
+            for (name, when) in self.stage.strike_aimed() {
+                self.watch.killed(&name, when);
+            }
             let due = |end: &mut (Instant, stage::End)| end.0 <= Instant::now();
             for (_, end) in ends.extract_if(.., due).collect::<Vec<_>>() {
                 self.stage.end(end);
@@ -185,27 +219,45 @@ impl Run<'_> {
             }
             thread::sleep(Duration::from_millis(10));
         }
-        self.closed.store(true, Ordering::SeqCst);
+        *self.lasted.lock().expect("no thread panics") = self.stage.begin().elapsed();
         self.stage.calm(ends);
         self.supervise();
         self.calm.store(true, Ordering::SeqCst);
     }
 
     fn supervise(&self) {
-        for complaint in self.stage.supervise() {
+        let (complaints, killed) = self.stage.supervise();
+        for complaint in complaints {
             self.complain(Violation::new("a worker ends when it is told to", complaint));
+        }
+        for (name, when) in killed {
+            self.watch.killed(&name, when);
         }
     }
 
-    /// Waits until all jobs have ended and nothing is left of workers that are gone.
+    /// Waits until all jobs have ended and nothing is left of workers that are gone, or nothing moves any more.
     fn drain(&self) {
         let begin = Instant::now();
-        while begin.elapsed() < DRAIN_LIMIT {
+        let (mut last, mut moved) = (None, begin);
+        loop {
             self.supervise();
-            let all_over = self.watch.open().is_empty()
-                && self.batches.open(&self.stage).is_ok_and(|open| open == 0)
-                && self.flows.open(&self.stage, None).is_ok_and(|open| open == 0);
-            if all_over && self.leftovers().is_ok_and(|found| found.is_empty()) {
+            let state = self.state();
+            if state.as_ref().is_ok_and(|state| state.open.is_empty() && state.leftovers.is_empty()) {
+                break;
+            }
+            // Redis answers all the time by now: what it does not answer is no movement either.
+            let state = state.ok();
+            if state != last {
+                (last, moved) = (state, Instant::now());
+            } else if moved.elapsed() > STANDSTILL {
+                self.complain(self.standstill(last.as_ref(), "nothing has moved"));
+                break;
+            }
+            if let Some((id, takes)) = self.watch.most_taken_since(begin)
+                && takes > TAKES_LIMIT
+            {
+                let violation = Violation::of(&id, STUCK, format!("stuck: it was taken {takes} times without an end"));
+                self.complain(violation);
                 break;
             }
             thread::sleep(Duration::from_millis(100));
@@ -213,15 +265,56 @@ impl Run<'_> {
         *self.drained.lock().expect("no thread panics") = begin.elapsed();
     }
 
+    fn standstill(&self, state: Option<&State>, what: &str) -> Violation {
+        let open = state.map_or(&[][..], |state| &state.open);
+        let some = open.iter().take(10).cloned().collect::<Vec<_>>().join(", ");
+        let seconds = STANDSTILL.as_secs();
+        Violation::new(STUCK, format!("stuck: {what} for {seconds} s, and {} have not ended: {some}", open.len()))
+    }
+
+    /// Whatever changes while there is progress.
+    fn state(&self) -> io::Result<State> {
+        let mut open = self.watch.open();
+        open.extend(self.batches.open(&self.stage)?);
+        open.extend(self.flows.open(&self.stage, None)?);
+        let leftovers = if open.is_empty() { self.leftovers()? } else { Vec::new() };
+        let leftovers = leftovers.into_iter().map(|violation| violation.found).collect();
+        let mut redis = stage::connect(&self.stage.redis)?;
+        Ok(State { open, leftovers, books: state::books(&mut redis)?, effects: self.stage.effects_length() })
+    }
+
     fn leftovers(&self) -> io::Result<Vec<Violation>> {
         let jobs = self.watch.lives().into_iter().map(|life| life.job.id);
         let jobs: BTreeSet<String> = jobs.chain(self.batches.ids()).chain(self.flows.ids(&self.stage)?).collect();
-        verdict::of_keys(&self.stage.redis, &jobs, &self.stage.names())
+        state::leftovers(&self.stage.redis, &jobs, &self.stage.names())
+    }
+
+    /// What a look at all keys finds out of balance, and what the leaders have found meanwhile.
+    fn disagreements(&self) -> Vec<Violation> {
+        let said = self.stage.said_of("keys disagree").into_iter().map(|line| format!("a leader found: {line}"));
+        let url = self.stage.redis.url_db(stage::DB);
+        let program = Daemon::spawn(bin("drayman"), &["doctor", "--json", "--redis-url", &url], &[]);
+        let status = program.wait();
+        let lines = program.lines();
+        let mut found: Vec<String> = lines.iter().filter(|line| line.starts_with(r#"{"finding""#)).cloned().collect();
+        if found.is_empty() && !status.success() {
+            found.push(format!("drayman doctor ended with {status}: {}", program.output()));
+        }
+        said.chain(found).map(|found| Violation::new(AGREE, found)).collect()
     }
 
     fn judge(self) -> Report {
-        let Self { options, stage, watch, violations, crashes, struck, faults, drained, .. } = &self;
+        let Self { options, stage, watch, violations, crashes, struck, faults, lasted, drained, .. } = &self;
         let mut violations = violations.lock().expect("no thread panics").clone();
+        violations.extend(verdict::of_processes(stage));
+        // What is still left of workers that run was waited for.
+        violations.extend(self.leftovers().expect("nothing fails any more"));
+        let alive = stage.names();
+        // Nothing runs while it is judged. Workers that stop in order take their registrations with them.
+        stage.stop_workers();
+        violations.extend(verdict::of_processes(stage));
+        violations.extend(self.leftovers().expect("nothing fails any more"));
+        violations.extend(self.disagreements());
         let crashes = crashes.lock().expect("no thread panics").clone();
         // All records once more.
         let mut redis = stage::connect(&stage.redis).expect("nothing fails any more");
@@ -230,19 +323,13 @@ impl Run<'_> {
             watch.read(&mut redis, page).expect("nothing fails any more");
         }
         let struck = struck.lock().expect("no thread panics").clone();
-        let seen = verdict::Seen { crashes: &crashes, struck: &struck };
-        let (found, counts) = verdict::of_jobs(stage, watch, &seen).expect("nothing fails any more");
+        let seen = verdict::Seen { stage, crashes: &crashes, struck: &struck, alive: &alive };
+        let (found, counts) = verdict::of_jobs(watch, &seen).expect("nothing fails any more");
         violations.extend(found);
         let (found, batches) = self.judge_batches();
         violations.extend(found);
         let (found, flows) = self.judge_flows();
         violations.extend(found);
-        violations.extend(verdict::of_processes(stage));
-        violations.extend(self.leftovers().expect("nothing fails any more"));
-        // Workers that stop in order take their registrations with them.
-        stage.stop_workers();
-        violations.extend(verdict::of_processes(stage));
-        violations.extend(self.leftovers().expect("nothing fails any more"));
         let mut concerned: Vec<String> = violations.iter().filter_map(|violation| violation.job.clone()).collect();
         concerned.dedup();
         let accounts = concerned.iter().take(8).map(|job| verdict::account(stage, watch, job)).collect();
@@ -257,8 +344,8 @@ impl Run<'_> {
             *routes.entry(route.to_owned()).or_default() += 1;
         }
         Report {
-            seed: options.seed,
-            duration: options.duration,
+            options: (*options).clone(),
+            lasted: *lasted.lock().expect("no thread panics"),
             drained: *drained.lock().expect("no thread panics"),
             routes,
             counts,
@@ -282,7 +369,7 @@ impl Run<'_> {
             while self.watch.open_of(&job.user) >= OPEN_PER_USER && !self.is_closed() {
                 thread::sleep(Duration::from_millis(50));
             }
-            if self.is_closed() {
+            if !self.is_wanted() {
                 return;
             }
             self.prepare(&job);
@@ -341,7 +428,7 @@ impl Run<'_> {
 
     /// What a foreign producer does, and what a careful one does again after an error: nothing that was done already.
     fn push(&self, job: &Job, redis: &mut RawClient) -> io::Result<()> {
-        let (key, queue) = (format!("batch:jobs:{}", job.id), format!("batch:queue:{}", job.user));
+        let (key, queue) = (state::job(&job.id), state::queue(&job.user));
         let target = self.stage.database(job.proxied);
         let (host, port, query, input) = (HOSTS[job.host], target.port().to_string(), job.query(), job.input());
         let op = job.task().map(Handler::op);
@@ -363,8 +450,8 @@ impl Run<'_> {
             hash.extend(["max_attempts".to_owned(), attempts.to_string()]);
         }
         let push = ["LPUSH", &queue, &job.id];
-        let index = ["SADD", "batch:indexes:queue", &job.user];
-        let announce = ["PUBLISH", "batch:users", &job.user];
+        let index = ["SADD", state::QUEUED_USERS, &job.user];
+        let announce = ["PUBLISH", state::ANNOUNCEMENTS, &job.user];
         let there = ask(redis, &["EXISTS", &key])?.int() == 1;
         match job.route {
             Route::Transaction => {
@@ -406,12 +493,7 @@ impl Run<'_> {
 
     /// Pushes the id unless it was pushed before.
     fn push_id(&self, job: &Job, redis: &mut RawClient, push: &[&str; 3]) -> io::Result<()> {
-        let key = format!("batch:jobs:{}", job.id);
-        let taken = !ask(redis, &["HGET", &key, "fence"])?.is_nil();
-        let missing = format!("{} {}", job.id, job.user);
-        let waits = !ask(redis, &["LPOS", push[1], push[2]])?.is_nil()
-            || !ask(redis, &["ZSCORE", "drayman:missing", &missing])?.is_nil();
-        if !taken && !waits {
+        if !state::is_queued(redis, &job.user, &job.id)? {
             ask(redis, push)?;
         }
         Ok(())

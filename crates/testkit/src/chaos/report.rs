@@ -4,15 +4,16 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::time::Duration;
 
+use super::Options;
 use super::verdict::{Counts, EFFECTS, LOST, TWICE, Violation};
 
 /// The outcome of one run.
 #[derive(Clone, Debug)]
 pub struct Report {
-    /// Its seed.
-    pub seed: u64,
+    /// What it was.
+    pub options: Options,
     /// How long faults and work went on.
-    pub duration: Duration,
+    pub lasted: Duration,
     /// How long what was left then took.
     pub drained: Duration,
     /// Jobs, by how they were handed in.
@@ -47,19 +48,24 @@ impl fmt::Display for Report {
         };
         let owned = |map: &BTreeMap<String, usize>| list(&mut map.iter().map(|(what, count)| (what.clone(), *count)));
         let seconds = |time: Duration| format!("{:.1} s", time.as_secs_f64());
-        let Counts { jobs, by_status, effects, unknown, unknown_bare, tasks, runs, failed_by_faults } = &self.counts;
+        let Counts { jobs, by_status, effects, unknown, unknown_bare, tasks, poisons, runs, failed_by_faults } =
+            &self.counts;
         writeln!(
             f,
             "seed {}, {} of work and faults, {} to drain",
-            self.seed,
-            seconds(self.duration),
+            self.options.seed,
+            seconds(self.lasted),
             seconds(self.drained)
         )?;
         writeln!(f, "jobs {jobs} ({})", owned(&self.routes))?;
         writeln!(f, "  ended: {}; statements that took effect: {effects}", owned(by_status))?;
         let kinds = list(&mut tasks.iter().map(|(what, count)| (what.to_string(), *count)));
         let all: usize = tasks.values().sum();
-        writeln!(f, "  tasks among them {all} ({kinds}), begun {} times, done {} times", runs.begun, runs.done)?;
+        writeln!(
+            f,
+            "  tasks among them {all} ({kinds}; {poisons} kill their workers), begun {} times, done {} times",
+            runs.begun, runs.done
+        )?;
         let batches = &self.batches;
         writeln!(
             f,
@@ -122,14 +128,18 @@ impl fmt::Display for Report {
         if self.violations.is_empty() {
             return write!(f, "every promise was kept");
         }
-        writeln!(f, "{} VIOLATIONS", self.violations.len())?;
-        for violation in self.violations.iter().take(40) {
-            let job = violation.job.as_deref().map(|job| format!(" (job {job})")).unwrap_or_default();
-            writeln!(f, "- {}{job}: {}", violation.promise, violation.found)?;
-        }
         for account in &self.accounts {
             writeln!(f, "{account}")?;
         }
-        write!(f, "the same work and faults again: --seed {}", self.seed)
+        for violation in self.violations.iter().take(40) {
+            writeln!(f, "seed {}: {violation}", self.options.seed)?;
+        }
+        let Options { seed, jobs, workers, users, .. } = &self.options;
+        write!(
+            f,
+            "{} VIOLATIONS; the same work and faults again: \
+             cargo run -p testkit --bin chaos -- --seed {seed} --jobs {jobs} --workers {workers} --users {users}",
+            self.violations.len()
+        )
     }
 }

@@ -1,11 +1,11 @@
 //! The servers, the proxies between them, and the workers as processes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::io;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::kill;
@@ -13,10 +13,11 @@ use nix::unistd::Pid;
 
 use super::batches::OP;
 use super::faults::Fault;
-use super::workload::{self, APP, CAPACITY};
+use super::state::{self, Call};
+use super::workload::{self, APP, CAPACITY, POISON};
 use crate::postgres::{Postgres, Rows};
 use crate::process::{Daemon, Signal, bin};
-use crate::proxy::Proxy;
+use crate::proxy::{Point, Proxy};
 use crate::redis::{RawClient, RedisServer, Value};
 use crate::scratch::Scratch;
 
@@ -28,8 +29,12 @@ pub const DATABASE: &str = "chaos";
 pub const SESSION_LIFETIME: Duration = Duration::from_secs(3);
 /// Where the workers' handlers find the file that their tasks write to. Processes that have it are theirs.
 const EFFECTS_VARIABLE: &str = "CHAOS_EFFECTS";
-/// How many workers a job may end. None of them does: we do.
-pub const MAX_UNCLEAN: usize = 10;
+/// How many workers may be lost with a job before it is set aside.
+pub const MAX_UNCLEAN: usize = 5;
+/// When a finish that is late comes in: another worker has the job by then.
+const LATE: Duration = SESSION_LIFETIME.saturating_add(Duration::from_secs(2));
+/// How long a worker has until the call comes at which it is to be killed.
+const AIM: Duration = Duration::from_secs(6);
 /// How soon a supervisor starts a program again that has ended by itself.
 const RESTART_AFTER: Duration = Duration::from_millis(500);
 
@@ -51,8 +56,14 @@ pub struct Stage {
     worker: Vec<String>,
     /// Milliseconds after which the next canceller, the next producer is killed.
     pub kill_next: [Mutex<Option<Duration>>; 2],
-    /// What ended workers have said.
-    past: Mutex<Vec<String>>,
+    /// What ended workers have said, by their names.
+    past: Mutex<Vec<(String, Vec<String>)>>,
+    /// The names of all workers that there ever were, by their processes.
+    names: Mutex<BTreeMap<String, String>>,
+    /// The workers whose handlers' processes were killed.
+    handlers_killed: Mutex<Vec<String>>,
+    /// Workers that have come to the call at which they are to be killed, and how long until others take their places.
+    doomed: Arc<Mutex<Vec<(usize, Duration)>>>,
     begin: Instant,
 }
 
@@ -90,8 +101,22 @@ impl Stage {
         let scratch = Scratch::new("chaos");
         fs::write(scratch.path().join("task.py"), include_str!("task.py")).expect("it can be written");
         fs::write(scratch.path().join("worker.toml"), handlers(&scratch, postgres.addr())).expect("it can be written");
-        let (kill_next, past, begin) = (Default::default(), Mutex::default(), Instant::now());
-        Self { redis, postgres, runtime, proxies, to_postgres, slots, scratch, worker, kill_next, past, begin }
+        Self {
+            redis,
+            postgres,
+            runtime,
+            proxies,
+            to_postgres,
+            slots,
+            scratch,
+            worker,
+            kill_next: Default::default(),
+            past: Mutex::default(),
+            names: Mutex::default(),
+            handlers_killed: Mutex::default(),
+            doomed: Arc::default(),
+            begin: Instant::now(),
+        }
     }
 
     /// When everything began: times in accounts count from here.
@@ -122,7 +147,7 @@ impl Stage {
     }
 
     fn slot(&self, at: usize) -> MutexGuard<'_, Slot> {
-        self.slots[at].lock().unwrap_or_else(|poison| poison.into_inner())
+        lock(&self.slots[at])
     }
 
     fn start(&self, at: usize, slot: &mut Slot) {
@@ -150,7 +175,9 @@ impl Stage {
             ("DRAYMAN_CONFIG", &self.scratch.path().join("worker.toml").display().to_string()),
             (EFFECTS_VARIABLE, &self.effects_file().display().to_string()),
         ];
-        slot.worker = Some(Daemon::spawn(&self.worker[0], &self.worker[1..], &env));
+        let worker = Daemon::spawn(&self.worker[0], &self.worker[1..], &env);
+        lock(&self.names).insert(worker.pid().to_string(), name);
+        slot.worker = Some(worker);
     }
 
     /// Where output files lie.
@@ -191,6 +218,11 @@ impl Stage {
         text.lines().filter(|line| wanted(line)).map(str::to_owned).collect()
     }
 
+    /// How much tasks and rows have written: it grows while they work.
+    pub fn effects_length(&self) -> u64 {
+        fs::metadata(self.effects_file()).map_or(0, |file| file.len())
+    }
+
     /// The process of a place's worker.
     fn pid(&self, at: usize) -> Option<i32> {
         self.slot(at).worker.as_ref().map(|worker| worker.pid() as i32)
@@ -220,14 +252,33 @@ impl Stage {
     /// Ends a process and keeps what it said.
     fn bury(&self, slot: &mut Slot) {
         let Some(worker) = slot.worker.take() else { return };
-        self.past.lock().unwrap_or_else(|poison| poison.into_inner()).extend(worker.lines());
+        lock(&self.past).push((self.name_of(&worker.pid().to_string()).unwrap_or_default(), worker.lines()));
+    }
+
+    /// The worker whose process has, or had, this id.
+    pub fn name_of(&self, pid: &str) -> Option<String> {
+        lock(&self.names).get(pid).cloned()
+    }
+
+    /// All that the workers have said so far, by their names.
+    pub fn said(&self) -> Vec<(String, Vec<String>)> {
+        let mut said = lock(&self.past).clone();
+        for at in 0..self.slots.len() {
+            if let Some(worker) = &self.slot(at).worker {
+                said.push((self.name_of(&worker.pid().to_string()).unwrap_or_default(), worker.lines()));
+            }
+        }
+        said
     }
 
     /// What the workers have said of something so far.
     pub fn said_of(&self, text: &str) -> Vec<String> {
-        let past = self.past.lock().unwrap_or_else(|poison| poison.into_inner()).clone();
-        let now = (0..self.slots.len()).flat_map(|at| self.slot(at).worker.as_ref().map(Daemon::lines));
-        past.into_iter().chain(now.flatten()).filter(|line| line.contains(text)).collect()
+        self.said().into_iter().flat_map(|(_, lines)| lines).filter(|line| line.contains(text)).collect()
+    }
+
+    /// How often the processes of a worker's handlers were killed.
+    pub fn handlers_killed(&self, worker: &str) -> usize {
+        lock(&self.handlers_killed).iter().filter(|killed| *killed == worker).count()
     }
 
     /// The names of the workers that run.
@@ -241,11 +292,8 @@ impl Stage {
 
     /// The place of the worker that leads, if anybody does.
     pub fn leader(&self) -> Option<usize> {
-        let leader = ask(&mut connect(&self.redis).ok()?, &["GET", "drayman:leader"]).ok()?;
-        if leader.is_nil() {
-            return None;
-        }
-        let name = leader.text().split(':').next()?.to_owned();
+        let leader = state::leader(&mut connect(&self.redis).ok()?).ok()??;
+        let name = leader.split(':').next()?.to_owned();
         (0..self.slots.len()).find(|at| name == format!("w{at}.{}", self.slot(*at).generation))
     }
 
@@ -260,6 +308,7 @@ impl Stage {
             Fault::KillWorker(worker, down) => return self.kill(worker, down),
             Fault::KillHandlers(worker) => {
                 let worker = self.pid(worker)?;
+                lock(&self.handlers_killed).extend(self.name_of(&worker.to_string()));
                 for (pid, _) in self.processes().into_iter().filter(|(_, parent)| *parent == worker) {
                     // It may have ended by itself.
                     let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
@@ -316,12 +365,71 @@ impl Stage {
             }
             Fault::CutDatabase(direction, bytes) => self.to_postgres.cut_after_bytes(direction, bytes),
             Fault::RestartDatabase => self.postgres.restart(),
+            Fault::LoseTakes(worker, time) => {
+                let mut lost = None;
+                self.gate(worker, at(time), ends, move |call| match call {
+                    Call::Take { number } if lost.as_deref() != Some(number) => {
+                        lost = Some(number.to_vec());
+                        Some(Point::BeforeReply)
+                    }
+                    _ => None,
+                });
+            }
+            Fault::Double(worker, time) => self.gate(worker, at(time), ends, |_| Some(Point::Twice)),
+            Fault::KillAtFinish(worker, down) => {
+                let (doomed, mut is_doomed) = (Arc::clone(&self.doomed), false);
+                self.gate(worker, at(AIM), ends, move |call| {
+                    let Call::Finish { .. } = call else { return None };
+                    if !std::mem::replace(&mut is_doomed, true) {
+                        lock(&doomed).push((worker, down));
+                    }
+                    Some(Point::BeforeCall)
+                });
+            }
+            Fault::FinishLate(worker, down) => {
+                let (doomed, mut is_doomed) = (Arc::clone(&self.doomed), false);
+                self.gate(worker, at(AIM), ends, move |call| match call {
+                    // It is sent again, and so may others be, until the worker is dead.
+                    Call::Finish { .. } if is_doomed => Some(Point::BeforeCall),
+                    Call::Finish { job } if workload::is_long(job) => {
+                        is_doomed = true;
+                        lock(&doomed).push((worker, down));
+                        Some(Point::Late(LATE))
+                    }
+                    _ => None,
+                });
+            }
         }
         None
     }
 
+    /// Has a worker's calls pass a gate until then.
+    fn gate(
+        &self,
+        worker: usize,
+        end: Instant,
+        ends: &mut Vec<(Instant, End)>,
+        mut gate: impl FnMut(Call<'_>) -> Option<Point> + Send + 'static,
+    ) {
+        let proxy = &self.proxies[worker];
+        proxy.gate(move |words| state::call(words).and_then(&mut gate));
+        // Connections that are open have none.
+        proxy.cut();
+        ends.push((end, End::Pass(worker)));
+    }
+
+    /// Kills who has come to the call at which it was to be killed, and ends what stands still. Says whom it killed.
+    pub fn strike_aimed(&self) -> Vec<Killed> {
+        let doomed = std::mem::take(&mut *lock(&self.doomed));
+        let killed = doomed.into_iter().filter_map(|(worker, down)| self.kill(worker, down)).collect();
+        for proxy in self.proxies.iter().filter(|proxy| proxy.stopped() > 0) {
+            proxy.cut();
+        }
+        killed
+    }
+
     fn next(&self, which: usize) -> MutexGuard<'_, Option<Duration>> {
-        self.kill_next[which].lock().unwrap_or_else(|poison| poison.into_inner())
+        lock(&self.kill_next[which])
     }
 
     /// When the canceller (0) or producer (1) that starts now is to be killed.
@@ -356,6 +464,7 @@ impl Stage {
             End::Pass(at) => {
                 let proxy = &self.proxies[at];
                 proxy.refuse(false);
+                proxy.open_gate();
                 proxy.delay(Duration::ZERO);
                 proxy.drop_replies(false);
                 // What was lost on these connections never comes: a network would have lost the connection too.
@@ -364,9 +473,9 @@ impl Stage {
         }
     }
 
-    /// What a supervisor does: starts what is not there, and tells of what ended unasked.
-    pub fn supervise(&self) -> Vec<String> {
-        let mut complaints = Vec::new();
+    /// What a supervisor does: starts what is not there, and tells of what ended unasked, and whom jobs have killed.
+    pub fn supervise(&self) -> (Vec<String>, Vec<Killed>) {
+        let (mut complaints, mut killed) = (Vec::new(), Vec::new());
         for at in 0..self.slots.len() {
             let mut slot = self.slot(at);
             let now = Instant::now();
@@ -380,7 +489,10 @@ impl Stage {
                 let worker = slot.worker.as_ref().expect("it has just ended");
                 worker.wait();
                 let began = worker.line("serving").is_some();
-                if worker.line("panicked").is_some() || (began && !(slot.told && status.success())) {
+                let mark = format!(" {POISON} {}", worker.pid());
+                if !self.effects(|line| line.contains(POISON)).iter().all(|line| !line.ends_with(&mark)) {
+                    killed.push((format!("w{at}.{}", slot.generation), now));
+                } else if worker.line("panicked").is_some() || (began && !(slot.told && status.success())) {
                     complaints.push(format!(
                         "worker w{at}.{} ended by itself with {status}; its last lines:\n    {}",
                         slot.generation,
@@ -395,11 +507,12 @@ impl Stage {
                 self.start(at, &mut slot);
             }
         }
-        complaints
+        (complaints, killed)
     }
 
     /// Ends all faults that last: the servers run, the proxies pass, and every place has a worker that goes on.
     pub fn calm(&self, ends: Vec<(Instant, End)>) {
+        lock(&self.doomed).clear();
         for (_, end) in ends {
             self.end(end);
         }
@@ -435,6 +548,10 @@ impl Stage {
     }
 }
 
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poison| poison.into_inner())
+}
+
 fn is_of_a_batch(line: &str) -> bool {
     line.starts_with("row ") || line.starts_with("end ")
 }
@@ -459,7 +576,8 @@ fn handlers(scratch: &Scratch, database: SocketAddr) -> String {
          [[handlers]]\n{common}\nop = '{OP}'\nkind = 'program'\ncommand = [{python}]\nsize = 2\n\
          cancel_grace = '100ms'\nrows = 50\nmark_done = true\n\n\
          [[handlers]]\n{common}\nop = 'command'\nkind = 'command'\n\
-         command = [{python}, '{{job}}', '{{attempt}}', '{{{{\"deed\":\"{{input.deed}}\",\"ms\":{{input.ms}}}}}}']\n"
+         command = [{python}, '{{job}}', '{{attempt}}', \
+         '{{{{\"deed\":\"{{input.deed}}\",\"ms\":{{input.ms}},\"most\":{{input.most}}}}}}']\n"
     )
 }
 

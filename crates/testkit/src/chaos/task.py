@@ -1,23 +1,34 @@
 """The tasks of a run, as a program that is given them or, with arguments, as a command for one.
 
-Each tells what it does in a line of its own at the end of a file: the job, the attempt, and `begun` or `done`."""
+Each tells what it does in a line of its own at the end of a file: the job, the attempt, `begun` or `done`, and the process
+of its worker, which is its result too."""
 import json
 import os
+import signal
 import sys
 import time
 
-FILE = os.open(os.environ["CHAOS_EFFECTS"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+PATH = os.environ["CHAOS_EFFECTS"]
+FILE = os.open(PATH, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+WORKER = os.getppid()
 
 
 def work(job, attempt, task):
     """How it is to end: None if well."""
-    os.write(FILE, f"{job} {attempt} begun\n".encode())
+    os.write(FILE, f"{job} {attempt} begun {WORKER}\n".encode())
     time.sleep(task["ms"] / 1000)
+    if task["deed"] == "poison":
+        with open(PATH) as lines:
+            killed = sum(line.startswith(f"{job} ") and " poison " in line for line in lines)
+        if killed < task["most"]:
+            os.write(FILE, f"{job} {attempt} poison {WORKER}\n".encode())
+            os.kill(WORKER, signal.SIGKILL)
+            time.sleep(60)
     if task["deed"] == "fail":
         return "fail"
     if task["deed"] == "once" and attempt == 1:
         return "retry"
-    os.write(FILE, f"{job} {attempt} done\n".encode())
+    os.write(FILE, f"{job} {attempt} done {WORKER}\n".encode())
     return None
 
 
@@ -25,6 +36,7 @@ if len(sys.argv) > 1:
     _, job, attempt, task = sys.argv
     wish = work(job, int(attempt), json.loads(task))
     print("planned", file=sys.stderr)
+    print(WORKER)
     sys.exit({None: 0, "fail": 3, "retry": 75}[wish])
 
 def end_of(batch, attempt, row):
@@ -56,5 +68,5 @@ for line in sys.stdin:
     wish = work(call["job"], call["attempt"], call["input"])
     if wish == "retry":
         os._exit(7)
-    answer = {"type": "error", "error": "planned", "wish": wish} if wish else {"type": "result"}
+    answer = {"type": "error", "error": "planned", "wish": wish} if wish else {"type": "result", "result": WORKER}
     print(json.dumps({**answer, "id": call["id"]}), flush=True)

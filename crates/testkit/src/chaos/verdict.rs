@@ -1,7 +1,7 @@
 //! What must be true in the end, asked from outside: of the records, of the database, and of every key that is left.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
-use std::fmt::Write as _;
+use std::fmt::{self, Write as _};
 use std::io;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -9,10 +9,10 @@ use std::time::{Duration, Instant};
 use serde_json::Value as Json;
 
 use super::faults::HANDLERS_KILLED;
-use super::stage::{MAX_UNCLEAN, Stage, ask, connect};
+use super::stage::{MAX_UNCLEAN, Stage, connect};
+use super::state::{Hash, hash};
 use super::watch::{Life, Watch};
-use super::workload::{APP, Deed, HOSTS, Handler};
-use crate::redis::{RawClient, RedisServer, Value};
+use super::workload::{Deed, Handler, POISON};
 
 /// Something that must not be.
 #[derive(Clone, Debug)]
@@ -25,18 +25,30 @@ pub struct Violation {
     pub found: String,
 }
 
+/// In one line.
+impl fmt::Display for Violation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let job = self.job.as_deref().map(|job| format!(" (job {job})")).unwrap_or_default();
+        write!(f, "VIOLATION: {}{job}: {}", self.promise, self.found.replace('\n', " | "))
+    }
+}
+
 impl Violation {
     pub(super) fn new(promise: &'static str, found: impl Into<String>) -> Self {
         Self { promise, job: None, found: found.into() }
     }
 
-    fn of(job: &str, promise: &'static str, found: impl Into<String>) -> Self {
+    pub(super) fn of(job: &str, promise: &'static str, found: impl Into<String>) -> Self {
         Self { promise, job: Some(job.into()), found: found.into() }
     }
 }
 
 /// The promises, as they stand in the report.
 pub const LOST: &str = "an acknowledged job has an end";
+/// The end of a run comes.
+pub const STUCK: &str = "once the faults have ended, everything comes to its end";
+/// The look at all keys.
+pub const AGREE: &str = "keys agree";
 /// A final record.
 pub const TWICE: &str = "a final record never changes";
 /// Effects.
@@ -46,9 +58,14 @@ const PLANNED: &str = "a statement ends as its SQL says";
 const CANCELLED: &str = "what somebody was told is cancelled is recorded so";
 const CAPACITY: &str = "no pool exceeds its capacity";
 const TURNS: &str = "a user's jobs start first in the order in which they were handed in";
-const KEYS: &str = "every key that is left has an owner";
+/// What a look at all keys finds.
+pub const KEYS: &str = "every key that is left has an owner";
 const DONE: &str = "a task that is recorded as done was done at least once, and ends as it says";
-const ATTEMPTS: &str = "a task is begun once, and again for each error and at most once for each fault";
+const ATTEMPTS: &str =
+    "a task is begun once, and again for each error and each time that its worker or its process was lost";
+const OWNER: &str = "a task has the result of the worker that its record names";
+const POISONED: &str = "a task that kills its workers is set aside after as many as the configuration says";
+const BLAMED: &str = "no other task is set aside with it";
 const PROCESSES: &str = "no process of a handler outlives its worker";
 
 /// How long before a job was acknowledged a fault still meets it: some of them last.
@@ -57,10 +74,14 @@ const REACH: Duration = Duration::from_secs(10);
 /// What whoever caused the faults knows of them.
 #[derive(Clone, Copy, Debug)]
 pub struct Seen<'a> {
+    /// Where it was.
+    pub stage: &'a Stage,
     /// The database's crashes.
     pub crashes: &'a [(Instant, Instant)],
     /// When faults of which kind began.
     pub struck: &'a [(Instant, &'static str)],
+    /// The workers that were there at the end.
+    pub alive: &'a [String],
 }
 
 impl Seen<'_> {
@@ -128,24 +149,23 @@ impl MapText for Vec<Option<String>> {
     }
 }
 
-/// A job's hash.
-pub type Hash = BTreeMap<String, String>;
-
-/// The hash of a job; empty if it has none.
-pub fn hash(redis: &mut RawClient, id: &str) -> io::Result<Hash> {
-    Ok(ask(redis, &["HGETALL", &format!("batch:jobs:{id}")])?.map())
-}
-
 /// Looks at all jobs.
-pub fn of_jobs(stage: &Stage, watch: &Watch, seen: &Seen<'_>) -> io::Result<(Vec<Violation>, Counts)> {
+pub fn of_jobs(watch: &Watch, seen: &Seen<'_>) -> io::Result<(Vec<Violation>, Counts)> {
+    let stage = seen.stage;
     let effects = Effects::read(stage).map_err(io::Error::other)?;
     let mut redis = connect(&stage.redis)?;
     let mut violations: Vec<Violation> = Vec::new();
     let mut runs: HashMap<String, Runs> = HashMap::new();
+    let losses = Losses::of(stage, seen.alive);
     for line in stage.task_effects() {
         match line.split(' ').collect::<Vec<_>>()[..] {
-            [job, _, "begun"] => runs.entry(job.to_owned()).or_default().begun += 1,
-            [job, _, "done"] => runs.entry(job.to_owned()).or_default().done += 1,
+            [job, _, "begun", worker] => {
+                let runs = runs.entry(job.to_owned()).or_default();
+                runs.begun += 1;
+                runs.workers.insert(stage.name_of(worker).unwrap_or_default());
+            }
+            [job, _, "done", _] => runs.entry(job.to_owned()).or_default().done += 1,
+            [_, _, POISON, _] => {}
             _ => violations.push(Violation::new(DONE, format!("a task wrote {line:?}"))),
         }
     }
@@ -170,8 +190,9 @@ pub fn of_jobs(stage: &Stage, watch: &Watch, seen: &Seen<'_>) -> io::Result<(Vec
         }
         *counts.by_status.entry(hash.get("status").cloned().unwrap_or_default()).or_default() += 1;
         if life.job.task().is_some() {
-            let runs = runs.get(id).copied().unwrap_or_default();
-            of_task(life, &hash, runs, seen, &mut violations, &mut counts);
+            let runs = runs.remove(id).unwrap_or_default();
+            let may_repeat = runs.workers.iter().map(|worker| losses.of_worker(worker)).sum();
+            of_task(life, &hash, &runs, may_repeat, seen, &mut violations, &mut counts);
         } else {
             let crashed = seen.crashes.iter().any(|(_, up)| *up >= acknowledged);
             of_statements(life, &hash, &effects, crashed, &mut violations, &mut counts);
@@ -225,6 +246,8 @@ pub struct Counts {
     pub unknown_bare: usize,
     /// Tasks, by what runs them.
     pub tasks: BTreeMap<&'static str, usize>,
+    /// Tasks that kill their workers.
+    pub poisons: usize,
     /// How often tasks were begun, and done.
     pub runs: Runs,
     /// Statements and tasks that were to succeed and were failed by a fault.
@@ -232,18 +255,42 @@ pub struct Counts {
 }
 
 /// How often something was begun and done.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Runs {
     /// Begun.
     pub begun: usize,
     /// Done.
     pub done: usize,
+    /// By these workers.
+    pub workers: BTreeSet<String>,
+}
+
+/// How often what a worker had begun may have been begun again: when it was gone or told to stop, when its handlers were killed,
+/// and when it could not reach Redis for a session's lifetime, which it says itself.
+struct Losses(HashMap<String, usize>);
+
+impl Losses {
+    fn of(stage: &Stage, alive: &[String]) -> Self {
+        let cut_off = |line: &&String| line.contains("could not be confirmed") || line.contains("the session is lost");
+        let mut losses = HashMap::new();
+        for (worker, lines) in stage.said() {
+            let gone = usize::from(!alive.contains(&worker));
+            let count = gone + lines.iter().filter(cut_off).count() + stage.handlers_killed(&worker);
+            losses.insert(worker, count);
+        }
+        Self(losses)
+    }
+
+    fn of_worker(&self, worker: &str) -> usize {
+        self.0.get(worker).copied().unwrap_or_default()
+    }
 }
 
 fn of_task(
     life: &Life,
     hash: &Hash,
-    runs: Runs,
+    runs: &Runs,
+    may_repeat: usize,
     seen: &Seen<'_>,
     violations: &mut Vec<Violation>,
     counts: &mut Counts,
@@ -263,12 +310,13 @@ fn of_task(
     let is_killed = ["the program was ended by SIGKILL", "the command was ended by SIGKILL"];
     let killed = is_killed.iter().any(|words| reason.starts_with(words)) && faults.contains(&HANDLERS_KILLED);
     let right = match (text("status"), deed) {
+        (status, Deed::Poison) => status == "ignored",
         ("done", Deed::Fail) => false,
         ("done", _) => runs.done >= 1,
         ("failed", Deed::Fail) => planned || killed,
         // It had one attempt.
         ("failed", _) => killed && life.job.max_attempts.is_none(),
-        ("ignored", _) => reason.starts_with("set aside") && number("unclean") >= MAX_UNCLEAN,
+        ("ignored", _) => reason.starts_with("set aside"),
         ("cancelled", _) => life.job.cancel_after.is_some(),
         _ => false,
     };
@@ -279,9 +327,30 @@ fn of_task(
     if killed {
         *counts.failed_by_faults.entry(reason.chars().take(90).collect()).or_default() += 1;
     }
-    let (errors, faults) = (number("attempts"), faults.len());
-    if runs.begun > 1 + errors + faults {
-        let found = format!("it was begun {} times, with {errors} errors and {faults} faults", runs.begun);
+    let unclean = number("unclean");
+    if deed == Deed::Poison {
+        counts.poisons += 1;
+        if runs.begun > MAX_UNCLEAN || unclean != MAX_UNCLEAN {
+            let found = format!("it was begun {} times, and its record counts {unclean} lost workers", runs.begun);
+            violations.push(Violation::of(id, POISONED, found));
+        }
+    } else if text("status") == "ignored" && (unclean < MAX_UNCLEAN || may_repeat < MAX_UNCLEAN) {
+        let found =
+            format!("{unclean} lost workers are counted, and {may_repeat} were lost that had begun it: {reason}");
+        violations.push(Violation::of(id, BLAMED, found));
+    }
+    let pids = |text: &str| text.chars().filter(char::is_ascii_digit).collect::<String>();
+    let (worker, result) = (text("worker"), pids(text("result")));
+    if text("status") == "done" && worker.split(':').nth(1) != Some(&result) {
+        let of = seen.stage.name_of(&result).unwrap_or_default();
+        violations.push(Violation::of(id, OWNER, format!("it names {worker}, and the result is of {of} ({result})")));
+    }
+    let errors = number("attempts");
+    if runs.begun > 1 + errors + may_repeat {
+        let found = format!(
+            "it was begun {} times, with {errors} errors and {may_repeat} losses of {:?}",
+            runs.begun, runs.workers
+        );
         violations.push(Violation::of(id, ATTEMPTS, found));
     }
 }
@@ -363,172 +432,6 @@ fn of_statements(
             _ => {}
         }
     }
-}
-
-/// A key's place in the layout: its text with `{}` for its one parameter, and what it holds.
-pub type KeyRule = (&'static str, &'static str);
-
-/// Every key that may be there, and nothing else: what a look from outside expects of the layout.
-pub const LAYOUT: &[KeyRule] = &[
-    ("batch:jobs:{}", "hash"),
-    ("batch:queue:{}", "list"),
-    ("batch:indexes:queue", "set"),
-    ("batch:wip:user:{}", "list"),
-    ("batch:wip:users", "set"),
-    ("batch:locks:{}", "string"),
-    ("limits:batch:{}", "hash"),
-    ("batch:queues:{}", "list"),
-    ("batch:rejected", "stream"),
-    ("drayman:version", "string"),
-    ("drayman:tasks:{}", "list"),
-    ("drayman:high:{}", "list"),
-    ("drayman:low:{}", "list"),
-    ("drayman:bands", "hash"),
-    ("drayman:lines", "set"),
-    ("drayman:unique:{}", "string"),
-    ("drayman:active", "hash"),
-    ("drayman:barred:{}", "set"),
-    ("drayman:throttled", "zset"),
-    ("drayman:starts:{}", "list"),
-    ("drayman:paused", "string"),
-    ("drayman:turn", "string"),
-    ("drayman:track:{}", "hash"),
-    ("drayman:track_status:{}", "zset"),
-    ("drayman:track_locks:{}", "zset"),
-    ("drayman:track_expiring:{}", "zset"),
-    ("drayman:schedule:{}", "hash"),
-    ("drayman:schedules", "zset"),
-    ("drayman:pool:{}", "hash"),
-    ("drayman:ready:{}", "zset"),
-    ("drayman:debt:{}", "zset"),
-    ("drayman:busy:{}", "hash"),
-    ("drayman:pace:{}", "hash"),
-    ("drayman:pools", "zset"),
-    ("drayman:claims", "hash"),
-    ("drayman:work:{}", "hash"),
-    ("drayman:cancels:{}", "set"),
-    ("drayman:session:{}", "hash"),
-    ("drayman:sessions", "set"),
-    ("drayman:parked:{}", "zset"),
-    ("drayman:services", "set"),
-    ("drayman:leader", "string"),
-    ("drayman:term", "string"),
-    ("drayman:due", "zset"),
-    ("drayman:missing", "zset"),
-    ("drayman:finished", "zset"),
-    ("drayman:expiring", "zset"),
-    ("drayman:kept", "hash"),
-    ("drayman:delayed", "hash"),
-    ("drayman:delays", "hash"),
-    ("drayman:batches", "zset"),
-    ("drayman:batch_rows:{}", "hash"),
-    ("drayman:batch_blocks:{}", "hash"),
-    ("drayman:batch_results:{}", "hash"),
-    ("drayman:batch_parts:{}", "set"),
-    ("drayman:flows", "zset"),
-    ("drayman:flow_steps:{}", "hash"),
-    ("drayman:flow_instance:{}", "hash"),
-    ("drayman:export", "stream"),
-    ("drayman:exporting", "hash"),
-    ("drayman:full", "string"),
-    ("drayman:confirming", "string"),
-];
-
-/// The row of a key and its parameter.
-fn rule(key: &str) -> Option<(&'static KeyRule, &str)> {
-    LAYOUT.iter().find_map(|rule| match rule.0.strip_suffix("{}") {
-        Some(prefix) => key.strip_prefix(prefix).map(|parameter| (rule, parameter)),
-        None => (rule.0 == key).then_some((rule, "")),
-    })
-}
-
-/// Looks at all keys once every job has ended. `workers` are the names of those that run.
-pub fn of_keys(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String]) -> io::Result<Vec<Violation>> {
-    let mut redis = connect(redis)?;
-    let mut found = Vec::new();
-    let sessions: BTreeSet<String> = ask(&mut redis, &["SMEMBERS", "drayman:sessions"])?.texts().into_iter().collect();
-    let mut members =
-        |key: &str| -> io::Result<Vec<String>> { Ok(ask(&mut redis, &["ZRANGE", key, "0", "-1"])?.texts()) };
-    let finished: BTreeSet<String> = members("drayman:finished")?.into_iter().collect();
-    let handlers = [Handler::Program, Handler::Command, Handler::Rust].map(|handler| format!("{APP}.{}", handler.op()));
-    let others =
-        [format!("{APP}.{}", super::batches::OP), "drayman.chunk".into(), format!("db:{}", super::flows::DATABASE)];
-    let handlers = handlers.into_iter().chain(others);
-    let pools: BTreeSet<String> = HOSTS.iter().map(|host| format!("sql:{host}")).chain(handlers).collect();
-    if finished != *jobs {
-        let odd: Vec<_> = finished.symmetric_difference(jobs).take(5).collect();
-        found.push(format!("drayman:finished and the ended jobs differ: {odd:?}"));
-    }
-    for pool in members("drayman:pools")? {
-        if !pools.contains(&pool) {
-            found.push(format!("drayman:pools names {pool}"));
-        }
-    }
-    for session in &sessions {
-        if !workers.iter().any(|name| session.split(':').next() == Some(name)) {
-            found.push(format!("drayman:sessions names {session}, of which no worker runs"));
-        }
-    }
-    for key in ask(&mut redis, &["KEYS", "*"])?.texts() {
-        let Some((rule, parameter)) = rule(&key) else {
-            found.push(format!("{key} is in no table"));
-            continue;
-        };
-        let kind = ask(&mut redis, &["TYPE", &key])?.text();
-        if kind != rule.1 {
-            // It may have expired since.
-            if kind != "none" {
-                found.push(format!("{key} holds a {kind}"));
-            }
-            continue;
-        }
-        let lives_ms = ask(&mut redis, &["PTTL", &key])?.int();
-        let mut field = |name: &str| ask(&mut redis, &["HGET", &key, name]);
-        let owned = match rule.0 {
-            "batch:jobs:{}" => jobs.contains(parameter) && lives_ms > 0,
-            "batch:locks:{}"
-            | "drayman:leader"
-            | "drayman:pace:{}"
-            | "drayman:confirming"
-            | "drayman:flow_instance:{}" => lives_ms > 0,
-            "drayman:session:{}" => sessions.contains(parameter) && field("dead")?.is_nil(),
-            "drayman:pool:{}" => {
-                let idle = field("running")?.text() == "0" && field("blocked")?.is_nil();
-                pools.contains(parameter) && idle
-            }
-            "drayman:batch_rows:{}"
-            | "drayman:batch_blocks:{}"
-            | "drayman:batch_results:{}"
-            | "drayman:flow_steps:{}" => jobs.contains(parameter),
-            "drayman:debt:{}" => pools.contains(parameter),
-            "drayman:parked:{}" => {
-                let parked = ask(&mut redis, &["ZRANGE", &key, "0", "-1"])?.texts();
-                parked.iter().all(|session| sessions.contains(session))
-            }
-            "drayman:services" => !sessions.is_empty(),
-            "drayman:sessions" | "drayman:version" | "drayman:term" | "drayman:pools" | "drayman:turn"
-            | "drayman:batches" | "drayman:flows" | "drayman:finished" | "drayman:expiring" | "drayman:kept" => true,
-            // Queues, claims, work lists, the due, the busy, the lost and the rejected: nothing is left to do.
-            _ => false,
-        };
-        if !owned {
-            let contents = contents(&mut redis, &key, rule.1)?;
-            found.push(format!("{key} (lives {lives_ms} ms): {contents}"));
-        }
-    }
-    Ok(found.into_iter().map(|found| Violation::new(KEYS, found)).collect())
-}
-
-fn contents(redis: &mut RawClient, key: &str, kind: &str) -> io::Result<String> {
-    let command: &[&str] = match kind {
-        "hash" => &["HGETALL", key],
-        "list" => &["LRANGE", key, "0", "9"],
-        "set" => &["SMEMBERS", key],
-        "zset" => &["ZRANGE", key, "0", "9", "WITHSCORES"],
-        "stream" => &["XRANGE", key, "-", "+", "COUNT", "10"],
-        _ => &["GET", key],
-    };
-    Ok(ask(redis, command).unwrap_or(Value::Nil).to_string())
 }
 
 /// All that is known of a job, for whoever has to find out.

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use super::random::Random;
 use super::stage::{Stage, connect};
+use super::state;
 use super::workload::Job;
 use crate::redis::{RawClient, Value};
 
@@ -116,6 +117,13 @@ impl Watch {
         self.state().recoveries.clone()
     }
 
+    /// The job that was seen to be taken most often since then, and how often.
+    pub fn most_taken_since(&self, when: Instant) -> Option<(String, usize)> {
+        let state = self.state();
+        let takes = |life: &Life| life.claims.iter().filter(|(_, _, at)| *at > when).count();
+        state.lives.iter().map(|(id, life)| (id.clone(), takes(life))).max_by_key(|(_, takes)| *takes)
+    }
+
     /// A worker was killed: what it had claimed waits to be taken again.
     pub fn killed(&self, name: &str, when: Instant) {
         let mut state = self.state();
@@ -146,7 +154,7 @@ impl Watch {
     }
 
     fn look(&self, redis: &mut RawClient, random: &mut Random) -> io::Result<()> {
-        let claims = claims(redis)?;
+        let claims = state::claims(redis)?;
         let seen = Instant::now();
         {
             let mut state = self.state();
@@ -182,7 +190,7 @@ impl Watch {
     /// Looks at the records of these jobs now.
     pub fn read(&self, redis: &mut RawClient, ids: &[String]) -> io::Result<()> {
         for id in ids {
-            redis.send(&["HMGET", &format!("batch:jobs:{id}"), "status", "fallback_status", "ended_at"])?;
+            redis.send(&["HMGET", &state::job(id), "status", "fallback_status", "ended_at"])?;
         }
         for id in ids {
             let values = match redis.receive()? {
@@ -226,14 +234,4 @@ fn is_over([status, fallback, _]: &Record) -> bool {
     let Some(status) = status.as_deref() else { return false };
     let ends = ["done", "failed", "cancelled", "ignored", "unknown"].contains(&status);
     ends && (status == "cancelled" || !matches!(fallback.as_deref(), Some("pending" | "running")))
-}
-
-/// Id, session and fence of every claim.
-fn claims(redis: &mut RawClient) -> io::Result<Vec<(String, String, u64)>> {
-    let claims = super::stage::ask(redis, &["HGETALL", "drayman:claims"])?.map();
-    let claim = |(id, text): (String, String)| {
-        let mut words = text.split('\t');
-        Some((id, words.next()?.to_owned(), words.next()?.parse().ok()?))
-    };
-    Ok(claims.into_iter().filter_map(claim).collect())
 }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::random::Random;
+use super::stage::MAX_UNCLEAN;
 
 /// How many statements of one pool may run at once, in all of the run's workers and in its database's own check.
 pub const CAPACITY: usize = 2;
@@ -14,6 +15,9 @@ pub const HOSTS: [&str; 2] = ["127.0.0.1", "localhost"];
 
 /// The application whose operations tasks call.
 pub const APP: &str = "chaos";
+
+/// What a task writes before it kills its worker.
+pub const POISON: &str = "poison";
 
 /// What a task's handler is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +66,8 @@ pub enum Deed {
     FailOnce,
     /// It sleeps for longer than a session may be silent, without a place.
     Linger(Duration),
+    /// A task kills its worker, time and again.
+    Poison,
     /// It is no effect but VACUUM, which runs outside of any transaction.
     Vacuum,
 }
@@ -157,7 +163,7 @@ impl Job {
         let mut job = Self {
             id,
             user: format!("user-{user}"),
-            pause: if random.chance(30) { Duration::ZERO } else { random.ms(0, 2_000) },
+            pause: if random.chance(30) { Duration::ZERO } else { random.ms(0, 600) },
             route,
             form,
             host: random.between(0, HOSTS.len() as u64) as usize,
@@ -171,12 +177,19 @@ impl Job {
         };
         if job.task().is_some() {
             // Longer than most statements: a task has nothing but its time in which faults can meet it.
-            job.entries[0].main.deed = match random.weighted(&[5, 1, 2, 2]) {
-                0 => Deed::Work(random.ms(0, 1_200)),
+            job.entries[0].main.deed = match random.weighted(&[52, 10, 20, 16, 2]) {
+                0 => Deed::Work(random.ms(0, 600)),
                 1 => Deed::Fail,
                 2 => Deed::FailOnce,
-                _ => Deed::Linger(random.ms(1_500, 5_000)),
+                3 => Deed::Linger(random.ms(2_000, 4_500)),
+                _ => Deed::Poison,
             };
+            match job.deed() {
+                Deed::Linger(_) => job.id.push_str(LONG),
+                // Nothing but the loss of its workers ends it.
+                Deed::Poison => (job.cancel_after, job.max_attempts) = (None, None),
+                _ => {}
+            }
         }
         if job.steps().any(|step| step.deed == Deed::FailOnce) {
             job.max_attempts = Some(12);
@@ -203,8 +216,10 @@ impl Job {
             Deed::Work(time) | Deed::Linger(time) => ("work", time),
             Deed::Fail => ("fail", Duration::ZERO),
             Deed::FailOnce | Deed::Vacuum => ("once", Duration::ZERO),
+            Deed::Poison => (POISON, Duration::from_millis(50)),
         };
-        json!({ "deed": deed, "ms": time.as_millis() as u64 }).to_string()
+        // Twice more than it may kill, it leaves its worker alone: so a run ends in which nobody counts.
+        json!({ "deed": deed, "ms": time.as_millis() as u64, "most": MAX_UNCLEAN + 2 }).to_string()
     }
 
     /// All its statements.
@@ -286,20 +301,28 @@ impl Job {
                 format!("SELECT effect('{id}', '{name}'); SELECT fail_once('{}')", sequence(id, name))
             }
             Deed::Linger(time) => format!("SELECT effect('{id}', '{name}'); SELECT pg_sleep({})", time.as_secs_f64()),
-            Deed::Vacuum => "VACUUM nothing".into(),
+            Deed::Vacuum | Deed::Poison => "VACUUM nothing".into(),
         }
     }
 }
 
 fn step(name: String, random: &mut Random) -> Step {
-    let deed = match random.weighted(&[72, 10, 8, 7, 3]) {
-        0 => Deed::Work(random.ms(0, 400)),
+    let deed = match random.weighted(&[75, 10, 8, 4, 3]) {
+        0 => Deed::Work(random.ms(0, 250)),
         1 => Deed::Fail,
         2 => Deed::FailOnce,
         3 => Deed::Linger(random.ms(1_500, 4_000)),
         _ => Deed::Vacuum,
     };
     Step { name, deed }
+}
+
+/// How the ids of tasks end that take long.
+const LONG: &str = "-long";
+
+/// Whether this is a task that takes long, by its id.
+pub fn is_long(id: &[u8]) -> bool {
+    id.ends_with(LONG.as_bytes())
 }
 
 fn sequence(id: &str, step: &str) -> String {
