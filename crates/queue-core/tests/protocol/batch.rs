@@ -573,6 +573,28 @@ async fn rows_that_ended_keep_their_ends_while_others_of_their_chunk_are_tried_a
     }
 }
 
+/// It runs on until its files are put together, and takes no more results all the same.
+#[tokio::test]
+async fn rows_that_end_while_the_files_of_an_aborted_batch_are_put_together_do_not_count() {
+    let rig = Rig::start().await;
+    let (batches, session) = (batches(&rig), rig.session(POOL, 1).await);
+    batches.submit(new("b1"), rows(1..=40)).await.unwrap();
+    let first = take_rows(&session, 4).await;
+    let mut results = ended(vec![RowEnd::Done; chunk(&first).count]);
+    results[0].as_mut().unwrap().files.insert("out".into(), "text".into());
+    assert_eq!(end_rows(first, &results).await, Finished::Ended);
+    let at_work = take_one(&session).await;
+    let view = batches.abort(&job_id("b1")).await.unwrap();
+    assert!(view.finishing && view.counts.aborted > 0, "{view:?}");
+    assert_eq!(all_ended(at_work, RowEnd::Done).await, Finished::Ended);
+    assert_eq!(self::view(&batches, "b1").await.counts, view.counts);
+    rig.balanced();
+    assert_eq!(work_off(&session).await, ["b1"]);
+    let over = self::view(&batches, "b1").await;
+    assert_eq!((over.status, over.counts), (Status::Cancelled, view.counts));
+    rig.balanced();
+}
+
 #[tokio::test]
 async fn an_end_that_does_not_tell_of_all_rows_gives_them_back() {
     let rig = Rig::start().await;

@@ -251,7 +251,7 @@ async fn a_stop_begins_no_step_and_lets_those_that_run_come_to_their_ends() {
     let rig = Rig::start().await;
     let flows = Flows::new(rig.store.clone());
     let session = rig.session(POOL, 1).await;
-    let shape = flow(&["one <", "two <", "last < one, two"]);
+    let shape = flow(&["one <", "two <", "next < one", "last < one, two"]);
     launch(&flows, &shape, "f1").await.unwrap();
     let running = take_one(&session).await;
     assert_eq!(step_of(&running), "one");
@@ -261,11 +261,12 @@ async fn a_stop_begins_no_step_and_lets_those_that_run_come_to_their_ends() {
     finish(running, false).await;
     assert_eq!(view(&flows, "f1").await.status, FlowStatus::Stopped);
     assert!(take(&session, 8).await.is_empty());
+    assert_eq!(steps(&flows, "f1").await["next"], StepStatus::Waiting, "it could have begun");
     rig.balanced();
     assert!(matches!(flows.stop(&job_id("f1")).await, Err(FlowsError::Over(Status::Cancelled))));
 
     launch(&flows, &shape, "f2").await.unwrap();
-    assert_eq!(work(&session, &[]).await, ["two", "last"]);
+    assert_eq!(work(&session, &[]).await, ["two", "next", "last"]);
     assert_eq!(view(&flows, "f2").await.status, FlowStatus::Done);
     // What has nothing left to do when its last step ends is done, whatever was asked.
     let force = LaunchOptions { force: true, ..named("f3") };
@@ -334,6 +335,28 @@ async fn a_lost_worker_and_a_retry_are_no_end_of_a_step() {
     assert_eq!(work(&other, &[]).await, ["one", "two"]);
     let step = flows.steps(&job_id("f1")).await.unwrap().remove(0);
     assert_eq!(step.attempts, [json!({ "error": "busy" })], "the record of each attempt stays");
+    assert_eq!(view(&flows, "f1").await.status, FlowStatus::Done);
+    rig.balanced();
+}
+
+/// Whoever knows the layout can have the job of a step run once more; its flow has heard of its end.
+#[tokio::test]
+async fn a_step_whose_job_others_run_again_has_ended_once() {
+    let rig = Rig::start().await;
+    let flows = Flows::new(rig.store.clone());
+    let session = rig.session(POOL, 8).await;
+    launch(&flows, &flow(&["one", "two", "three"]), "f1").await.unwrap();
+    finish(take_one(&session).await, false).await;
+    let two = take_one(&session).await;
+    rig.redis(&["HSET", &job_key("f1:one"), "status", "pending"]);
+    rig.redis(&["LPUSH", &queue_key("ann"), "f1:one"]);
+    rig.notice(&["ann"]).await;
+    let again = take_one(&session).await;
+    assert_eq!(id(&again), "f1:one");
+    finish(again, true).await;
+    assert_eq!(steps(&flows, "f1").await["one"], StepStatus::Done);
+    finish(two, false).await;
+    assert_eq!(work(&session, &[]).await, ["three"]);
     assert_eq!(view(&flows, "f1").await.status, FlowStatus::Done);
     rig.balanced();
 }

@@ -245,6 +245,8 @@ async fn user_names_are_any_text_and_what_is_none_is_set_aside_with_all_its_ids(
 #[tokio::test]
 async fn an_id_that_is_pushed_again_runs_once_whenever_that_is() {
     let (rig, session) = rig().await;
+    // The limit of one job for each user would hide that one runs twice.
+    rig.redis(&["HSET", "drayman:pool:sql:h", "user_limit", "4"]);
     submit(&rig, b"mallory", b"m1", &[]);
     rig.redis(&["LPUSH", "batch:queue:mallory", "m1", "m1"]);
     rig.redis(&["RPUSH", "batch:queue:mallory", "m1"]);
