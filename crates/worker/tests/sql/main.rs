@@ -2,6 +2,7 @@
 
 mod cluster;
 mod commit_proxy;
+mod export;
 mod postgres;
 mod rows;
 mod sqlite;
