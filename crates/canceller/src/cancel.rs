@@ -24,6 +24,9 @@ const PASSES: usize = 50;
 const LOOK_FIRST: Duration = Duration::from_millis(100);
 const LOOK_LAST: Duration = Duration::from_secs(2);
 
+/// Stands in place of the status of a job whose hash can't be worked on.
+const UNREADABLE: &str = "unreadable";
+
 /// What became of one job.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Fate<'a> {
@@ -174,6 +177,7 @@ impl Work {
                 Cancelled::AtOnce => self.report.tell(&id, view.as_ref(), Fate::AtOnce),
                 Cancelled::TooLate(status) => self.report.tell(&id, view.as_ref(), Fate::TooLate(&status)),
                 Cancelled::NotFound => self.report.tell(&id, None, Fate::NotFound),
+                Cancelled::Unreadable => self.report.tell(&id, view.as_ref(), Fate::TooLate(UNREADABLE)),
                 Cancelled::Requested => _ = self.asked.insert(id, view),
             }
         }
@@ -237,6 +241,7 @@ impl Work {
                     Cancelled::TooLate(status) if status == Status::Cancelled.as_str() => Fate::WhileRunning,
                     Cancelled::TooLate(status) => Fate::TooLate(status),
                     Cancelled::NotFound => Fate::NotFound,
+                    Cancelled::Unreadable => Fate::TooLate(UNREADABLE),
                 };
                 let view = self.asked.remove(id).flatten();
                 self.report.tell(id, view.as_ref(), fate);

@@ -16,7 +16,7 @@ use crate::handle::{JobError, JobHandle};
 use crate::ids::{App, IdError, JobId, Op, User};
 use crate::job::{FIELDS, TAGS_MAX_BYTES};
 use crate::model::Status;
-use crate::model::batch::{BATCH_ID_MAX_BYTES, Counts, Row};
+use crate::model::batch::{BATCH_ID_MAX_BYTES, Counts, LINE_MAX, Row};
 use crate::model::retry::{Backoff, RetryChoice};
 use crate::model::task::{Encoding, File, Payload};
 use crate::objects::{Objects, ObjectsError};
@@ -531,7 +531,9 @@ fn view_of(id: &str, found: &Inspected) -> Option<(BatchView, Encoding)> {
     if text("kind")? != "batch" {
         return None;
     }
-    let number = |name| text(name).and_then(|text| text.parse().ok()).unwrap_or(0);
+    // What others have written there is no count: sums of counts must not overflow.
+    let count = |text: String| text.parse().ok().filter(|count| *count <= LINE_MAX);
+    let number = |name| text(name).and_then(count).unwrap_or(0);
     let status: Status = text("status")?.parse().ok()?;
     let encoding = text("encoding").and_then(|word| word.parse().ok()).unwrap_or_default();
     let counts = Counts {

@@ -30,6 +30,8 @@ pub enum Cancelled {
     TooLate(String),
     /// There is no such job.
     NotFound,
+    /// What others have made of its hash can't be worked on; it is in the rejected list.
+    Unreadable,
 }
 
 /// Cancels jobs.
@@ -85,6 +87,7 @@ impl Canceller {
                     CancelReply::Requested => Some(Cancelled::Requested),
                     CancelReply::Over(status) => Some(Cancelled::TooLate(status)),
                     CancelReply::Missing => Some(Cancelled::NotFound),
+                    CancelReply::Unreadable => Some(Cancelled::Unreadable),
                     CancelReply::Changed => None,
                 };
             }

@@ -187,6 +187,10 @@ keys! {
     schedules = "drayman:{tag}schedules", SortedSet;
     /// All batches, by when they were made, in ms. Removed with their records.
     batches = "drayman:{tag}batches", SortedSet;
+    /// What a batch is, as our scripts alone say it: that it is here shows that one was handed over under this id. `user`, `keep` in ms, how
+    /// many `loads` it had, the counts that its record shows too, how far its rows are dealt (`cursor`: `<load> <place> <row> <rows of this
+    /// block>`, absent once all are dealt and while it is held), the µs that a row takes (`pace`), and that it is `over`.
+    batch(batch) = "drayman:{tag}batch:{}", Hash;
     /// Rows of a batch, packed, by block: `<load>.<place>`. Live as long as the batch's record, as all that belongs to it.
     batch_rows(batch) = "drayman:{tag}batch_rows:{}", Hash;
     /// The blocks of a batch: `<load>.<place>` → rows, bytes, first and last line; `<load>` → how many blocks it has, once it is complete;
@@ -195,8 +199,8 @@ keys! {
     /// What became of the rows of a batch: `<block>:<first row>` → results of a chunk, packed; `<block>` → the first rows of those of its
     /// chunks that are there.
     batch_results(batch) = "drayman:{tag}batch_results:{}", Hash;
-    /// The parts of a batch that were dealt and have not ended.
-    batch_parts(batch) = "drayman:{tag}batch_parts:{}", Set;
+    /// The parts of a batch that were dealt and have not ended: id → how many rows it has, 0 for what is none.
+    batch_parts(batch) = "drayman:{tag}batch_parts:{}", Hash;
     /// What has ended and is to be written to a database, while somebody writes it: `number`, `kind`, `id`, and the record's own fields. An
     /// entry is removed once it is written there.
     export = "drayman:{tag}export", Stream;
@@ -206,7 +210,8 @@ keys! {
     flows = "drayman:{tag}flows", SortedSet;
     /// The steps of an execution, by their numbers from 1 on: `<number>` → `waiting`, `queued`, `done`, `failed`, `cancelled` or `skipped`,
     /// and what else is known of it as JSON; `job:<number>` → the fields of its job, packed, until the execution is over; `plan` → packed,
-    /// for each its name, those that it comes after, and on which end. Lives as long as the execution's record.
+    /// for each its name, those that it comes after, and on which end; the flow's `user`, `instance` and how long it is to `keep` in ms. That it
+    /// is here shows that a flow was launched under this id. Lives as long as the execution's record.
     flow_steps(flow) = "drayman:{tag}flow_steps:{}", Hash;
     /// An instance of a flow, by its digest: its `last` execution, and how many `launches` it had. Expires with the record of the last one.
     flow_instance(instance) = "drayman:{tag}flow_instance:{}", Hash;

@@ -105,6 +105,7 @@ scripts! {
     LOOK = "look" from "notice", Runs;
     PLACE = "place", Runs;
     TAKE = "take" behind "batch", Runs;
+    REFUSE = "refuse" behind "batch", Runs;
     MARK = "mark", Runs;
     FINISH = "finish" behind "batch", Runs;
     CANCEL = "cancel" behind "batch", Runs;
@@ -385,6 +386,8 @@ pub enum TakeReply {
     Taken {
         /// The jobs, now claimed.
         jobs: Vec<Taken>,
+        /// Why others that are claimed now, too, can't be read.
+        unreadable: Vec<String>,
         /// In ms from now.
         due_in_ms: Option<u64>,
     },
@@ -489,6 +492,8 @@ pub enum CancelReply {
     Changed,
     /// There is no such job.
     Missing,
+    /// Its hash can't be worked on.
+    Unreadable,
 }
 
 /// A new run of a job, as the script takes it.
@@ -808,8 +813,21 @@ impl Store {
         }
         let due_in_ms =
             items.next().as_ref().and_then(Reply::text).and_then(|text| text.parse::<f64>().ok()).map(|ms| ms as u64);
-        let jobs = items.map(taken).collect::<Result<_, _>>()?;
-        Ok(TakeReply::Taken { jobs, due_in_ms })
+        let (mut jobs, mut unreadable) = (Vec::new(), Vec::new());
+        for item in items {
+            match taken(item) {
+                Ok(job) => jobs.push(job),
+                Err(error) => unreadable.push(error.to_string()),
+            }
+        }
+        Ok(TakeReply::Taken { jobs, unreadable, due_in_ms })
+    }
+
+    /// Sets aside what a take has claimed besides these jobs, since it can't be read here; how many that were.
+    pub async fn refuse(&self, session: &SessionId, take: u64, reason: &str, read: &[Taken]) -> Result<u64, Error> {
+        let args = Args::new().text(session.as_str()).number(take).text(reason);
+        let args = read.iter().fold(args, |args, job| args.text(job.id.as_str()));
+        Ok(self.call(&REFUSE, args.0).await?.int("refuse")? as u64)
     }
 
     /// Writes fields of a running job under its claim; with none, asks whether the claim holds.
@@ -871,6 +889,7 @@ impl Store {
                 (_, Some("requested")) => Ok(CancelReply::Requested),
                 (_, Some("changed")) => Ok(CancelReply::Changed),
                 (_, Some("missing")) => Ok(CancelReply::Missing),
+                (_, Some("unreadable")) => Ok(CancelReply::Unreadable),
                 (Reply::Array(items), _) if items.first().and_then(Reply::text) == Some("over") => {
                     Ok(CancelReply::Over(items.get(1).and_then(Reply::lossy).unwrap_or_default()))
                 }

@@ -155,10 +155,20 @@ impl Session {
             .store
             .take(&shared.id, &service_text, number, n, default_capacity, shared.fairness.word(), room)
             .await?;
+        if let TakeReply::Taken { jobs, unreadable, .. } = &reply
+            && let Some(reason) = unreadable.first()
+        {
+            tracing::error!(
+                reason,
+                jobs = unreadable.len(),
+                "jobs were handed out that can't be read, they are set aside"
+            );
+            shared.store.refuse(&shared.id, number, &format!("a worker can't read it: {reason}"), jobs).await?;
+        }
         self.take_open.store(false, Ordering::SeqCst);
         match reply {
             TakeReply::Lost => Ok(Err(SessionLost)),
-            TakeReply::Taken { jobs, due_in_ms } => {
+            TakeReply::Taken { jobs, due_in_ms, .. } => {
                 shared.held.fetch_add(jobs.len(), Ordering::SeqCst);
                 let claims = jobs.into_iter().map(|job| Claim { job: Arc::new(job), shared: shared.clone() }).collect();
                 Ok(Ok(Batch { claims, due_in: due_in_ms.map(Duration::from_millis) }))

@@ -11,7 +11,7 @@ use crate::error::Error;
 use crate::ids::{JobId, User};
 use crate::model::Status;
 use crate::model::batch::{BLOCK_MAX_BYTES, BLOCK_MAX_ROWS, LINE_MAX, ROW_MAX_BYTES, Row, pack_rows, packed_bytes};
-use crate::model::task::Encoding;
+use crate::model::task::{Encoding, read_msgpack};
 use crate::scripts::{self, Fields, Load, PackedBlock};
 use crate::store::Store;
 
@@ -148,7 +148,7 @@ impl Loader {
             Encoding::Json => {
                 serde_json::from_slice::<IgnoredAny>(&row.input).map(drop).map_err(|error| error.to_string())
             }
-            Encoding::MsgPack => one_value(&row.input),
+            Encoding::MsgPack => read_msgpack::<IgnoredAny>(&row.input).map(drop).map_err(|error| error.to_string()),
         };
         if let Err(reason) = readable {
             return fault(format!("it is no {}: {reason}", self.encoding));
@@ -252,12 +252,6 @@ impl Load {
         let blocks = std::mem::take(&mut self.blocks);
         Load { blocks, ..self.clone() }
     }
-}
-
-/// Whether bytes are one value in MessagePack, and no more.
-fn one_value(mut bytes: &[u8]) -> Result<(), String> {
-    rmp_serde::from_read::<_, IgnoredAny>(&mut bytes).map_err(|error| error.to_string())?;
-    if bytes.is_empty() { Ok(()) } else { Err(format!("{} bytes stand behind its value", bytes.len())) }
 }
 
 /// A call that was answered by nobody is sent again: what has arrived is not stored twice.

@@ -346,13 +346,14 @@ impl FromStr for Part {
         let id = |text: &str| JobId::new(text).map_err(|_: IdError| NoPart);
         match words[..] {
             ["rows", batch, block, first, count, ref partial @ ..] if matches!(partial, [] | ["partial"]) => {
-                Ok(Part::Rows(Chunk {
-                    batch: id(batch)?,
-                    block: block.parse()?,
-                    first: first.parse().map_err(|_| NoPart)?,
-                    count: count.parse().map_err(|_| NoPart)?,
-                    has_partial: !partial.is_empty(),
-                }))
+                let number = |text: &str| text.parse().map_err(|_| NoPart);
+                let (first, count): (usize, usize) = (number(first)?, number(count)?);
+                // No block has others, and what is done with a chunk takes room for each of its rows.
+                if first >= BLOCK_MAX_ROWS || !(1..=BLOCK_MAX_ROWS - first).contains(&count) {
+                    return Err(NoPart);
+                }
+                let (batch, block, has_partial) = (id(batch)?, block.parse()?, !partial.is_empty());
+                Ok(Part::Rows(Chunk { batch, block, first, count, has_partial }))
             }
             ["files", batch] => id(batch).map(Part::Files),
             ["done", batch] => id(batch).map(Part::Done),
@@ -430,7 +431,10 @@ mod tests {
         let chunk = Chunk { has_partial: true, ..chunk };
         assert_eq!(chunk.to_string().parse(), Ok(Part::Rows(chunk)));
         assert_eq!("done b1".parse(), Ok(Part::Done(JobId::new("b1").unwrap())));
-        for bad in ["", "rows b1 0.1 2", "files", "files a b", "rows b1 01 2 3", "rows b1 0.1 -2 3"] {
+        let no_rows_of_a_block =
+            ["rows b1 0.1 -2 3", "rows b1 0.1 0 0", "rows b1 0.1 0 4000000000", "rows b1 0.1 999 2"];
+        let unreadable = ["", "rows b1 0.1 2", "files", "files a b", "rows b1 01 2 3"];
+        for bad in no_rows_of_a_block.into_iter().chain(unreadable) {
             assert_eq!(bad.parse::<Part>(), Err(NoPart), "{bad}");
         }
     }

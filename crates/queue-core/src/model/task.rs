@@ -61,6 +61,9 @@ impl fmt::Debug for Payload {
     }
 }
 
+/// How deeply arrays and maps may stand in each other. A reader calls itself for each of them; of JSON, too, no more are read.
+const DEPTH_MAX: usize = 128;
+
 /// A value cannot be written, or what is written is no such value.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{0}")]
@@ -90,15 +93,7 @@ impl Payload {
     pub fn read<T: DeserializeOwned>(&self) -> Result<T, PayloadError> {
         match self.encoding {
             Encoding::Json => serde_json::from_slice(&self.bytes).map_err(|error| PayloadError(error.to_string())),
-            Encoding::MsgPack => {
-                let mut rest = self.bytes.as_slice();
-                let value = T::deserialize(&mut rmp_serde::Deserializer::new(&mut rest))
-                    .map_err(|error| PayloadError(error.to_string()))?;
-                match rest.len() {
-                    0 => Ok(value),
-                    more => Err(PayloadError(format!("{more} bytes follow the value"))),
-                }
-            }
+            Encoding::MsgPack => read_msgpack(&self.bytes),
         }
     }
 
@@ -135,6 +130,22 @@ impl Payload {
                 Ok(value.to_string())
             }
         }
+    }
+}
+
+/// Reads a value of MessagePack. Nothing may follow it.
+pub(crate) fn read_msgpack<T: DeserializeOwned>(mut rest: &[u8]) -> Result<T, PayloadError> {
+    let mut reader = rmp_serde::Deserializer::new(&mut rest);
+    reader.set_max_depth(DEPTH_MAX);
+    let value = T::deserialize(&mut reader).map_err(|error| match error {
+        rmp_serde::decode::Error::DepthLimitExceeded => {
+            PayloadError(format!("it is nested more deeply than {DEPTH_MAX} levels"))
+        }
+        error => PayloadError(error.to_string()),
+    })?;
+    match rest.len() {
+        0 => Ok(value),
+        more => Err(PayloadError(format!("{more} bytes follow the value"))),
     }
 }
 
@@ -255,6 +266,30 @@ mod tests {
             payload.bytes.extend(b"7");
             assert!(payload.read::<Invoice>().is_err(), "{encoding}");
             assert_eq!(encoding.as_str().parse(), Ok(encoding));
+        }
+    }
+
+    #[test]
+    fn what_is_nested_too_deeply_is_refused_by_name_before_a_reader_runs_out_of_its_stack() {
+        let nested = |open: &[u8], levels: usize, close: &[u8]| {
+            [open.repeat(levels), b"1".into(), close.repeat(levels)].concat()
+        };
+        let read = |encoding, bytes: Vec<u8>| {
+            let payload = Payload { encoding, bytes };
+            let line = payload.clone().to_json_line().map(drop);
+            assert_eq!(payload.read::<IgnoredAny>().map(drop), line);
+            payload.read::<Value>().map(drop)
+        };
+        for (open, close) in [(&b"["[..], &b"]"[..]), (b"{\"a\":", b"}")] {
+            assert_eq!(read(Encoding::Json, nested(open, 100, close)), Ok(()));
+            assert!(
+                read(Encoding::Json, nested(open, 100_000, close)).unwrap_err().to_string().contains("recursion limit")
+            );
+        }
+        for open in [&b"\x91"[..], b"\x81\xa1a"] {
+            assert_eq!(read(Encoding::MsgPack, nested(open, 100, b"")), Ok(()));
+            let refused = read(Encoding::MsgPack, nested(open, 100_000, b"")).unwrap_err();
+            assert_eq!(refused.to_string(), "it is nested more deeply than 128 levels");
         }
     }
 

@@ -5,10 +5,8 @@
 local session, id, fence, keep = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
 local claim = claim_of(id)
 if not claim or claim.session ~= session or claim.fence ~= fence then return 'stale' end
-local part = redis.call('HGET', K.job(id), 'part') or ''
-local batch, block, first, count = string.match(part, '^rows (%S+) (%S+) (%d+) (%d+)')
-if not batch or not takes_results(batch) then return 'over' end
-first, count = tonumber(first), tonumber(count)
+local what, batch, block, first, count = part_of(id)
+if what ~= 'rows' or not takes_results(batch) or redis.call('TYPE', K.job(id)).ok ~= 'hash' then return 'over' end
 -- Cut before, and the answer was lost; or there is nothing to cut.
 if keep >= count or keep < 1 then return 'cut' end
 local rest = chunk_id(batch, block, first + keep)
@@ -21,7 +19,7 @@ end
 if ARGV[7] ~= '' then redis.call('HSET', K.job(rest), 'partial', ARGV[7], 'partial_counts', ARGV[8]) end
 redis.call('HSET', K.job(id), 'part', chunk_part(batch, block, first, keep, ARGV[5] ~= ''), 'partial', ARGV[5], 'partial_counts',
   ARGV[6], 'updated_at', now)
-redis.call('SADD', K.batch_parts(batch), rest)
+redis.call('HSET', K.batch_parts(batch), id, keep, rest, count - keep)
 local line = line_of(claim.pool, claim.user)
 if put_first(rest, line) then place_and_wake(line) end
 return 'cut'

@@ -11,7 +11,7 @@ for place = 0, tonumber(count) - 1 do
 end
 redis.call('HDEL', blocks, 'load:' .. key)
 if redis.call('EXISTS', blocks) == 0 then
-  redis.call('DEL', job, K.batch_rows(batch))
+  redis.call('DEL', job, K.batch(batch), K.batch_rows(batch))
   redis.call('ZREM', K.batches(), batch)
 end
 return 1

@@ -35,6 +35,20 @@ end
 
 local now = iso(now_ms)
 
+-- What an error says that the values of one job have caused, for want of what a command expects. Any other concerns all, and is raised: a
+-- server that takes no writes, a script that is killed.
+local fault_of
+do
+local OF_VALUES = {'WRONGTYPE', 'not an integer', 'not a valid float', 'would overflow', 'invalid expire', 'attempt to', 'bad argument'}
+function fault_of(fault)
+  local text = type(fault) == 'table' and fault.err or tostring(fault)
+  for _, said in ipairs(OF_VALUES) do
+    if string.find(text, said, 1, true) then return 'a script failed at what it says: ' .. string.sub(text, 1, 200) end
+  end
+  error(fault, 0)
+end
+end
+
 -- A command on a key that others may have made something else of: its reply, or nil if the key has another type.
 local function try(...)
   local reply = redis.pcall(...)
@@ -155,6 +169,41 @@ end
 
 local function publish(user, id, status) tell(K.events(user), id .. ' ' .. status) end
 
+-- Batches, their parts and flows are made by scripts of ours only. What the hash of a job says is no proof, for anybody may write one: they
+-- are those that our own keys know.
+local function is_batch(id) return redis.call('EXISTS', K.batch(id)) == 1 end
+local function is_flow(id) return try('HEXISTS', K.flow_steps(id), 'plan') == 1 end
+
+-- Whether a batch still takes results of its rows.
+local function takes_results(batch)
+  local b = is_batch(batch) and try('HMGET', K.job(batch), 'status', 'aborted_at')
+  return b and (b[1] == 'running' or b[1] == 'pending') and not b[2]
+end
+
+-- What an id would name if it were a part of a batch: 'rows', 'files' or 'done', the batch, and of rows their block and the first of them.
+local function part_named(id)
+  local batch, what = string.match(id, '^(.+):(%a+)$')
+  if what == 'files' or what == 'done' then return what, batch end
+  local block, first
+  batch, block, first = string.match(id, '^(.+):(%d+%.%d+):(%d+)$')
+  if batch then return 'rows', batch, block, tonumber(first) end
+end
+
+-- The same of a part that there is, with how many rows it has; nil of all else.
+local function part_of(id)
+  local what, batch, block, first = part_named(id)
+  local count = what == 'done' and redis.call('HGET', K.batch(batch), 'over') or (what and redis.call('HGET', K.batch_parts(batch), id))
+  if count then return what, batch, block, first, tonumber(count) end
+end
+
+-- How a worker is told what a part is; false where a job is none.
+local function part_text(id, said)
+  local what, batch, block, first, count = part_of(id)
+  if what ~= 'rows' then return what and what .. ' ' .. batch or false end
+  local partial = string.find(said or '', ' partial$') and ' partial' or ''
+  return table.concat({what, batch, block, int(first), int(count)}, ' ') .. partial
+end
+
 -- The FEED is what has ended and is to be written to a database, as it was then: it may be begun anew or removed before anybody reads
 -- the entry.
 local feed, fed_of, feed_job
@@ -204,9 +253,10 @@ end
 -- A part of a batch is no record, and a flow is told with its steps.
 feed_job = function(id)
   if not is_fed() then return end
-  local kind = (try('HSTRLEN', K.job(id), 'kind') or 0) <= 16 and try('HGET', K.job(id), 'kind') or 'sql'
-  if kind == 'part' or kind == 'flow' then return end
-  if kind ~= 'task' and kind ~= 'batch' then kind = 'sql' end
+  local _, batch = part_named(id)
+  if is_flow(id) or (batch and is_batch(batch)) then return end
+  local is_task = (try('HSTRLEN', K.job(id), 'kind') or 0) <= 16 and try('HGET', K.job(id), 'kind') == 'task'
+  local kind = (is_batch(id) and 'batch') or (is_task and 'task') or 'sql'
   feed(kind, id, function() return fed_of(K.job(id)) end)
 end
 
@@ -226,6 +276,13 @@ local function enter_books(id, ended_ms, retention_ms, more_bytes)
   end
   redis.call('HINCRBY', K.kept(), '*', bytes)
   feed_job(id)
+end
+
+-- A number that operators, or others, have written: nil where it is none within these bounds.
+local function number_in(text, least, most)
+  local number = tonumber(text)
+  if number and number >= least and number <= most then return number end
+  return nil
 end
 
 -- The job that holds a unique key, or nil. What holds it while it is queued, or until it is done, holds it no more once it is
@@ -271,7 +328,7 @@ local function file(id, user, status, retention_ms, is_task, more_bytes)
   enter_books(id, now_ms, retention_ms, more_bytes)
   publish(user, id, status)
   -- The id of a step is made of two.
-  if string.find(id, ':', 1, true) then step_over(id, status) end
+  if string.find(id, ':', 1, true) then step_over(id, user, status) end
 end
 
 -- Takes records out of the index of ended jobs and out of the books of what they occupy.
@@ -352,30 +409,35 @@ local function pool_of_task(app, op)
   return app .. '.' .. op
 end
 
--- Whether a batch still takes results of its rows.
-local function takes_results(batch)
-  local b = try('HMGET', K.job(batch), 'status', 'aborted_at')
-  return b and (b[1] == 'running' or b[1] == 'pending') and not b[2]
-end
-
 -- Removes a part of a batch that is not to be done, or not any more.
 local function drop_part(batch, id)
-  redis.call('SREM', K.batch_parts(batch), id)
+  redis.call('HDEL', K.batch_parts(batch), id)
   redis.call('DEL', K.job(id))
 end
 
 -- Removes a job's record, and what else there is of a batch or a flow.
 local function remove_record(id)
-  redis.call('UNLINK', K.job(id), K.batch_rows(id), K.batch_blocks(id), K.batch_results(id), K.batch_parts(id), K.flow_steps(id))
+  redis.call('UNLINK', K.job(id), K.batch(id), K.batch_rows(id), K.batch_blocks(id), K.batch_results(id), K.batch_parts(id), K.flow_steps(id))
 end
 
 -- Kinds of jobs that go to handlers where they name an application. Batches and their parts are SQL where they name none.
 local FOR_HANDLERS = {task = true, batch = true, part = true}
 
+-- Does what is to be done with one job, so that what fails there is no other's. What the work returns; else nil, and the id is set aside.
+local function apart(id, user, work, ...)
+  local sound, reply = pcall(work, ...)
+  if sound then return reply end
+  set_aside(id, user, fault_of(reply))
+end
+
+-- The names that are read of a job of each kind, how many of them a take hands out, where its part stands among them, and what an id in
+-- a line is worth: the names that only these use are not kept, of which Lua has room for 200.
+local NAMES, HANDED, PART_AT, look = {sql = {}, task = {}}, {}, {}, nil
+do
+
 -- What is read of a job to judge it, besides the fields of its kind.
 local JUDGED = {'user', 'fence', 'kind', 'app', 'op', 'started_at'}
--- The names that are read of a job of each kind, and the limits of their sizes.
-local NAMES, LIMITS = {sql = {}, task = {}}, {sql = {}, task = {}}
+local LIMITS = {sql = {}, task = {}}
 for kind, names in pairs(NAMES) do
   for i = 1, #FIELDS, 3 do
     if FIELDS[i + 2] == 'both' or FIELDS[i + 2] == kind then
@@ -383,10 +445,12 @@ for kind, names in pairs(NAMES) do
       LIMITS[kind][#names] = FIELDS[i + 1]
     end
   end
+  HANDED[kind] = #names
+  for i, name in ipairs(names) do
+    if name == 'part' then PART_AT[kind] = i end
+  end
   for _, name in ipairs(JUDGED) do names[#names + 1] = name end
 end
--- How many of them a take hands out.
-local HANDED = {sql = #NAMES.sql - #JUDGED, task = #NAMES.task - #JUDGED}
 
 -- The fields of a job of a kind, by their names and in their order, or the name, size and limit of one that is too long.
 -- Values, where they are not given, are read only where the whole hash is small; else sizes are asked first.
@@ -408,10 +472,40 @@ local function read(job, kind, values)
   return h
 end
 
--- What an id in a line is worth: 'ready' with its pool and its fields, 'missing', 'drop' (claimed, or over with its status),
--- 'moves' with the line to which it belongs, or 'reject' with the reason and whether the hash is the user's own. Sizes are
--- asked before anything is read.
-local function look(id, line)
+-- The same of what our scripts make of their own, and of what pretends to be such: nothing where it is an ordinary job, or may run.
+local function look_inside(id, user, h)
+  local anothers = 'it belongs to another user than its queue'
+  if h.kind == 'flow' then
+    if is_flow(id) then return 'drop' end
+    return 'reject', 'it is no flow that was launched as one', true
+  end
+  if h.kind == 'batch' then
+    local b = redis.call('HMGET', K.batch(id), 'user', 'cursor')
+    if not b[1] then return 'reject', 'it is no batch that was handed over as one', true end
+    if b[1] ~= user then return 'reject', anothers end
+    return not b[2] and 'drop' or nil
+  end
+  -- Nobody else's job may stand where a part of a batch or a step of a flow is to be.
+  if string.find(id, ':', 1, true) then
+    local what, batch = part_named(id)
+    local owner = what and redis.call('HGET', K.batch(batch), 'user')
+    if owner then
+      if owner ~= user then return 'reject', anothers end
+      h.kind = 'part'
+      if part_of(id) and (what ~= 'rows' or takes_results(batch)) then return nil end
+      drop_part(batch, id)
+      return 'drop'
+    end
+    owner = try('HGET', K.flow_steps(string.match(id, '^(.*):')), 'user')
+    if owner and owner ~= user then return 'reject', anothers end
+  end
+  if h.kind == 'part' or (h.part and h.part ~= '') then
+    return 'reject', 'it is no part of a batch that is known', true
+  end
+end
+
+-- What an id in a line is worth, sizes being asked before anything is read.
+local function judge(id, line)
   local kind, user = parts_of(line)
   if not is_id(id) then return 'reject', 'its id is not made of letters, digits and _ . : -' end
   if redis.call('HEXISTS', K.claims(), id) == 1 then return 'drop' end
@@ -433,20 +527,8 @@ local function look(id, line)
   end
   if h.user and h.user ~= '' and h.user ~= user then return 'reject', 'it belongs to another user than its queue' end
   if is_over(h.status, h.fallback_status) then return 'drop', h.status end
-  if h.kind == 'flow' then return 'drop' end
-  if h.kind == 'batch' then
-    local b = redis.call('HMGET', job, 'cursor', 'loads')
-    if not b[1] then return 'drop' end
-    -- A take that met what it can't read would fail, and so would every take behind it.
-    if not string.find(b[1], '^%d+ %d+ %d+ %d+$') or not tonumber(b[2] or '') then
-      return 'reject', 'it is no batch that was handed over as one', true
-    end
-  end
-  local batch = h.kind == 'part' and string.match(h.part or '', '^rows (%S+)')
-  if batch and not takes_results(batch) then
-    drop_part(batch, id)
-    return 'drop'
-  end
+  local verdict, detail, is_own = look_inside(id, user, h)
+  if verdict then return verdict, detail, is_own end
   if h.kind == 'task' or (FOR_HANDLERS[h.kind] and h.app) then
     local pool, fault = pool_of_task(h.app, h.op)
     if not pool then return 'reject', fault, true end
@@ -457,6 +539,16 @@ local function look(id, line)
   if h.kind and h.kind ~= '' and h.kind ~= 'sql' and not FOR_HANDLERS[h.kind] then return 'reject', 'its kind is none that is known', true end
   if h.database and h.database ~= '' then return 'ready', 'db:' .. place_name(h.database), h end
   return 'ready', 'sql:' .. place_name(h.host or ''), h
+end
+
+-- What an id in a line is worth: 'ready' with its pool and its fields, 'missing', 'drop' (claimed, or over with its status),
+-- 'moves' with the line to which it belongs, or 'reject' with the reason and whether the hash is the user's own.
+function look(id, line)
+  local sound, verdict, detail, more = pcall(judge, id, line)
+  if sound then return verdict, detail, more end
+  return 'reject', fault_of(verdict)
+end
+
 end
 
 -- A job's band: 'high', 'low' or ''.
@@ -562,13 +654,6 @@ local function list_pool(pool)
   if redis.call('ZSCORE', K.pools(), pool) then return end
   local pass = tonumber(redis.call('HGET', K.pool(pool), 'pass') or 0) or 0
   redis.call('ZADD', K.pools(), int(math.max(pass, moved_on.turn, tonumber(redis.call('GET', K.turn()) or 0) or 0)), pool)
-end
-
--- A number that operators, or others, have written: nil where it is none within these bounds.
-local function number_in(text, least, most)
-  local number = tonumber(text)
-  if number and number >= least and number <= most then return number end
-  return nil
 end
 
 -- Most jobs of one user that may run at once in a pool.
@@ -824,12 +909,6 @@ local function put_back(id, claim, extra)
   place_on(line, claim.pool)
 end
 
--- Gives a claimed job back to the front of its queue.
-local function give_back(id, claim, extra)
-  release(id, claim)
-  put_back(id, claim, extra)
-end
-
 -- How often a job's worker was lost while it ran. What is not written as a count is none.
 local function unclean_in(text) return text and #text <= 16 and string.find(text, '^%d+$') and tonumber(text) or 0 end
 local function unclean_of(id)
@@ -849,17 +928,16 @@ end
 -- parts has its text.
 local lost_part
 
--- A claimed job whose worker is gone: an unclean end. It goes back to the front of its queue, for whoever takes it next to
+-- A job whose worker is gone, and so its claim: an unclean end. It goes back to the front of its queue, for whoever takes it next to
 -- settle what was begun; but for one that ends its workers before they can even look at it.
 local function lose(id, claim)
-  if redis.call('TYPE', K.job(id)).ok ~= 'hash' then return give_back(id, claim, {}) end
+  if redis.call('TYPE', K.job(id)).ok ~= 'hash' then return put_back(id, claim, {}) end
   local unclean = unclean_of(id) + 1
   local fields = {'unclean', int(unclean), 'lost_worker', claim.session, 'history', history_with(K.job(id),
     {unclean = true, worker = claim.session, ended_at = now, error = 'its worker was lost'})}
-  if unclean < MAX_UNCLEAN then return give_back(id, claim, fields) end
-  release(id, claim)
+  if unclean < MAX_UNCLEAN then return put_back(id, claim, fields) end
   local reason = 'it ended ' .. int(unclean) .. ' workers, the last one ' .. claim.session
-  if redis.call('HGET', K.job(id), 'kind') == 'part' and lost_part(id, claim.user, reason) then
+  if part_of(id) and lost_part(id, claim.user, reason) then
     return place_on(line_of(claim.pool, claim.user), claim.pool)
   end
   local begun = (try('HGET', K.job(id), 'trace') or '') ~= ''
@@ -880,7 +958,6 @@ local function leads(session, term) return redis.call('GET', K.leader()) == sess
 
 -- A scheduled job is due: it joins the front of its line, for it has waited longest.
 local function promote(id)
-  unschedule(id)
   if redis.call('HEXISTS', K.claims(), id) == 1 then return end
   local held = redis.call('TYPE', K.job(id)).ok
   if held ~= 'hash' then
@@ -907,6 +984,9 @@ end
 -- Promotes what is due. Of many the one due first goes last, so that it ends up foremost.
 local function promote_due(most)
   local ids = redis.call('ZRANGEBYSCORE', K.due(), '-inf', now_ms, 'LIMIT', 0, most)
-  for i = #ids, 1, -1 do promote(ids[i]) end
+  for i = #ids, 1, -1 do
+    unschedule(ids[i])
+    apart(ids[i], '', promote, ids[i])
+  end
   return #ids
 end

@@ -45,15 +45,7 @@ while i <= #ARGV do
     for f = 1, #fields, 2 do says[fields[f]] = fields[f + 1] end
     -- A cancel that was asked for meanwhile does not wait for a retry to be due: the next take hears of it.
     if verdict == 'later' and redis.call('SISMEMBER', K.cancels(session), id) == 1 then ms = 0 end
-    if verdict == 'back' then
-      -- What was not done costs nothing; by time, what was begun costs the time it took.
-      recharge(claim, claim.by == 'time' and ran_us or 0)
-      fields[#fields + 1] = 'settled'
-      fields[#fields + 1] = fence
-      give_back(id, claim, fields)
-    else
-      release(id, claim, pools, users)
-      settle(claim, ran_us)
+    local function write()
       if verdict == 'part' then
         end_part(id, claim.user, says, ran_us, ms)
       elseif verdict == 'next' then
@@ -66,11 +58,21 @@ while i <= #ARGV do
           redis.call('ZADD', K.due(), int(now_ms + ms), id)
           publish(claim.user, id, 'scheduled')
         end
-      else
-        if record(id, claim.user, 'user', claim.user, 'ended_at', now, 'settled', fence, unpack(fields)) then
-          file(id, claim.user, says.status or redis.call('HGET', K.job(id), 'status'), ms, not is_sql(pool))
-        end
+      elseif record(id, claim.user, 'user', claim.user, 'ended_at', now, 'settled', fence, unpack(fields)) then
+        file(id, claim.user, says.status or redis.call('HGET', K.job(id), 'status'), ms, not is_sql(pool))
       end
+    end
+    if verdict == 'back' then
+      -- What was not done costs nothing; by time, what was begun costs the time it took.
+      recharge(claim, claim.by == 'time' and ran_us or 0)
+      fields[#fields + 1] = 'settled'
+      fields[#fields + 1] = fence
+      release(id, claim)
+      apart(id, claim.user, put_back, id, claim, fields)
+    else
+      release(id, claim, pools, users)
+      settle(claim, ran_us)
+      apart(id, claim.user, write)
       place_on(line_of(pool, claim.user), pool)
     end
     if wake then wake_one(pool) end

@@ -26,7 +26,7 @@ function rows_of_step(flow, step) return step[4] == 'batch' and job_of_step(flow
 -- What a step is working on: its job, or the rows that it has released.
 function at_work(flow, step)
   local rows = rows_of_step(flow, step)
-  return rows and try('HGET', K.job(rows), 'flow') == flow and rows or job_of_step(flow, step)
+  return rows and is_batch(rows) and try('HGET', K.job(rows), 'flow') == flow and rows or job_of_step(flow, step)
 end
 
 -- Whether a step is to run now, or never: 'run', 'skip', or nil while what it comes after has not ended.
@@ -75,8 +75,8 @@ end
 
 local function end_flow(flow, plan, states, f)
   local job, key = K.job(flow), K.flow_steps(flow)
-  local user, keep_ms = f[1], tonumber(f[4])
-  local status, failed = end_of(plan, states, f[3])
+  local user, keep_ms = f.user, tonumber(f.keep)
+  local status, failed = end_of(plan, states, f.is_stopped)
   redis.call('HSET', job, 'status', status, 'ended_at', now, 'updated_at', now)
   if failed then
     local facts = facts_of(redis.call('HGET', key, failed))
@@ -87,7 +87,7 @@ local function end_flow(flow, plan, states, f)
   for number in ipairs(plan) do jobs[number] = 'job:' .. number end
   redis.call('HDEL', key, unpack(jobs))
   redis.call('PEXPIRE', key, keep_ms)
-  redis.call('PEXPIRE', K.flow_instance(f[5]), keep_ms)
+  redis.call('PEXPIRE', K.flow_instance(f.instance), keep_ms)
   file(flow, user, status, keep_ms, true, try('MEMORY', 'USAGE', key, 'SAMPLES', '0') or 0)
 end
 
@@ -110,10 +110,10 @@ end
 -- Queues what is to run now, and ends a flow in which nothing is.
 function advance(flow)
   local job, key = K.job(flow), K.flow_steps(flow)
-  local f = try('HMGET', job, 'user', 'status', 'stop_requested_at', 'keep', 'instance')
-  local packed = f and f[2] == 'running' and try('HGET', key, 'plan')
-  if not packed then return end
-  local plan, numbers, states = cmsgpack.unpack(packed), {}, {}
+  local h, own = try('HMGET', job, 'status', 'stop_requested_at'), try('HMGET', key, 'plan', 'user', 'keep', 'instance')
+  if not h or h[1] ~= 'running' or not own or not own[1] then return end
+  local f = {is_stopped = h[2], user = own[2], keep = own[3], instance = own[4]}
+  local plan, numbers, states = cmsgpack.unpack(own[1]), {}, {}
   for number in ipairs(plan) do numbers[number] = number end
   for number, entry in ipairs(redis.call('HMGET', key, unpack(numbers))) do states[number] = state_of(entry) end
   local queued, is_open = {}, false
@@ -124,7 +124,7 @@ function advance(flow)
       states[number] = 'skipped'
       local facts = facts_of(redis.call('HGET', key, number))
       set_step(key, number, 'skipped', {ended_at = now, checkpoint = facts.checkpoint, earlier = facts.earlier})
-    elseif turn == 'run' and not f[3] then
+    elseif turn == 'run' and not f.is_stopped then
       states[number] = 'queued'
       set_step(key, number, 'queued', {queued_at = now})
       queued[#queued + 1] = number
@@ -134,7 +134,7 @@ function advance(flow)
   redis.call('HSET', job, 'updated_at', now)
   if not is_open then return end_flow(flow, plan, states, f) end
   -- At last: one that can't be queued has ended, and comes back here.
-  for _, number in ipairs(queued) do queue_step(flow, f[1], number, plan[number][1]) end
+  for _, number in ipairs(queued) do queue_step(flow, f.user, number, plan[number][1]) end
 end
 
 -- A step has ended, as nobody need say twice: one that is not queued is not this flow's any more.
@@ -163,21 +163,22 @@ end
 
 -- The rows of a step are loaded: they are worked on from now on, and the step ends with them. False if they are not there.
 local function begin_rows(flow, number, rows, said)
-  local b, f = try('HMGET', K.job(rows), 'kind', 'status', 'user'), redis.call('HMGET', K.job(flow), 'user', 'stop_requested_at')
-  if not release_rows or not b or b[1] ~= 'batch' or b[2] ~= 'held' or b[3] ~= f[1] then return false end
   local key = K.flow_steps(flow)
+  local is_theirs = redis.call('HGET', K.batch(rows), 'user') == redis.call('HGET', key, 'user')
+  if not release_rows or not is_theirs or try('HGET', K.job(rows), 'status') ~= 'held' then return false end
   local facts = facts_of(redis.call('HGET', key, number))
   facts.started_at, facts.earlier = said.started_at, said.earlier
   set_step(key, number, 'queued', facts)
   redis.call('HSET', K.job(rows), 'flow', flow, 'flow_step', number)
-  if f[2] then abort_rows(rows, MAX_REJECTED_MS) else release_rows(rows, MAX_REJECTED_MS) end
+  local is_stopped = try('HGET', K.job(flow), 'stop_requested_at')
+  if is_stopped then abort_rows(rows, MAX_REJECTED_MS) else release_rows(rows, MAX_REJECTED_MS) end
   return true
 end
 
-step_over = function(id, status)
+step_over = function(id, user, status)
   local flow, number = unpack(try('HMGET', K.job(id), 'flow', 'flow_step') or {})
-  local packed = flow and number and try('HGET', K.flow_steps(flow), 'plan')
-  local step = packed and cmsgpack.unpack(packed)[tonumber(number)]
+  local own = flow and number and #flow <= MAX_ID and try('HMGET', K.flow_steps(flow), 'plan', 'user') or {}
+  local step = own[1] and own[2] == user and cmsgpack.unpack(own[1])[number_in(number, 1, MAX_COUNT)]
   -- Others may have written into a hash of their own that it is a step.
   if not step then return end
   local rows = rows_of_step(flow, step)
@@ -189,7 +190,7 @@ step_over = function(id, status)
     if status == 'done' then
       if begin_rows(flow, number, rows, facts) then return end
       status, facts.error = 'failed', 'the rows that it loaded are gone'
-    elseif abort_rows and try('HGET', K.job(rows), 'status') == 'held' then
+    elseif abort_rows and is_batch(rows) and try('HGET', K.job(rows), 'status') == 'held' then
       -- What was loaded of them is nobody's.
       abort_rows(rows, MAX_REJECTED_MS)
     end
@@ -198,7 +199,9 @@ step_over = function(id, status)
     -- Another execution need not repeat what is done of them.
     local earlier = facts_of(redis.call('HGET', K.flow_steps(flow), number)).earlier
     facts.earlier = status ~= 'done' and string.sub((earlier and earlier .. ' ' or '') .. rows, -MAX_EARLIER) or nil
-    if status == 'failed' and not facts.error then facts.error = facts.failed .. ' of ' .. facts.rows .. ' rows failed' end
+    if status == 'failed' and not facts.error then
+      facts.error = table.concat(redis.call('HMGET', K.batch(rows), 'failed', 'rows'), ' of ') .. ' rows failed'
+    end
   end
   -- Where it was not done, another execution goes on from there.
   if status == 'done' then facts.saved, facts.checkpoint = facts.checkpoint, nil end
@@ -211,30 +214,30 @@ end
 -- some run, {'over', status} or {'missing'}.
 function stop_flow(flow, is_hard)
   local job, key = K.job(flow), K.flow_steps(flow)
-  local f = try('HMGET', job, 'kind', 'status', 'user')
-  if not f or f[1] ~= 'flow' then return {'missing'} end
-  if FINAL[f[2]] then return {'over', f[2]} end
+  local status, own = try('HGET', job, 'status'), try('HMGET', key, 'plan', 'user')
+  if not status or not own or not own[1] then return {'missing'} end
+  if FINAL[status] then return {'over', status} end
   redis.call('HSETNX', job, 'stop_requested_at', now)
-  for number, step in ipairs(cmsgpack.unpack(redis.call('HGET', key, 'plan'))) do
+  for number, step in ipairs(cmsgpack.unpack(own[1])) do
     if state_of(redis.call('HGET', key, number)) == 'queued' then
       local id = at_work(flow, step)
       local claim = claim_of(id)
       if id == rows_of_step(flow, step) then
         abort_rows(id, MAX_REJECTED_MS)
       elseif claim then
-        if is_hard or redis.call('HSTRLEN', K.job(id), 'checkpoint') > 0 then
-          redis.call('HSETNX', K.job(id), 'cancel_requested_at', now)
+        if is_hard or (try('HSTRLEN', K.job(id), 'checkpoint') or 0) > 0 then
+          try('HSETNX', K.job(id), 'cancel_requested_at', now)
           ask_to_cancel(id, claim)
         end
       elseif (try('HSTRLEN', K.job(id), 'trace') or 0) > 0 then
         cancel_when_settled(id)
       else
-        withdraw(id, f[3], MAX_REJECTED_MS)
+        withdraw(id, own[2], MAX_REJECTED_MS)
       end
     end
   end
   advance(flow)
-  local status = redis.call('HGET', job, 'status')
+  status = redis.call('HGET', job, 'status')
   return {FINAL[status] and 'stopped' or 'stopping'}
 end
 

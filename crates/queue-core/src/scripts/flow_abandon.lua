@@ -2,9 +2,9 @@
 -- ARGV: id
 -- Reply: 'abandoned', 'running', 'done', or 'missing'
 local job = K.job(ARGV[1])
-local f = try('HMGET', job, 'kind', 'status')
-if not f or f[1] ~= 'flow' then return 'missing' end
-if not FINAL[f[2]] then return 'running' end
-if f[2] == 'done' then return 'done' end
+local status = is_flow(ARGV[1]) and try('HGET', job, 'status')
+if not status then return 'missing' end
+if not FINAL[status] then return 'running' end
+if status == 'done' then return 'done' end
 redis.call('HSETNX', job, 'abandoned_at', now)
 return 'abandoned'

@@ -10,22 +10,24 @@ local fields, packed = {unpack(ARGV, 7, 6 + m)}, ARGV[7 + m]
 local job, key = K.job(flow), K.flow_steps(flow)
 local used, mark = string.match(redis.call('GET', K.full()) or '', '^(%d+) (%d+)$')
 local there = redis.call('TYPE', job).ok
-if there == 'hash' and redis.call('HGET', job, 'kind') == 'flow' and redis.call('HGET', job, 'instance') == ARGV[1] then
-  return {'exists', redis.call('HGET', job, 'status')}
+if there == 'hash' and is_flow(flow) and redis.call('HGET', key, 'instance') == ARGV[1] then
+  return {'exists', redis.call('HGET', job, 'status') or ''}
 end
 if there ~= 'none' then return {'refused', 'a job of another kind, or of another flow, has this id'} end
 if used then return {'no_room', used, mark} end
 
 local last = redis.call('HGET', instance, 'last')
-local l = last and try('HMGET', K.job(last), 'kind', 'status', 'abandoned_at')
-if not l or l[1] ~= 'flow' then last = false end
-if last and l[2] == 'running' then return {'running', last} end
+local l = last and is_flow(last) and try('HMGET', K.job(last), 'status', 'abandoned_at')
+if not l or not l[1] then last = false end
+if last and l[1] == 'running' then return {'running', last} end
 if last and not is_forced then
-  if l[3] then return {'abandoned', last} end
-  if l[2] == 'done' and not may_repeat then return {'done', last} end
+  if l[2] then return {'abandoned', last} end
+  if l[1] == 'done' and not may_repeat then return {'done', last} end
 end
-local goes_on = last and not is_forced and l[2] ~= 'done'
+local goes_on = last and not is_forced and l[1] ~= 'done'
 
+-- Whatever is left of one whose record somebody has removed.
+redis.call('DEL', key)
 redis.call('HSET', job, 'user', user, 'kind', 'flow', 'status', 'running', 'created_at', now, 'started_at', now, 'updated_at', now,
   'instance', ARGV[1], unpack(fields))
 if goes_on then redis.call('HSET', job, 'goes_on_from', last) end
@@ -46,7 +48,10 @@ for number, step in ipairs(before and cmsgpack.unpack(before) or {}) do
     done[step[1]] = facts
   end
 end
-redis.call('HSET', key, 'plan', packed)
+redis.call('HSET', key, 'plan', packed, 'user', user, 'instance', ARGV[1])
+for f = 1, m, 2 do
+  if fields[f] == 'keep' then redis.call('HSET', key, 'keep', fields[f + 1]) end
+end
 for number, step in ipairs(cmsgpack.unpack(packed)) do
   local facts = done[step[1]]
   kept[number] = facts ~= nil

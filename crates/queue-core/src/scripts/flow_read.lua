@@ -17,9 +17,9 @@ for number, step in ipairs(cmsgpack.unpack(packed)) do
     live[2] = redis.call('HEXISTS', K.claims(), id)
     if id == rows_of_step(flow, step) then
       -- Rows are dealt: what is at work shows in the batch.
-      local b = redis.call('HMGET', K.job(id), 'status', 'done', 'failed', 'rows')
-      live[2] = b[1] == 'running' and 1 or 0
-      live[5] = cjson.encode({done = tonumber(b[2]) + tonumber(b[3]), total = tonumber(b[4])})
+      local b = redis.call('HMGET', K.batch(id), 'done', 'failed', 'rows')
+      live[2] = try('HGET', K.job(id), 'status') == 'running' and 1 or 0
+      live[5] = cjson.encode({done = tonumber(b[1]) + tonumber(b[2]), total = tonumber(b[3])})
     end
   end
   steps[number] = {step[1], table.concat(step[2], ' '), step[3], state_of(entry) or '', string.match(entry, ' (.*)$') or '{}', unpack(live)}

@@ -18,7 +18,7 @@ local findings = {}
 
 local function found(kind, what, sentence, repair)
   local fate = repair and (repairing and 'repaired' or 'repairable') or 'reported'
-  if repair and repairing then repair() end
+  if repair and repairing then apart(what, '', repair) end
   findings[#findings + 1] = {kind, what, sentence, fate}
 end
 
@@ -77,10 +77,10 @@ end
 
 local function end_claim(id, claim)
   local held = redis.call('TYPE', K.job(id)).ok
+  release(id, claim)
   if held == 'hash' then
-    lose(id, claim)
+    apart(id, claim.user, lose, id, claim)
   else
-    release(id, claim)
     set_aside(id, claim.user, 'it was claimed, but its key holds ' .. (held == 'none' and 'nothing' or 'a ' .. held))
     place_on(line_of(claim.pool, claim.user), claim.pool)
   end
@@ -210,7 +210,7 @@ local function is_kept(id) return redis.call('EXISTS', K.job(id)) == 1 end
 
 -- Whether a batch, all of whose rows are dealt, has a part that is gone, or none. Of many, some are looked at.
 local function lacks_parts(id)
-  local parts = redis.call('SRANDMEMBER', K.batch_parts(id), 200)
+  local parts = redis.call('HRANDFIELD', K.batch_parts(id), 200)
   for _, part in ipairs(parts) do
     if not is_kept(part) then return true end
   end
@@ -219,14 +219,14 @@ end
 
 -- A batch that the scan found in no place. It stands in its line while rows are left to deal; then its parts are all there is of it.
 local function look_at_batch(id, user, status)
-  local b = redis.call('HMGET', K.job(id), 'cursor', 'left')
+  local b = redis.call('HMGET', K.batch(id), 'cursor', 'left')
   if status == 'held' or in_queue(id, user) then return end
   if b[1] then
     found('batch-lost', id, 'the batch has rows to deal, but stands in no line; it goes to the front of its own', function()
       local line = line_by_hash(id, user)
       if put_first(id, line) then place_and_wake(line) end
     end)
-  elseif tonumber(b[2] or 0) <= 0 and not is_kept(id .. ':files') then
+  elseif tonumber(b[2]) <= 0 and not is_kept(id .. ':files') then
     found('batch-unsettled', id, 'all rows of the batch have ended, and it has not', function()
       redis.call('HSET', K.job(id), 'status', 'running')
       settle_batch(id, retention_ms)
@@ -238,19 +238,19 @@ end
 
 -- A flow never stands anywhere: its steps that are queued are all there is of it.
 local function look_at_flow(id)
-  local packed = try('HGET', K.flow_steps(id), 'plan')
+  local packed, user = unpack(redis.call('HMGET', K.flow_steps(id), 'plan', 'user'))
   local open = 0
-  for number, step in ipairs(packed and cmsgpack.unpack(packed) or {}) do
+  for number, step in ipairs(cmsgpack.unpack(packed)) do
     if state_of(redis.call('HGET', K.flow_steps(id), number)) == 'queued' then
       open = open + 1
       local job = at_work(id, step)
-      local h = is_kept(job) and (short(job, 'status', 'fallback_status') or {}) or nil
-      if not h then
+      local h = is_kept(job) and holds(K.job(job), 'hash') and (short(job, 'status', 'fallback_status', 'user') or {}) or nil
+      if not h or h[3] ~= user then
         found('flow-stuck', id, 'the job of step ' .. step[1] .. ' is gone; the step has failed', function()
           end_step(id, number, 'failed', {ended_at = now, error = 'its job is gone'})
         end)
       elseif is_over(h[1], h[2]) and redis.call('HEXISTS', K.claims(), job) == 0 then
-        found('flow-stuck', id, 'step ' .. step[1] .. ' has ended, and the flow does not know', function() step_over(job, h[1]) end)
+        found('flow-stuck', id, 'step ' .. step[1] .. ' has ended, and the flow does not know', function() step_over(job, user, h[1]) end)
       end
     end
   end
@@ -260,14 +260,13 @@ local function look_at_flow(id)
 end
 
 -- A job that the scan found in no place. `quiet` was asked before the first read, which counts as a touch.
-local function look_at_job(id, quiet)
+local function judge_job(id, quiet)
   local job = K.job(id)
   if not is_id(id) or not holds(job, 'hash') or redis.call('HEXISTS', K.claims(), id) == 1
     or redis.call('ZSCORE', K.due(), id) then
     return
   end
-  local h = short(id, 'user', 'status', 'fallback_status', 'fence', 'settled', 'enqueued_at', 'updated_at', 'worker', 'host',
-    'kind')
+  local h = short(id, 'user', 'status', 'fallback_status', 'fence', 'settled', 'enqueued_at', 'updated_at', 'worker', 'host')
   if not h then return end
   local user, status, fallback_status, fence, settled = h[1], h[2], h[3], h[4], h[5]
   local ours = fence or h[6]
@@ -286,8 +285,8 @@ local function look_at_job(id, quiet)
     if ours then found('job-ownerless', id, 'the job has not ended, and its hash names no valid user') end
     return
   end
-  if h[10] == 'batch' then return look_at_batch(id, user, status) end
-  if h[10] == 'flow' then return look_at_flow(id) end
+  if is_batch(id) then return look_at_batch(id, redis.call('HGET', K.batch(id), 'user'), status) end
+  if is_flow(id) then return look_at_flow(id) end
   if in_queue(id, user) or redis.call('ZSCORE', K.missing(), id .. ' ' .. user) then return end
   local ran = status == 'running' or (FINAL[status] and fallback_status == 'running')
   local holder = h[9] and try('GET', K.host_lock(h[9]))
@@ -309,6 +308,8 @@ local function look_at_job(id, quiet)
     found('pending-unqueued', id, 'the job waits, but has not been pushed to a queue; push its id to run it')
   end
 end
+
+local function look_at_job(id, quiet) apart(id, '', judge_job, id, quiet) end
 
 -- Sums over what single entries say. Larger books are not added up.
 function LOOK.sums()

@@ -25,7 +25,7 @@ while i <= #ARGV do
       reply = {'not_over', h[1] or ''}
     elseif (h[3] or '') ~= seen then
       reply = 'changed'
-    elseif redis.call('HGET', job, 'kind') == 'batch' then
+    elseif is_batch(id) then
       reply = {'refused', 'it is a batch, whose rows have ended: submit those that failed as another one'}
     elseif not is_user(user) then
       reply = {'refused', 'it names no valid user'}

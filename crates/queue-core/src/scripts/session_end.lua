@@ -27,12 +27,9 @@ table.sort(jobs, function(a, b) return tonumber(a[2].fence) > tonumber(b[2].fenc
 local count = math.min(#jobs, 1000)
 for i = 1, count do
   local id, claim = jobs[i][1], jobs[i][2]
-  if how == 'reclaim' then
-    lose(id, claim)
-  else
-    recharge(claim, 0)
-    give_back(id, claim, {})
-  end
+  if how == 'close' then recharge(claim, 0) end
+  release(id, claim)
+  apart(id, claim.user, how == 'close' and put_back or lose, id, claim, {})
   wake_one(claim.pool)
 end
 if #jobs > count then return {'more', count} end

@@ -11,7 +11,7 @@ for i = 4, #ARGV do
   local id = ARGV[i]
   local job = K.job(id)
   if redis.call('TYPE', job).ok == 'hash' and (try('OBJECT', 'IDLETIME', job) or 0) >= least_idle_s then
-    local h = redis.call('HMGET', job, 'updated_at', 'created_at', 'status', 'fallback_status', 'user', 'kind')
+    local h = redis.call('HMGET', job, 'updated_at', 'created_at', 'status', 'fallback_status', 'user')
     local touched = h[1] or h[2] or ''
     -- ISO times compare as texts; what is no time at all is left alone.
     local old = string.match(touched, '^%d%d%d%d%-%d%d%-%d%dT') and touched < before
@@ -21,7 +21,7 @@ for i = 4, #ARGV do
       local referenced = not queue or redis.call('ZSCORE', K.due(), id) or (try('LLEN', queue) or 0) > 1000
         or try('LPOS', queue, id)
         -- A batch whose rows are all dealt stands nowhere. One that was held for so long is nobody's. A flow never stands anywhere.
-        or (h[6] == 'batch' and h[3] ~= 'held') or h[6] == 'flow'
+        or (is_batch(id) and h[3] ~= 'held') or is_flow(id)
       if is_over(h[3], h[4]) or not referenced then
         give_up_unique(id, 'queued', 'done')
         remove_record(id)

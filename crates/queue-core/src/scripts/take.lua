@@ -31,6 +31,9 @@ end
 local function hand_out(id, user, pool, fence, timeout, values)
   local kind = is_sql(pool) and 'sql' or 'task'
   values = values or redis.call('HMGET', K.job(id), unpack(NAMES[kind]))
+  local at = PART_AT[kind]
+  -- What a part is, its hash does not decide.
+  if values[at] then values[at] = part_text(id, values[at]) end
   local job = {id, user, pool, fence, timeout and int(timeout) or ''}
   for i = 1, HANDED[kind] do job[#job + 1] = values[i] end
   reply[#reply + 1] = job

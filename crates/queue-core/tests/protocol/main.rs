@@ -7,6 +7,7 @@ mod cancel;
 mod fairness;
 mod flow;
 mod foreign;
+mod forged;
 mod handle;
 mod hostile;
 mod inspect;

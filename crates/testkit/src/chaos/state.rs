@@ -164,10 +164,11 @@ pub const LAYOUT: &[KeyRule] = &[
     ("drayman:delayed", "hash"),
     ("drayman:delays", "hash"),
     ("drayman:batches", "zset"),
+    ("drayman:batch:{}", "hash"),
     ("drayman:batch_rows:{}", "hash"),
     ("drayman:batch_blocks:{}", "hash"),
     ("drayman:batch_results:{}", "hash"),
-    ("drayman:batch_parts:{}", "set"),
+    ("drayman:batch_parts:{}", "hash"),
     ("drayman:flows", "zset"),
     ("drayman:flow_steps:{}", "hash"),
     ("drayman:flow_instance:{}", "hash"),
@@ -239,7 +240,8 @@ pub fn leftovers(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String
                 let idle = field("running")?.text() == "0" && field("blocked")?.is_nil();
                 pools.contains(parameter) && idle
             }
-            "drayman:batch_rows:{}"
+            "drayman:batch:{}"
+            | "drayman:batch_rows:{}"
             | "drayman:batch_blocks:{}"
             | "drayman:batch_results:{}"
             | "drayman:flow_steps:{}" => jobs.contains(parameter),

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use queue_core::batch::Batches;
 use queue_core::model::Status;
-use queue_core::model::batch::Part;
+use queue_core::model::batch::{NoPart, Part};
 use queue_core::model::retry::{self, NoBackoff, NoSqlState, RetryChoice, RetryPolicy, Try};
 use queue_core::scripts::{Fields, Finished, Taken, Verdict};
 use queue_core::session::Claim;
@@ -100,13 +100,15 @@ pub async fn run(claim: Claim, take: Asked, means: Means, rules: Arc<Rules>, sto
     telemetry::record(&span, "take", take.asked, take.answered);
     async move {
         let clock = Clock::starting_at(job.fence.0);
-        let part = job.text("part").ok().flatten().and_then(|part| part.parse().ok());
-        let ending = match (part, job.pool.handler()) {
-            (Some(Part::Rows(chunk)), _) => rows::settle(&claim, chunk, &means, &rules, &stop, &clock).await,
-            (Some(Part::Files(batch)), _) => files::settle(&claim, &batch, &means, &rules, &stop).await,
-            (Some(Part::Done(batch)), _) => told::settle(&claim, &batch, &means, &rules, &stop, &clock).await,
-            (None, Some(_)) => task::settle(&claim, &means, &rules, &stop, &clock).await,
-            (None, None) => sql::settle(&claim, &*means.sql, &rules, &stop, &clock).await,
+        let read =
+            |part: Option<&str>| part.map(|part| part.parse().map_err(|fault: NoPart| fault.to_string())).transpose();
+        let ending = match (job.text("part").and_then(read), job.pool.handler()) {
+            (Err(reason), _) => Some(task::over(Status::Failed, Fields::new().with("failed_reason", reason), &rules)),
+            (Ok(Some(Part::Rows(chunk))), _) => rows::settle(&claim, chunk, &means, &rules, &stop, &clock).await,
+            (Ok(Some(Part::Files(batch))), _) => files::settle(&claim, &batch, &means, &rules, &stop).await,
+            (Ok(Some(Part::Done(batch))), _) => told::settle(&claim, &batch, &means, &rules, &stop, &clock).await,
+            (Ok(None), Some(_)) => task::settle(&claim, &means, &rules, &stop, &clock).await,
+            (Ok(None), None) => sql::settle(&claim, &*means.sql, &rules, &stop, &clock).await,
         };
         let Some(ending) = ending else {
             // The executor or the ledger has said that the claim is another's. There is nothing to record.

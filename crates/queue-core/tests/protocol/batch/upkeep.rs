@@ -11,7 +11,7 @@ use super::*;
 const HOUR: Duration = Duration::from_secs(3_600);
 
 fn of_batch(rig: &Rig, id: &str) -> BTreeSet<String> {
-    let mut keys: BTreeSet<String> = rig.redis(&["KEYS", "drayman:batch_*"]).texts().into_iter().collect();
+    let mut keys: BTreeSet<String> = rig.redis(&["KEYS", "drayman:batch*"]).texts().into_iter().collect();
     keys.extend(rig.redis(&["KEYS", "batch:jobs:*"]).texts());
     keys.retain(|key| key.split(':').any(|word| word == id));
     keys
@@ -37,7 +37,8 @@ async fn nothing_is_left_of_a_batch_that_was_kept_long_enough() {
     for (id, keep) in [("usual", KEEP), ("short", HOUR)] {
         let mut keys = of_batch(&rig, id);
         assert!(keys.remove(&job_key(&format!("{id}:done"))), "{keys:?}");
-        let wanted = ["batch_blocks", "batch_results", "batch_rows"].map(|what| format!("drayman:{what}:{id}"));
+        let wanted =
+            ["batch", "batch_blocks", "batch_results", "batch_rows"].map(|what| format!("drayman:{what}:{id}"));
         assert_eq!(keys, wanted.into_iter().chain([job_key(id)]).collect());
         for key in keys {
             let left = rig.redis(&["PTTL", &key]).int() as u128;
@@ -86,10 +87,10 @@ async fn of_more_batches_than_may_be_kept_the_oldest_go_with_their_rows_and_thei
     let budget = Budget { retention_ms: HOUR.as_millis() as u64, bytes: 130_000, ..Budget::default() };
     assert_eq!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted, 1);
     let left = |id: &str| of_batch(&rig, id).len();
-    assert_eq!(["b1", "b2", "b3"].map(left), [1, 5, 5], "of the first, only what was told");
+    assert_eq!(["b1", "b2", "b3"].map(left), [1, 6, 6], "of the first, only what was told");
     let budget = Budget { count: 4, ..budget };
     assert_eq!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted, 1);
-    assert_eq!(["b1", "b2", "b3"].map(left), [1, 1, 5]);
+    assert_eq!(["b1", "b2", "b3"].map(left), [1, 1, 6]);
     assert_eq!(statuses(&batches, "b3").await.len(), 50);
     assert_eq!(rig.redis(&["ZRANGE", "drayman:batches", "0", "-1"]).texts(), ["b3"]);
     rig.balanced();
@@ -114,7 +115,7 @@ async fn a_load_that_nobody_finished_goes_once_nobody_has_touched_it_for_long_an
     batches.submit(new("waits"), rows(1..=40)).await.unwrap();
     let session = rig.session(POOL, 8).await;
     let mut claims = Vec::new();
-    while rig.redis(&["HEXISTS", &job_key("waits"), "cursor"]).int() == 1 {
+    while rig.redis(&["HEXISTS", "drayman:batch:waits", "cursor"]).int() == 1 {
         claims.extend(take(&session, 8).await);
     }
     assert_eq!(leadership.sweep(untouched).await.unwrap(), Ok(0));
@@ -233,7 +234,7 @@ async fn what_disagrees_about_batches_is_found_and_repaired_and_each_row_ends_on
 
 #[tokio::test]
 async fn rows_that_nobody_has_any_more_are_reported_and_an_abort_ends_their_batch() {
-    for command in ["DEL batch:jobs:dealt:0.0:0", "DEL batch:jobs:dealt:0.0:0 drayman:batch_parts:dealt"] {
+    for command in ["DEL drayman:batch_parts:dealt", "DEL batch:jobs:dealt:0.0:0 drayman:batch_parts:dealt"] {
         let mut scene = Scene::start().await;
         scene.rig.redis(&command.split(' ').collect::<Vec<_>>());
         // Whoever works on them writes down nothing, for want of what would say of which rows.
