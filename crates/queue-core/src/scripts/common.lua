@@ -504,8 +504,10 @@ local function look_inside(id, user, h)
   end
 end
 
--- What an id in a line is worth, sizes being asked before anything is read.
-local function judge(id, line)
+-- What an id in a line is worth: 'ready' with its pool and its fields, 'missing', 'drop' (claimed, or over with its status),
+-- 'moves' with the line to which it belongs, or 'reject' with the reason and whether the hash is the user's own. Sizes are
+-- asked before anything is read.
+function look(id, line)
   local kind, user = parts_of(line)
   if not is_id(id) then return 'reject', 'its id is not made of letters, digits and _ . : -' end
   if redis.call('HEXISTS', K.claims(), id) == 1 then return 'drop' end
@@ -539,14 +541,6 @@ local function judge(id, line)
   if h.kind and h.kind ~= '' and h.kind ~= 'sql' and not FOR_HANDLERS[h.kind] then return 'reject', 'its kind is none that is known', true end
   if h.database and h.database ~= '' then return 'ready', 'db:' .. place_name(h.database), h end
   return 'ready', 'sql:' .. place_name(h.host or ''), h
-end
-
--- What an id in a line is worth: 'ready' with its pool and its fields, 'missing', 'drop' (claimed, or over with its status),
--- 'moves' with the line to which it belongs, or 'reject' with the reason and whether the hash is the user's own.
-function look(id, line)
-  local sound, verdict, detail, more = pcall(judge, id, line)
-  if sound then return verdict, detail, more end
-  return 'reject', fault_of(verdict)
 end
 
 end

@@ -260,7 +260,7 @@ local function look_at_flow(id)
 end
 
 -- A job that the scan found in no place. `quiet` was asked before the first read, which counts as a touch.
-local function judge_job(id, quiet)
+local function look_at_job(id, quiet)
   local job = K.job(id)
   if not is_id(id) or not holds(job, 'hash') or redis.call('HEXISTS', K.claims(), id) == 1
     or redis.call('ZSCORE', K.due(), id) then
@@ -308,8 +308,6 @@ local function judge_job(id, quiet)
     found('pending-unqueued', id, 'the job waits, but has not been pushed to a queue; push its id to run it')
   end
 end
-
-local function look_at_job(id, quiet) apart(id, '', judge_job, id, quiet) end
 
 -- Sums over what single entries say. Larger books are not added up.
 function LOOK.sums()

@@ -202,7 +202,7 @@ async fn leadership_has_terms_is_handed_over_at_once_and_survives_two_who_believ
     let first = leader::hold(&rig.store, &one, ttl).await.unwrap().unwrap();
     assert_eq!(leader::hold(&rig.store, &one, ttl).await.unwrap().unwrap().term(), first.term(), "renewed, same term");
     assert!(leader::hold(&rig.store, &two, ttl).await.unwrap().is_none());
-    assert!(matches!(rig.store.lead(&two, Some(1)).await.unwrap(), Lead::Follower(who) if who == "one:1:a"));
+    assert!(matches!(rig.store.lead(&two, Some(60_000)).await.unwrap(), Lead::Follower(who) if who == "one:1:a"));
     leader::resign(&rig.store, &two).await.unwrap();
     assert!(leader::hold(&rig.store, &two, ttl).await.unwrap().is_none(), "only the leader can resign");
     leader::resign(&rig.store, &one).await.unwrap();
