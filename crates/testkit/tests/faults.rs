@@ -1,9 +1,14 @@
 //! The seeded faults: each applies to the sources as they are, and says what it breaks and who has to find it. That it is
-//! found takes a build for each, and is shown by `scripts/seeded-faults`.
+//! found takes a build for each, and is shown by `scripts/seeded-faults`; here that script works on sources of one line.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Output, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use testkit::{Scratch, eventually_blocking};
 
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../..").canonicalize().unwrap()
@@ -67,4 +72,110 @@ fn each_seeded_fault_applies_and_names_who_has_to_find_it() {
         assert!(applied.status.success(), "{name} does not apply to the sources any more: {reason}");
     }
     assert!(count > 0, "there are faults");
+}
+
+/// Builds unless the sources say `bad`; its one test passes while they say `good`.
+const CARGO: &str = r#"#!/bin/sh
+case "$*" in
+*--no-run*) ! grep -q bad source ;;
+*) if grep -q slow source; then echo $$ > "$SLOW"; exec sleep 600; fi
+   if grep -q good source; then
+       echo 'test result: ok. 1 passed; 0 failed; 0 ignored'
+   else
+       echo 'test result: FAILED. 0 passed; 1 failed; 0 ignored'
+       exit 101
+   fi ;;
+esac
+"#;
+
+/// A repository whose only source is a line, with faults that make another one of it.
+struct Repository(Scratch);
+
+impl Repository {
+    fn new(faults: &[(&str, &str, &str)]) -> Self {
+        let repository = Self(Scratch::new("faults"));
+        let folder = repository.0.path();
+        for script in ["lib.sh", "seeded-faults"] {
+            fs::create_dir_all(folder.join("scripts")).unwrap();
+            fs::copy(root().join("scripts").join(script), folder.join("scripts").join(script)).unwrap();
+        }
+        fs::write(folder.join("source"), "good\n").unwrap();
+        fs::write(folder.join(".gitignore"), "target/\n").unwrap();
+        fs::create_dir_all(folder.join("crates/testkit/faults")).unwrap();
+        for (name, before, after) in faults {
+            let patch = format!(
+                "Breaks: nothing\nFound by: queue-core any a::test\n\n--- a/source\n+++ b/source\n@@ -1 +1 @@\n-{before}\n+{after}\n"
+            );
+            fs::write(folder.join(format!("crates/testkit/faults/{name}.patch")), patch).unwrap();
+        }
+        fs::create_dir_all(folder.join("target/bin")).unwrap();
+        let cargo = folder.join("target/bin/cargo");
+        fs::write(&cargo, CARGO).unwrap();
+        fs::set_permissions(&cargo, fs::Permissions::from_mode(0o755)).unwrap();
+        repository.git(&["init", "--quiet"]);
+        repository.git(&["add", "."]);
+        repository.git(&["-c", "user.name=a", "-c", "user.email=a", "commit", "--quiet", "--message", "all"]);
+        repository
+    }
+
+    fn git(&self, args: &[&str]) -> String {
+        let output = Command::new("git")
+            .args(args)
+            .current_dir(self.0.path())
+            .env("GIT_CONFIG_GLOBAL", "/dev/null")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "git {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    fn slow(&self) -> PathBuf {
+        self.0.path().join("target/slow")
+    }
+
+    fn script(&self) -> Command {
+        let mut script = Command::new(self.0.path().join("scripts/seeded-faults"));
+        let path = format!("{}:{}", self.0.path().join("target/bin").display(), std::env::var("PATH").unwrap());
+        script.env("PATH", path).env("SLOW", self.slow()).env_remove("CARGO_TARGET_DIR");
+        script
+    }
+
+    fn run(&self) -> (Output, String) {
+        let output = self.script().output().unwrap();
+        let text = format!("{}{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+        self.is_untouched();
+        (output, text)
+    }
+
+    /// Neither what is the developer's nor the copy shows a trace of any fault.
+    fn is_untouched(&self) {
+        assert_eq!(self.git(&["status", "--porcelain"]), "");
+        assert_eq!(fs::read_to_string(self.0.path().join("source")).unwrap(), "good\n");
+        assert_eq!(fs::read_to_string(self.0.path().join("target/seeded-faults/tree/source")).unwrap(), "good\n");
+    }
+}
+
+#[test]
+fn a_fault_is_found_by_a_test_that_fails_and_by_nothing_else() {
+    let (output, text) = Repository::new(&[("one", "good", "wrong"), ("two", "good", "worse")]).run();
+    assert!(output.status.success() && text.contains("all 2 are found"), "{text}");
+    for (after, why) in [("bad", "it does not build"), ("good all the same", "a::test: good")] {
+        let (output, text) = Repository::new(&[("one", "good", "wrong"), ("two", "good", after)]).run();
+        assert!(!output.status.success() && text.contains(&format!("NOT FOUND: {why}")), "{after}: {text}");
+        assert!(text.contains("1 of 2 are not found"), "{text}");
+    }
+    let (output, text) = Repository::new(&[("one", "good", "wrong"), ("two", "other", "wrong")]).run();
+    assert!(!output.status.success() && text.contains("two does not apply any more"), "{text}");
+}
+
+#[test]
+fn an_interrupted_run_leaves_neither_a_fault_nor_a_process() {
+    let repository = Repository::new(&[("one", "good", "slow")]);
+    let mut script = repository.script().stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let pid: i32 =
+        eventually_blocking("the test to run", || fs::read_to_string(repository.slow()).ok()?.trim().parse().ok());
+    kill(Pid::from_raw(script.id() as i32), Signal::SIGINT).unwrap();
+    assert_eq!(script.wait().unwrap().code(), Some(130));
+    repository.is_untouched();
+    eventually_blocking("the test to end", || kill(Pid::from_raw(pid), None).is_err().then_some(()));
 }
