@@ -1,6 +1,7 @@
 //! Real servers for tests, and the ways in which they and the network fail.
 //!
 //! - [`RedisServer`] and [`Postgres`]: private servers, each in a folder of its own, gone when dropped;
+//! - [`state`]: what they hold, seen and set in the words of the protocol;
 //! - [`Sentinel`]: two of them, and three sentinels that replace the one by the other;
 //! - [`Proxy`]: a network between client and server that loses, delays and cuts;
 //! - [`Daemon`] and [`bin`]: this workspace's programs as child processes, with their output;
@@ -21,6 +22,7 @@ mod redis;
 mod resp;
 mod scratch;
 mod sentinel;
+pub mod state;
 mod wait;
 
 pub use notify::NotifySocket;

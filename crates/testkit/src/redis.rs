@@ -188,29 +188,7 @@ impl RedisServer {
     /// one. Two dumps are equal if and only if nothing was changed between them, except by writing the same again.
     #[track_caller]
     pub fn dump_db(&self, db: u8) -> BTreeMap<String, String> {
-        let mut client = self.client(db);
-        let Value::Array(keys) = client.call(&["KEYS", "*"]) else { panic!("KEYS gave no array") };
-        let mut all = BTreeMap::new();
-        for key in keys.iter().map(Value::bytes) {
-            let kind = client.call(&[b"TYPE", key]).text();
-            let contents = match kind.as_str() {
-                "string" => client.call(&[b"GET", key]).to_string(),
-                "list" => client.call(&[b"LRANGE", key, b"0", b"-1"]).to_string(),
-                "set" => client.call(&[b"SMEMBERS", key]).in_order(1),
-                "hash" => client.call(&[b"HGETALL", key]).in_order(2),
-                "zset" => client.call(&[b"ZRANGE", key, b"0", b"-1", b"WITHSCORES"]).to_string(),
-                "stream" => client.call(&[b"XRANGE", key, b"-", b"+"]).to_string(),
-                // Expired since KEYS.
-                "none" => continue,
-                other => panic!("a key of the unexpected type {other}"),
-            };
-            let expiry = match client.call(&[b"PEXPIRETIME", key]) {
-                Value::Int(at @ 0..) => format!(" expires at {at}"),
-                _ => String::new(),
-            };
-            all.insert(printable(key), format!("{kind} {contents}{expiry}"));
-        }
-        all
+        dump(&mut self.client(db))
     }
 
     fn child(&self) -> MutexGuard<'_, Option<Child>> {
@@ -287,6 +265,33 @@ impl Drop for RedisServer {
         }
         stop(&mut self.child(), Signal::SIGKILL);
     }
+}
+
+/// All keys of a connection's database: see [`RedisServer::dump_db`].
+#[track_caller]
+pub(crate) fn dump(client: &mut RawClient) -> BTreeMap<String, String> {
+    let Value::Array(keys) = client.call(&["KEYS", "*"]) else { panic!("KEYS gave no array") };
+    let mut all = BTreeMap::new();
+    for key in keys.iter().map(Value::bytes) {
+        let kind = client.call(&[b"TYPE", key]).text();
+        let contents = match kind.as_str() {
+            "string" => client.call(&[b"GET", key]).to_string(),
+            "list" => client.call(&[b"LRANGE", key, b"0", b"-1"]).to_string(),
+            "set" => client.call(&[b"SMEMBERS", key]).in_order(1),
+            "hash" => client.call(&[b"HGETALL", key]).in_order(2),
+            "zset" => client.call(&[b"ZRANGE", key, b"0", b"-1", b"WITHSCORES"]).to_string(),
+            "stream" => client.call(&[b"XRANGE", key, b"-", b"+"]).to_string(),
+            // Expired since KEYS.
+            "none" => continue,
+            other => panic!("a key of the unexpected type {other}"),
+        };
+        let expiry = match client.call(&[b"PEXPIRETIME", key]) {
+            Value::Int(at @ 0..) => format!(" expires at {at}"),
+            _ => String::new(),
+        };
+        all.insert(printable(key), format!("{kind} {contents}{expiry}"));
+    }
+    all
 }
 
 fn stop(child: &mut Option<Child>, signal: Signal) {
