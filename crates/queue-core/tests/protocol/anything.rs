@@ -10,7 +10,7 @@ use queue_core::ids::{JobId, SessionId};
 use queue_core::leader::Leadership;
 use queue_core::scripts::{Beat, Enqueued, Fields, Finished, Mark, SessionEnd, TakeReply, Upkeep, Verdict};
 use queue_core::session::{Claim, Session};
-use testkit::RawClient;
+use testkit::state::{self, State};
 
 use crate::reference::{CAPACITY, Cancel, End, Job, Pool, Reference};
 use crate::support::*;
@@ -75,7 +75,7 @@ impl Worker {
 /// Redis, and beside it what it should hold.
 struct World<'a> {
     rig: &'a Rig,
-    client: RawClient,
+    state: State,
     leadership: Leadership,
     workers: Vec<Worker>,
     reference: Reference,
@@ -100,14 +100,7 @@ impl World<'_> {
 
     /// The ids that the next call finds due, in their order. Only time knows.
     fn due(&mut self) -> Vec<String> {
-        let time = self.client.call(&["TIME"]).texts();
-        let now_ms = time[0].parse::<u64>().unwrap() * 1_000 + time[1].parse::<u64>().unwrap() / 1_000;
-        self.client.call(&["ZRANGEBYSCORE", "drayman:due", "-inf", &now_ms.to_string()]).texts()
-    }
-
-    fn scores(&mut self, key: &str) -> BTreeMap<String, i64> {
-        let flat = self.client.call(&["ZRANGE", key, "0", "-1", "WITHSCORES"]).texts();
-        flat.chunks_exact(2).map(|pair| (pair[0].clone(), pair[1].parse().unwrap())).collect()
+        self.state.due()
     }
 
     /// The start tags of all ready users, by pool and user.
@@ -115,7 +108,7 @@ impl World<'_> {
         let pools: Vec<String> = (0..3).map(|host| format!("sql:h{host}")).collect();
         let mut tags = BTreeMap::new();
         for pool in pools {
-            let ready = self.scores(&format!("drayman:ready:{pool}"));
+            let ready = whole(self.state.start_tags(&pool));
             tags.extend(ready.into_iter().map(|(user, start)| ((pool.clone(), user), start)));
         }
         tags
@@ -129,18 +122,14 @@ impl World<'_> {
     /// What the leader does again and again.
     async fn lead(&mut self) {
         let due = self.due();
-        let mut missed: Vec<(String, String)> = (self.client.call(&["ZRANGE", "drayman:missing", "0", "-1"]).texts())
-            .iter()
-            .map(|entry| entry.split_once(' ').map(|(id, user)| (id.to_owned(), user.to_owned())).unwrap())
-            .collect();
+        let mut missed = self.state.missing();
         missed.reverse();
         let done = self.leadership.upkeep(FAR).await.unwrap().unwrap();
         let tags = self.tags();
         let found = self.reference.upkeep(&due, &missed, &tags);
         assert_eq!(done, Upkeep { promoted: due.len() as u64, found, ..Upkeep::default() });
 
-        let indexed: BTreeSet<String> =
-            self.client.call(&["SMEMBERS", "batch:indexes:queue"]).texts().into_iter().collect();
+        let indexed: BTreeSet<String> = self.state.queued_users().into_iter().collect();
         let ready = self.leadership.scan_index().await.unwrap().unwrap();
         let tags = self.tags();
         assert_eq!(ready, self.reference.notice(&indexed, &tags), "by the index");
@@ -190,8 +179,7 @@ impl World<'_> {
         let Worker { session, claims, .. } = std::mem::replace(&mut self.workers[at], fresh);
         let expected = self.reference.session_end(session.id().as_str(), lost);
         if lost {
-            let key = format!("drayman:session:{}", session.id());
-            let beat = self.client.call(&["HGET", &key, "beat"]).text().parse().unwrap();
+            let beat = self.state.beat(session.id().as_str());
             let (leader, term) = (SessionId::new("leader:1:a").unwrap(), self.leadership.term());
             let reply = self.rig.store.session_reclaim(session.id().as_str(), beat, &leader, term).await.unwrap();
             assert_eq!(reply, Ok(SessionEnd::Ended(expected)));
@@ -221,9 +209,9 @@ impl World<'_> {
                 self.reference.push(&user, &next, false);
                 if *order == 0 {
                     // The id before its hash, with a look between them.
-                    rig.redis(&["LPUSH", &queue_key(&user), &next]);
+                    rig.state().foreign().push(&user, &next);
                     self.lead().await;
-                    rig.redis(&["HSET", &job_key(&next), "user", &user, "host", &host]);
+                    rig.state().set(Piece::Job(&next), &[("user", &user), ("host", &host)]);
                     self.reference.jobs.insert(next, Job::new(&user, &host, None));
                 } else {
                     rig.submit(&user, &next, &host);
@@ -236,7 +224,10 @@ impl World<'_> {
             Step::PushAgain { job, user, first } => {
                 let Some(id) = self.pick(*job) else { return };
                 let user = format!("u{user}");
-                rig.redis(&[if *first { "RPUSH" } else { "LPUSH" }, &queue_key(&user), &id]);
+                match first {
+                    true => rig.state().foreign().push_first(&user, &id),
+                    false => rig.state().foreign().push(&user, &id),
+                }
                 self.reference.push(&user, &id, *first);
                 self.notice(&user).await;
             }
@@ -286,7 +277,7 @@ impl World<'_> {
             }
             Step::ComesDue { job } => {
                 let Some(id) = self.pick(*job) else { return };
-                rig.redis(&["ZADD", "drayman:due", "XX", "1", &id]);
+                rig.state().make_due(&id);
             }
             Step::Lead => self.lead().await,
         }
@@ -308,7 +299,7 @@ impl World<'_> {
         let set = |ids: Vec<String>| ids.into_iter().collect::<BTreeSet<_>>();
 
         for (id, expected) in &reference.jobs {
-            let mut hash = self.client.call(&["HGETALL", &job_key(id)]).map();
+            let mut hash = self.state.record(id);
             let number = |field| hash.get(field).map_or(0, |text: &String| text.parse().unwrap());
             let job = Job {
                 fence: number("fence"),
@@ -321,52 +312,47 @@ impl World<'_> {
             };
             assert_eq!(&job, expected, "{id}");
         }
-        let keys = self.client.call(&["KEYS", "batch:queue:*"]).texts();
-        let queues: BTreeMap<String, VecDeque<String>> = (keys.iter())
-            .map(|key| {
-                let ids = self.client.call(&["LRANGE", key, "0", "-1"]).texts();
-                (key["batch:queue:".len()..].to_owned(), ids.into_iter().rev().collect())
-            })
-            .collect();
+        let queues: BTreeMap<String, VecDeque<String>> =
+            self.state.queues().into_iter().map(|(user, ids)| (user, ids.into())).collect();
         assert_eq!(queues, reference.queues);
 
-        let claims: BTreeMap<String, String> = self.client.call(&["HGETALL", "drayman:claims"]).map();
-        let expected: BTreeMap<String, String> = (reference.claims.iter())
-            .map(|(id, claim)| {
-                let fence = reference.jobs[id].fence;
-                let text =
-                    format!("{}\t{fence}\t{}\t{}\t1000000\t{}\tjobs", claim.session, claim.pool, claim.user, claim.tag);
-                (id.clone(), text)
+        let expected: Vec<state::Claim> = (reference.claims.iter())
+            .map(|(id, claim)| state::Claim {
+                id: id.clone(),
+                session: claim.session.to_string(),
+                fence: reference.jobs[id].fence,
+                pool: claim.pool.to_string(),
+                user: claim.user.to_string(),
+                charged: "1000000".into(),
+                finish_tag: claim.tag.to_string(),
+                fairness: "jobs".into(),
             })
             .collect();
-        assert_eq!(claims, expected);
+        assert_eq!(self.state.claims(), expected);
 
         for (pool, expected) in &reference.pools {
-            let hash = self.client.call(&["HGETALL", &format!("drayman:pool:{pool}")]).map();
+            let hash = self.state.fields(Piece::Pool(pool));
             let number = |field| hash.get(field).map(|text| text.parse::<i64>().unwrap());
-            let busy = self.client.call(&["HGETALL", &format!("drayman:busy:{pool}")]).map();
             let found = Pool {
                 running: number("running").unwrap_or(0) as usize,
                 v: number("v").unwrap_or(0),
                 newest: number("newest"),
                 pass: number("pass").unwrap_or(0),
-                ready: self.scores(&format!("drayman:ready:{pool}")),
-                debt: self.scores(&format!("drayman:debt:{pool}")),
-                busy: busy.into_iter().map(|(user, count)| (user, count.parse().unwrap())).collect(),
+                ready: whole(self.state.start_tags(pool)),
+                debt: whole(self.state.finish_tags(pool)),
+                busy: self.state.running_in(pool).into_iter().map(|(user, count)| (user, count as usize)).collect(),
             };
             assert_eq!(&found, expected, "{pool}");
         }
-        assert_eq!(self.client.call(&["ZRANGE", "drayman:pools", "0", "-1"]).texts(), reference.listed(), "turns");
+        assert_eq!(self.state.turns(), reference.listed(), "turns");
 
         for (session, expected) in &reference.sessions {
-            let cancels = self.client.call(&["SMEMBERS", &format!("drayman:cancels:{session}")]).texts();
-            assert_eq!(set(cancels), expected.cancels, "{session}");
+            assert_eq!(set(self.state.asked_to_cancel(session)), expected.cancels, "{session}");
         }
-        let sorted = |client: &mut RawClient, key: &str| set(client.call(&["ZRANGE", key, "0", "-1"]).texts());
-        assert_eq!(sorted(&mut self.client, "drayman:due"), reference.due);
-        assert_eq!(sorted(&mut self.client, "drayman:finished"), reference.finished);
-        let missing = reference.missing.iter().map(|(id, user)| format!("{id} {user}")).collect();
-        assert_eq!(sorted(&mut self.client, "drayman:missing"), missing);
+        assert_eq!(set(self.state.scheduled()), reference.due);
+        assert_eq!(set(self.state.finished()), reference.finished);
+        let missing: BTreeSet<_> = self.state.missing().into_iter().collect();
+        assert_eq!(missing, reference.missing.iter().cloned().collect());
         let (mut rejected, mut expected) = (self.rig.rejected(), reference.rejected);
         rejected.sort();
         expected.sort();
@@ -376,7 +362,7 @@ impl World<'_> {
     /// Whatever waits for a time has waited long enough.
     async fn look_at_all(&mut self) {
         for id in self.reference.due.clone() {
-            self.rig.redis(&["ZADD", "drayman:due", "XX", "1", &id]);
+            self.rig.state().make_due(&id);
         }
         self.step(&Step::Lead).await;
         self.step(&Step::Take { session: 0, n: 8 }).await;
@@ -399,10 +385,19 @@ impl World<'_> {
     }
 }
 
+/// Tags as whole numbers, which they are where each job costs the same.
+fn whole(tags: BTreeMap<String, f64>) -> BTreeMap<String, i64> {
+    let number = |tag: f64| {
+        assert_eq!(tag.fract(), 0.0, "a whole number");
+        tag as i64
+    };
+    tags.into_iter().map(|(user, tag)| (user, number(tag))).collect()
+}
+
 async fn check(rig: &Rig, steps: &[Step]) {
     rig.redis(&["FLUSHDB"]);
-    let (client, leadership) = (rig.server.client(DB), rig.lead().await);
-    let mut world = World { rig, client, leadership, workers: Vec::new(), reference: Reference::default() };
+    let (state, leadership) = (rig.state(), rig.lead().await);
+    let mut world = World { rig, state, leadership, workers: Vec::new(), reference: Reference::default() };
     for _ in 0..3 {
         let worker = world.open().await;
         world.workers.push(worker);
@@ -413,7 +408,7 @@ async fn check(rig: &Rig, steps: &[Step]) {
     world.drain().await;
     // What has ended may still have stood somewhere.
     world.look_at_all().await;
-    assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:missing", "drayman:claims"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Scheduled, Piece::Missing, Piece::Claims]));
 }
 
 #[test]

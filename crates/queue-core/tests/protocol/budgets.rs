@@ -24,10 +24,7 @@ async fn ended(rig: &Rig, session: &Session, id: &str, bytes: usize) {
 }
 
 fn kept(rig: &Rig) -> Vec<String> {
-    let mut ids: Vec<String> =
-        rig.redis(&["KEYS", "batch:jobs:*"]).texts().iter().map(|key| key["batch:jobs:".len()..].to_owned()).collect();
-    ids.sort();
-    ids
+    rig.state().jobs()
 }
 
 #[tokio::test]
@@ -38,7 +35,7 @@ async fn of_more_records_than_may_be_kept_the_oldest_go_in_bounded_steps() {
     for i in 0..8 {
         ended(&rig, &session, &format!("j{i}"), 10).await;
         // Ends within one ms have no order of age.
-        rig.redis(&["ZADD", "drayman:finished", "XX", &format!("{}", 4_000_000_000_000_u64 + i), &format!("j{i}")]);
+        rig.state().move_end(&format!("j{i}"), 4_000_000_000_000 + i);
     }
     let budget = Budget { retention_ms: HOUR_MS, count: 5, ..Budget::default() };
     let done = leadership.upkeep_within(&budget).await.unwrap().unwrap();
@@ -48,13 +45,7 @@ async fn of_more_records_than_may_be_kept_the_oldest_go_in_bounded_steps() {
     assert_eq!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted, 0);
 
     // More than one step removes.
-    let fill = "for i = 1, 2500 do local id = 'f' .. i
-        redis.call('HSET', 'batch:jobs:' .. id, 'user', 'u', 'status', 'done')
-        redis.call('ZADD', 'drayman:finished', 3e12 + i, id)
-        redis.call('ZADD', 'drayman:expiring', 4e12, id)
-        redis.call('HSET', 'drayman:kept', id, 100)
-        redis.call('HINCRBY', 'drayman:kept', '*', 100) end";
-    rig.redis(&["EVAL", fill, "0"]);
+    rig.state().fill_finished("f", 2_500, 3_000_000_000_000);
     let mut steps = Vec::new();
     loop {
         let evicted = leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted;
@@ -75,12 +66,12 @@ async fn records_that_need_more_memory_than_they_may_go_too_and_the_books_know_w
     let leadership = rig.lead().await;
     for (i, bytes) in [10, 50_000, 10, 40_000].into_iter().enumerate() {
         ended(&rig, &session, &format!("j{i}"), bytes).await;
-        rig.redis(&["ZADD", "drayman:finished", "XX", &format!("{}", 4_000_000_000_000 + i), &format!("j{i}")]);
+        rig.state().move_end(&format!("j{i}"), 4_000_000_000_000 + i as u64);
     }
     for id in ["j0", "j1", "j2", "j3"] {
-        let measured = rig.redis(&["MEMORY", "USAGE", &job_key(id), "SAMPLES", "0"]).int();
-        let booked: i64 = rig.redis(&["HGET", "drayman:kept", id]).text().parse().unwrap();
-        assert!((booked - measured).abs() < 64, "{id}: {booked} and {measured}");
+        let measured = rig.state().occupied_bytes(id);
+        let booked = rig.state().booked_bytes(id).expect("it is booked");
+        assert!(booked.abs_diff(measured) < 64, "{id}: {booked} and {measured}");
     }
     let budget = Budget { retention_ms: HOUR_MS, bytes: 60_000, ..Budget::default() };
     assert_eq!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted, 2);
@@ -88,8 +79,8 @@ async fn records_that_need_more_memory_than_they_may_go_too_and_the_books_know_w
     rig.balanced();
 
     // A job that somebody has begun anew is no record, though its old end stands in the index.
-    rig.redis(&["HSET", &job_key("j2"), "status", "pending"]);
-    rig.redis(&["LPUSH", &queue_key("alice"), "j2"]);
+    rig.state().set_field("j2", "status", "pending");
+    rig.state().foreign().push("alice", "j2");
     let budget = Budget { bytes: 1, ..budget };
     assert_eq!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted, 2);
     assert_eq!(kept(&rig), ["j2"]);
@@ -109,7 +100,7 @@ async fn records_that_expire_by_themselves_leave_the_books_as_they_go() {
         take_one(&session).await.finish(Verdict::Final { keep_ms }, Duration::ZERO, fields, false).await.unwrap();
     }
     // Ended once more, by a cancel, it has one entry of the new size.
-    rig.redis(&["DEL", &job_key("again")]);
+    rig.state().lose(Piece::Job("again"));
     rig.store.enqueue(&most(64, 16_384), &[submission("again", "again", "h")]).await.unwrap();
     let canceller = Canceller::new(rig.store.clone(), Duration::from_secs(3_600));
     assert_eq!(canceller.cancel(&JobId::new("again").unwrap()).await.unwrap(), Cancelled::AtOnce);
@@ -121,12 +112,12 @@ async fn records_that_expire_by_themselves_leave_the_books_as_they_go() {
         (done.trimmed == 1).then_some(())
     })
     .await;
-    assert_eq!(rig.redis(&["ZRANGE", "drayman:finished", "0", "-1"]).texts().len(), 2);
-    assert_eq!(rig.redis(&["EXISTS", &job_key("short")]).int(), 0);
+    assert_eq!(rig.state().finished().len(), 2);
+    assert!(!rig.state().has(Piece::Job("short")));
     rig.balanced();
     // What the sweep removes leaves them, too.
-    rig.redis(&["HSET", &job_key("long"), "updated_at", "2001-01-01T00:00:00.000Z"]);
-    rig.idle(&job_key("long"), 100);
+    rig.state().set_field("long", "updated_at", "2001-01-01T00:00:00.000Z");
+    rig.state().leave_untouched(Piece::Job("long"), 100);
     assert_eq!(leadership.sweep(Duration::from_secs(60)).await.unwrap(), Ok(1));
     rig.balanced();
 }
@@ -188,7 +179,7 @@ async fn delayed_jobs_count_as_queued_until_they_are_due_or_cancelled() {
     rig.balanced();
 
     // Due, it is in the queue and counts there.
-    rig.redis(&["ZADD", "drayman:due", "XX", "1", "d1"]);
+    rig.state().make_due("d1");
     let claim = take_one(&session).await;
     assert_eq!(id(&claim), "d1");
     rig.balanced();
@@ -199,7 +190,7 @@ async fn delayed_jobs_count_as_queued_until_they_are_due_or_cancelled() {
         rig.store.enqueue(&most(3, 16_384), &[job("q3", 0), job("q4", 0)]).await.unwrap(),
         [queued.clone(), full.clone()]
     );
-    rig.redis(&["ZADD", "drayman:due", "XX", "1", "d1"]);
+    rig.state().make_due("d1");
     let claim = take_one(&session).await;
     end(claim, "done").await;
 
@@ -210,10 +201,10 @@ async fn delayed_jobs_count_as_queued_until_they_are_due_or_cancelled() {
 
     // A hash that is gone when its job is due is gone from the count, too.
     rig.store.enqueue(&most(64, 16_384), &[job("lost", HOUR_MS)]).await.unwrap();
-    rig.redis(&["DEL", &job_key("lost")]);
-    rig.redis(&["ZADD", "drayman:due", "XX", "1", "lost"]);
+    rig.state().lose(Piece::Job("lost"));
+    rig.state().make_due("lost");
     rig.lead().await.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();
-    assert_eq!(rig.redis(&["EXISTS", "drayman:delays", "drayman:delayed"]).int(), 0);
+    assert!(!rig.state().has(Piece::ScheduledByUser));
     rig.balanced();
 }
 
@@ -239,7 +230,7 @@ async fn who_may_not_measure_still_ends_jobs() {
     let session = open(&store, service("sql:*", 4)).await;
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     end(take_one(&session).await, "done").await;
-    assert_eq!(rig.redis(&["HGET", "drayman:kept", "a1"]).text(), "0");
+    assert_eq!(rig.state().booked_bytes("a1"), Some(0));
     let leader = queue_core::ids::SessionId::new("leader:1:a").unwrap();
     let leadership = queue_core::leader::hold(&store, &leader, PATIENCE).await.unwrap().unwrap();
     assert_eq!(leadership.memory().await.unwrap(), None);
@@ -255,12 +246,12 @@ async fn a_delayed_job_whose_hash_others_removed_counts_once_when_it_is_submitte
     let rig = Rig::start().await;
     let submit = async |job| rig.store.enqueue(&most(1, 16_384), &[job]).await.unwrap();
     submit(delayed("d", "alice", HOUR_MS)).await;
-    rig.redis(&["DEL", &job_key("d")]);
+    rig.state().lose(Piece::Job("d"));
     assert_eq!(submit(delayed("d", "bob", HOUR_MS)).await, [Enqueued::Queued]);
     rig.balanced();
-    rig.redis(&["DEL", &job_key("d")]);
+    rig.state().lose(Piece::Job("d"));
     assert_eq!(submit(delayed("d", "alice", 0)).await, [Enqueued::Queued]);
-    assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:delayed", "drayman:delays"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Scheduled, Piece::ScheduledByUser]));
     rig.balanced();
 }
 
@@ -269,11 +260,11 @@ async fn a_delayed_job_that_others_queue_before_its_time_is_delayed_no_more() {
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 8).await;
     rig.store.enqueue(&most(1, 16_384), &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
-    rig.redis(&["LPUSH", &queue_key("alice"), "d"]);
-    rig.redis(&["SADD", "batch:indexes:queue", "alice"]);
+    rig.state().foreign().push("alice", "d");
+    rig.state().foreign().index("alice");
     rig.notice(&["alice"]).await;
     end(take_one(&session).await, "done").await;
-    assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:delayed", "drayman:delays"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Scheduled, Piece::ScheduledByUser]));
     assert_eq!(
         rig.store.enqueue(&most(1, 16_384), &[submission("alice", "e", "h")]).await.unwrap(),
         [Enqueued::Queued]
@@ -285,10 +276,10 @@ async fn a_delayed_job_that_others_queue_before_its_time_is_delayed_no_more() {
 async fn a_delayed_job_that_others_ended_and_somebody_runs_again_is_delayed_no_more() {
     let rig = Rig::start().await;
     rig.store.enqueue(&most(1, 16_384), &[delayed("d", "alice", HOUR_MS)]).await.unwrap();
-    rig.redis(&["HSET", &job_key("d"), "status", "cancelled", "database", "main"]);
+    rig.state().set(Piece::Job("d"), &[("status", "cancelled"), ("database", "main")]);
     let retried = Retrier::new(rig.store.clone()).retry(&[JobId::new("d").unwrap()]).await.unwrap();
     assert_eq!(rig.queue("alice"), ["d"], "{retried:?}");
-    assert_eq!(rig.redis(&["EXISTS", "drayman:due", "drayman:delayed", "drayman:delays"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Scheduled, Piece::ScheduledByUser]));
     rig.balanced();
 }
 
@@ -301,10 +292,10 @@ async fn a_record_that_others_begin_anew_does_not_expire_while_it_waits() {
     let fields = Fields::new().with("status", "done");
     take_one(&session).await.finish(Verdict::Final { keep_ms: 20_000 }, Duration::ZERO, fields, false).await.unwrap();
     leadership.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();
-    assert!(rig.redis(&["PTTL", &job_key("d")]).int() > 0, "a record it is");
+    assert!(rig.state().expires_in_ms(Piece::Job("d")).is_some(), "a record it is");
     rig.submit("alice", "d", "h");
     leadership.upkeep(Duration::from_secs(3_600)).await.unwrap().unwrap();
-    assert_eq!(rig.redis(&["PTTL", &job_key("d")]).int(), -1);
+    assert!(rig.state().stays(Piece::Job("d")));
     rig.balanced();
     rig.notice(&["alice"]).await;
     end(take_one(&session).await, "done").await;

@@ -26,7 +26,7 @@ async fn a_waiting_job_is_cancelled_at_once_and_never_runs() {
     let session = rig.session("sql:*", 4).await;
     for id in ["a1", "a2"] {
         rig.submit("alice", id, "h");
-        rig.redis(&["HSET", &job_key(id), "pass", "secret"]);
+        rig.state().set_field(id, "pass", "secret");
     }
     rig.notice(&["alice"]).await;
     for id in ["a1", "a2"] {
@@ -34,12 +34,12 @@ async fn a_waiting_job_is_cancelled_at_once_and_never_runs() {
         let hash = rig.hash(id);
         assert_eq!(hash["status"], "cancelled");
         assert!(hash.contains_key("ended_at") && !hash.contains_key("pass"));
-        let left = rig.redis(&["PTTL", &job_key(id)]).int();
+        let left = rig.state().expires_in_ms(Piece::Job(id)).expect("it goes");
         assert!((1..=3_600_000).contains(&left), "{left} ms");
         rig.balanced();
     }
     assert!(take(&session, 4).await.is_empty());
-    assert_eq!(rig.redis(&["EXISTS", "batch:queue:alice", "batch:indexes:queue"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Queue("alice"), Piece::QueuedUsers]));
     assert_eq!(canceller(&rig).cancel(&job_id("a1")).await.unwrap(), Cancelled::TooLate("cancelled".into()));
 }
 
@@ -94,7 +94,7 @@ async fn a_cancel_that_somebody_writes_into_the_hash_of_a_running_job_is_heard()
         rig.notice(&[user]).await;
         let claim = take_one(&session).await;
         assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec![], claims: vec![] });
-        rig.redis(&["HSET", &job_key(user), "status", "cancelled"]);
+        rig.state().set_field(user, "status", "cancelled");
         let running = Fields::new().with("status", "running");
         match hear {
             "beat" => {
@@ -124,12 +124,12 @@ async fn no_late_end_overwrites_a_cancel_that_somebody_wrote_into_the_hash() {
         rig.submit(user, user, "h");
         rig.notice(&[user]).await;
         let claim = take_one(&session).await;
-        rig.redis(&["HSET", &job_key(user), "status", "cancelled"]);
+        rig.state().set_field(user, "status", "cancelled");
         let fields = Fields::new().with("status", status).with("query", "as far as it came");
         assert_eq!(claim.finish(verdict, Duration::ZERO, fields, false).await.unwrap(), Finished::Ended);
         let hash = rig.hash(user);
         assert_eq!((&*hash["status"], &*hash["query"]), ("cancelled", "as far as it came"), "{user}");
-        assert!(hash.contains_key("ended_at") && rig.redis(&["PTTL", &job_key(user)]).int() > 0, "{user}");
+        assert!(hash.contains_key("ended_at") && rig.state().expires_in_ms(Piece::Job(user)).is_some(), "{user}");
         assert!(take(&session, 4).await.is_empty(), "{user}");
         rig.balanced();
     }
@@ -140,12 +140,12 @@ async fn a_waiting_job_that_somebody_else_cancelled_is_filed_when_its_turn_comes
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 4).await;
     rig.submit("alice", "a1", "h");
-    rig.redis(&["HSET", &job_key("a1"), "status", "cancelled", "pass", "secret"]);
+    rig.state().set(Piece::Job("a1"), &[("status", "cancelled"), ("pass", "secret")]);
     rig.notice(&["alice"]).await;
     assert!(take(&session, 4).await.is_empty());
     assert_eq!(rig.status("a1"), "cancelled");
     assert!(!rig.hash("a1").contains_key("pass"));
-    assert!(rig.redis(&["PTTL", &job_key("a1")]).int() > 0);
+    assert!(rig.state().expires_in_ms(Piece::Job("a1")).is_some());
     rig.balanced();
 }
 
@@ -162,16 +162,16 @@ async fn when_a_job_ends_first_the_cancel_is_too_late_and_the_record_stays() {
         assert_eq!(rig.dump(), before);
     }
     assert_eq!(canceller(&rig).cancel(&job_id("nobody")).await.unwrap(), Cancelled::NotFound);
-    rig.redis(&["SET", "batch:jobs:text", "x"]);
+    rig.state().spoil(Piece::Job("text"));
     assert_eq!(canceller(&rig).cancel(&job_id("text")).await.unwrap(), Cancelled::NotFound);
-    assert_eq!(rig.redis(&["GET", "batch:jobs:text"]).text(), "x");
+    assert!(rig.state().is_spoiled(Piece::Job("text")));
 }
 
 #[tokio::test]
 async fn a_job_that_changed_since_it_was_looked_at_is_not_overwritten() {
     let rig = Rig::start().await;
     rig.submit("alice", "a1", "h");
-    rig.redis(&["HSET", "batch:jobs:a1", "query", r#"[{"query":"select 1","status":"done"}]"#]);
+    rig.state().set_field("a1", "query", r#"[{"query":"select 1","status":"done"}]"#);
     let before = rig.dump();
     let order = CancelOrder {
         id: job_id("a1"),
@@ -191,7 +191,7 @@ async fn a_scheduled_job_is_cancelled_and_does_not_come_back() {
     rig.store.enqueue(&most(64, 16_384), &[job]).await.unwrap();
     assert_eq!(rig.status("a1"), "scheduled");
     assert_eq!(canceller(&rig).cancel(&job_id("a1")).await.unwrap(), Cancelled::AtOnce);
-    assert_eq!(rig.redis(&["EXISTS", "drayman:due"]).int(), 0);
+    assert!(!rig.state().has(Piece::Scheduled));
     assert!(take(&session, 1).await.is_empty());
     assert_eq!(rig.status("a1"), "cancelled");
 }
@@ -293,7 +293,7 @@ async fn a_job_that_failed_and_waits_for_its_fallback_stays_failed_and_the_fallb
 
     // The same where nobody can read what the fallback is: the final status is not written twice.
     rig.submit("bob", "b1", "h");
-    rig.redis(&["HSET", "batch:jobs:b1", "status", "failed", "fallback_status", "pending", "query", "{"]);
+    rig.state().set(Piece::Job("b1"), &[("status", "failed"), ("fallback_status", "pending"), ("query", "{")]);
     assert_eq!(canceller(&rig).cancel(&job_id("b1")).await.unwrap(), Cancelled::TooLate("failed".into()));
     assert_eq!(rig.status("b1"), "failed");
 }
@@ -303,10 +303,10 @@ async fn a_waiting_job_that_nobody_can_read_is_cancelled_all_the_same() {
     let rig = Rig::start().await;
     for (id, query) in [("a1", &b"{"[..]), ("a2", b"\xff"), ("a3", b"")] {
         rig.submit("alice", id, "h");
-        rig.redis(&[b"HSET", job_key(id).as_bytes(), b"query", query]);
+        rig.state().set_field(id, "query", query);
         assert_eq!(canceller(&rig).cancel(&job_id(id)).await.unwrap(), Cancelled::AtOnce);
         assert_eq!(rig.status(id), "cancelled");
-        assert_eq!(rig.redis(&["HGET", &job_key(id), "query"]).bytes(), query, "what it was is still to be seen");
+        assert_eq!(rig.state().field_of(Piece::Job(id), "query").unwrap(), query, "what it was is still to be seen");
     }
 }
 
@@ -314,9 +314,9 @@ async fn a_waiting_job_that_nobody_can_read_is_cancelled_all_the_same() {
 async fn a_job_whose_hash_names_another_user_is_cancelled_in_no_other_users_queue() {
     let rig = Rig::start().await;
     rig.submit("alice", "a1", "h");
-    rig.redis(&["HSET", "batch:jobs:m1", "user", "alice", "status", "pending", "host", "h"]);
+    rig.state().set(Piece::Job("m1"), &[("user", "alice"), ("status", "pending"), ("host", "h")]);
     assert_eq!(canceller(&rig).cancel(&job_id("m1")).await.unwrap(), Cancelled::AtOnce);
     assert_eq!(rig.queue("alice"), ["a1"]);
-    rig.redis(&["HSET", "batch:jobs:m2", "user", "tab\tin", "status", "pending"]);
+    rig.state().set(Piece::Job("m2"), &[("user", "tab\tin"), ("status", "pending")]);
     assert_eq!(canceller(&rig).cancel(&job_id("m2")).await.unwrap(), Cancelled::AtOnce);
 }

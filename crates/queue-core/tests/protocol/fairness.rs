@@ -14,8 +14,6 @@ use testkit::end_of;
 
 use crate::support::*;
 
-const POOL: &str = "drayman:pool:sql:h";
-
 async fn enqueue(rig: &Rig, jobs: &[(&str, String)]) {
     let jobs: Vec<_> = jobs.iter().map(|(user, id)| submission(user, id, "h")).collect();
     for chunk in jobs.chunks(100) {
@@ -80,7 +78,7 @@ async fn ties_go_to_who_has_waited_longest() {
 async fn neither_idling_nor_an_empty_queue_sheds_debt_or_earns_credit() {
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 1).await;
-    rig.redis(&["HSET", "limits:batch:heavy", "weight", "0.1"]);
+    rig.state().set(Piece::Limits("heavy"), &[("weight", "0.1")]);
     enqueue(&rig, &many("heavy", 1)).await;
     enqueue(&rig, &many("other", 20)).await;
     // The heavy one has had its job, which is worth ten of the other, and empties its queue with it; it comes back at once.
@@ -110,21 +108,21 @@ async fn what_is_given_back_untouched_costs_nothing() {
     let session = rig.session("sql:*", 1).await;
     enqueue(&rig, &many("alice", 3)).await;
     enqueue(&rig, &many("bob", 3)).await;
-    let owes = |user: &str| rig.redis(&["ZSCORE", "drayman:debt:sql:h", user]);
+    let owes = |user: &str| rig.state().finish_tags("sql:h").contains_key(user);
     let claim = take_one(&session).await;
-    assert!(!owes("alice").is_nil());
+    assert!(owes("alice"));
     put(claim, Verdict::Back).await;
-    assert!(owes("alice").is_nil());
+    assert!(!owes("alice"));
     let closing = rig.session("sql:*", 1).await;
     let claim = take_one(&closing).await;
     let user = claim.job().user.to_string();
     closing.close().await.unwrap();
-    assert!(owes(&user).is_nil());
+    assert!(!owes(&user));
     // A statement of several that was run is paid for.
     let claim = take_one(&session).await;
     let user = claim.job().user.to_string();
     put(claim, Verdict::Next).await;
-    assert!(!owes(&user).is_nil());
+    assert!(owes(&user));
 }
 
 #[tokio::test]
@@ -144,8 +142,8 @@ async fn a_run_that_takes_longer_than_all_others_is_charged_for_what_it_took_and
     }
     // Both have now had 100 s.
     run(slow, 100_000_000).await;
-    let v: f64 = rig.redis(&["HGET", POOL, "v"]).text().parse().unwrap();
-    let start: f64 = rig.redis(&["ZSCORE", "drayman:ready:sql:h", "slow"]).text().parse().unwrap();
+    let v = rig.state().virtual_time("sql:h");
+    let start = rig.state().start_tags("sql:h")["slow"];
     assert!((start - v).abs() <= 2e6, "it starts {} s behind", (start - v) / 1e6);
 }
 
@@ -172,7 +170,7 @@ const USERS: [&str; 4] = ["u0", "u1", "u2", "u3"];
 async fn check_bound(rig: &Rig, fairness: Fairness, weights: [f64; 4], steps: &[Step]) -> Result<(), TestCaseError> {
     rig.redis(&["FLUSHDB"]);
     for (user, weight) in USERS.iter().zip(weights) {
-        rig.redis(&["HSET", &format!("limits:batch:{user}"), "weight", &weight.to_string()]);
+        rig.state().set(Piece::Limits(user), &[("weight", &weight.to_string())]);
     }
     let mut service = service("sql:*", 1);
     service.fairness = fairness;
@@ -262,6 +260,7 @@ async fn four_racing_sessions_never_exceed_a_capacity_and_use_it_all() {
         racers.push(tokio::spawn(async move {
             let store = queue_core::Store::connect(&config(rig.server.url_db(DB))).await.unwrap();
             let session = Arc::new(open(&store, service("sql:*", CAPACITY as u32)).await);
+            let state = rig.state();
             let mut work = tokio::task::JoinSet::new();
             while counters.2.load(Ordering::SeqCst) < 300 {
                 for claim in take(&session, 3).await {
@@ -282,8 +281,7 @@ async fn four_racing_sessions_never_exceed_a_capacity_and_use_it_all() {
                         counters.2.fetch_add(1, Ordering::SeqCst);
                     });
                 }
-                let counted = rig.store.command("HGET", &[POOL.as_bytes(), b"running"]).await.unwrap();
-                let counted = counted.lossy().map_or(0, |text| text.parse::<usize>().unwrap());
+                let counted = state.count_running("sql:h").map_or(0, |text| text.parse::<usize>().unwrap());
                 assert!(counted <= CAPACITY, "{counted} running");
                 tokio::task::yield_now().await;
             }
@@ -321,7 +319,7 @@ async fn a_pool_with_a_number_of_its_own_keeps_to_it_and_so_does_each_user() {
         run(claim, 0).await;
     }
 
-    rig.redis(&["HSET", "drayman:pool:sql:wide", "user_limit", "3"]);
+    rig.state().set(Piece::Pool("sql:wide"), &[("user_limit", "3")]);
     let jobs: Vec<_> = (0..9).map(|i| submission("one", &format!("one-{i}"), "wide")).collect();
     rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     let claims = take(&session, 100).await;
@@ -372,8 +370,7 @@ async fn pools_that_nobody_serves_do_not_hide_those_behind_them() {
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "served")]).await.unwrap();
     end(take_one(&session).await, "done").await;
     // More than a take would ever page through, as of a producer that makes up operations.
-    let fill = "for i = 1, 20000 do redis.call('ZADD', 'drayman:pools', 0, 'app.op' .. i) end";
-    rig.redis(&["EVAL", fill, "0"]);
+    rig.state().fill_pools("app.op", 20_000);
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a2", "served")]).await.unwrap();
     assert_eq!(id(&take_one(&session).await), "a2");
 }

@@ -99,11 +99,11 @@ async fn each_other_end_is_an_error_of_its_own() {
     for (field, value) in
         [("result_encoding", "yaml"), ("result", "{"), ("messages", "{"), ("files", "7"), ("log", "\u{1}")]
     {
-        rig.redis(&["HSET", &job_key("open"), "result", "1", field, value]);
+        rig.state().set(Piece::Job("open"), &[("result", "1"), (field, value)]);
         assert!(matches!(handle.result::<Value>().await, Err(JobError::Unreadable(_))), "{field}");
     }
     assert!(handle.messages().await.unwrap().is_empty() && handle.files().await.unwrap().is_empty());
-    rig.redis(&["HSET", &job_key("open"), "result", &"x".repeat(70_000), "result_encoding", "json"]);
+    rig.state().set(Piece::Job("open"), &[("result", "x".repeat(70_000).as_str()), ("result_encoding", "json")]);
     assert!(matches!(handle.payload().await, Err(JobError::Unreadable(_))));
 }
 
@@ -136,10 +136,7 @@ async fn waiting_survives_a_lost_connection_and_lost_events() {
     submitted(&rig, "a").await;
     let handle = JobHandle::new(rig.connect_through(&proxy).await, JobId::new("a").unwrap());
     let waiting = tokio::spawn(async move { handle.wait(None).await });
-    eventually("somebody to listen", async || {
-        (rig.redis(&["PUBSUB", "CHANNELS", "drayman:events:ann"]).texts().len() == 1).then_some(())
-    })
-    .await;
+    eventually("somebody to listen", async || (rig.state().listeners("ann") > 0).then_some(())).await;
     // It ends while the listener is deaf: nobody tells it.
     proxy.drop_replies(true);
     let session = rig.session("bank.pay", 1).await;

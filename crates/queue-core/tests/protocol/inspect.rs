@@ -14,7 +14,7 @@ async fn a_listing_shows_each_job_once_wherever_it_stands_and_no_secret() {
     let session = rig.session("sql:*", 4).await;
     for (user, id) in [("bob", "ended"), ("alice", "runs"), ("alice", "waits"), ("alice", "waits-longer")] {
         rig.submit(user, id, "h");
-        rig.redis(&["HSET", &job_key(id), "pass", "secret", "dbuser", "role"]);
+        rig.state().set(Piece::Job(id), &[("pass", "secret"), ("dbuser", "role")]);
     }
     let mut scheduled = submission("carol", "scheduled", "other");
     scheduled.delay_ms = 3_600_000;
@@ -39,8 +39,8 @@ async fn a_listing_shows_each_job_once_wherever_it_stands_and_no_secret() {
         assert_eq!((view.text("pass"), view.text("dbuser")), (None, None), "{}", view.id);
     }
     // What others have spoiled hides nothing else.
-    rig.redis(&["SET", "batch:indexes:queue", "x"]);
-    rig.redis(&["SET", "batch:jobs:ended", "x"]);
+    rig.state().spoil(Piece::QueuedUsers);
+    rig.state().spoil(Piece::Job("ended"));
     assert_eq!(list(all).await, ["runs", "scheduled"]);
     end(claim, "done").await;
 }
@@ -48,8 +48,8 @@ async fn a_listing_shows_each_job_once_wherever_it_stands_and_no_secret() {
 #[tokio::test]
 async fn the_rejected_are_listed_newest_first() {
     let rig = Rig::start().await;
-    rig.redis(&["LPUSH", "batch:queue:alice", "no id"]);
-    rig.redis(&[&b"LPUSH"[..], b"batch:queue:bob", b"\xff"]);
+    rig.state().foreign().push("alice", "no id");
+    rig.state().foreign().push("bob", b"\xff");
     rig.notice(&["alice"]).await;
     rig.notice(&["bob"]).await;
     let inspect = Inspect::new(rig.store.clone());

@@ -1,3 +1,5 @@
+//! Layout: the keys themselves are the subject here, so these tests go or change with them.
+//!
 //! Every key has an owner and an end.
 
 use std::time::Duration;

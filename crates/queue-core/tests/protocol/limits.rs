@@ -310,12 +310,12 @@ async fn racing_sessions_never_run_more_of_a_user_than_it_may_and_others_do_not_
             let [running, top, ended] = &*counters;
             let store = Store::connect(&config(rig.server.url_db(DB))).await.unwrap();
             let session = open(&store, service("*", 1_000)).await;
+            let state = rig.state();
             while ended.load(Ordering::SeqCst) < 300 {
                 let claims = take(&session, 7).await;
                 let of_ann = claims.iter().filter(|claim| claim.job().user.as_str() == "ann").count();
                 top.fetch_max(running.fetch_add(of_ann, Ordering::SeqCst) + of_ann, Ordering::SeqCst);
-                let counted = store.command("HGET", &[b"drayman:active", b"ann"]).await.unwrap().lossy();
-                assert!(counted.map_or(0, |text| text.parse::<usize>().unwrap()) <= MOST);
+                assert!(state.count_running_of("ann") <= MOST);
                 for claim in claims {
                     // Counted as ended before it ends: what is counted is never more than what runs.
                     if claim.job().user.as_str() == "ann" {
@@ -333,7 +333,7 @@ async fn racing_sessions_never_run_more_of_a_user_than_it_may_and_others_do_not_
     }
     assert_eq!(counters[1].load(Ordering::SeqCst), MOST, "all that may run do");
     agreed(&rig).await;
-    assert_eq!(rig.redis(&["EXISTS", "drayman:barred:ann", "drayman:active"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Limited("ann"), Piece::RunningByUser]));
 }
 
 #[tokio::test]
@@ -406,7 +406,7 @@ async fn a_change_counts_at_once_and_is_heard_by_who_is_parked() {
     let session = rig.session("*", 4).await;
     let (ann, x) = (user("ann"), pool("app.x"));
     // A configuration's own number; without one, a handler has room for all.
-    rig.redis(&["HSET", "drayman:pool:app.x", "capacity", "4"]);
+    rig.state().set(Piece::Pool("app.x"), &[("capacity", "4")]);
     limits(&rig).set_user(&ann, OfUser { rate: to("1/30d"), concurrency: to("1"), ..OfUser::default() }).await.unwrap();
     enqueue_many(&rig, "ann", "app.x", 20).await;
     let mut held = take(&session, 100).await;
@@ -589,7 +589,7 @@ async fn bands_share_a_line_and_keep_their_order_and_their_jobs() {
             end(claim, "done").await;
         }
         rig.balanced();
-        assert_eq!(rig.redis(&["EXISTS", "drayman:bands"]).int(), 0, "nothing is left of turns");
+        assert!(!rig.state().has(Piece::PriorityTurns), "nothing is left of turns");
     }
 }
 
@@ -634,15 +634,16 @@ async fn what_the_books_of_limits_lose_is_found_and_mended() {
     assert!(take(&session, 100).await.is_empty());
     agreed(&rig).await;
     // Nobody would ever look at them again.
-    rig.redis(&["DEL", "drayman:throttled"]);
+    rig.state().lose(Piece::RateLimited);
     let mut found = findings(&rig).await;
     found.sort();
     assert_eq!(found, ["line-barred", "pool-unlisted"]);
     assert!(take(&session, 100).await.is_empty(), "their limits are what they were");
     agreed(&rig).await;
     // By hand, and wrong.
-    rig.redis(&["HSET", "drayman:active", "cyd", "7", "zoe", "2"]);
-    rig.redis(&["HDEL", "limits:batch:ann", "rate"]);
+    rig.state().miscount_user("cyd", 7);
+    rig.state().miscount_user("zoe", 2);
+    rig.state().unset(Piece::Limits("ann"), "rate");
     let mut found = findings(&rig).await;
     found.sort();
     assert_eq!(found, ["line-barred", "user-miscount", "user-miscount"]);
@@ -659,13 +660,13 @@ async fn what_others_write_for_limits_stops_nobody() {
     let huge = "9".repeat(400);
     let mut number = 0;
     for text in ["", "nan", "-nan", "inf", "-1", "1e300", "0x", "much", "1,5", "\u{ff}\u{0}", &huge] {
-        rig.redis(&["HSET", "limits:batch:ann", "weight", text, "concurrency", text, "timeout", text]);
-        rig.redis(&["HSET", "limits:batch:bob", "rate", text, "period", "60000"]);
-        rig.redis(&["HSET", "limits:batch:cyd", "rate", "1", "period", text]);
+        rig.state().set(Piece::Limits("ann"), &[("weight", text), ("concurrency", text), ("timeout", text)]);
+        rig.state().set(Piece::Limits("bob"), &[("rate", text), ("period", "60000")]);
+        rig.state().set(Piece::Limits("cyd"), &[("rate", "1"), ("period", text)]);
         for (pool, field) in
             [("app.x", "concurrency"), ("app.y", "rate"), ("app.z", "user_limit"), ("sql:h", "capacity")]
         {
-            rig.redis(&["HSET", &format!("drayman:pool:{pool}"), field, text, "weight", text, "period", text]);
+            rig.state().set(Piece::Pool(pool), &[(field, text), ("weight", text), ("period", text)]);
             for user in USERS {
                 number += 1;
                 let (one, two) = (format!("{user}-{number}-1"), format!("{user}-{number}-2"));
@@ -689,14 +690,13 @@ async fn what_others_write_for_limits_stops_nobody() {
             (None, None, ignored.iter().map(|&s| s.into()).collect())
         );
     }
-    rig.redis(&["DEL", "limits:batch:ann"]);
-    rig.redis(&["SET", "limits:batch:ann", "what limits?"]);
+    rig.state().spoil(Piece::Limits("ann"));
     enqueue(&rig, "ann", "app.x", &["last"]).await;
     end(take_one(&session).await, "done").await;
     let refused = limits(&rig).set_user(&user("ann"), at_once("1")).await;
     assert!(matches!(refused, Err(queue_core::Error::Request(_))), "{refused:?}");
     assert_eq!(limits(&rig).all().await.unwrap().users[0].ignored, ["all of them: the key holds a string"]);
-    rig.redis(&["LPUSH", "drayman:paused", "who did this"]);
+    rig.state().spoil(Piece::PausedAll);
     assert!(limits(&rig).all().await.unwrap().paused.is_some());
     limits(&rig).resume(&Whose::All).await.unwrap();
     assert!(limits(&rig).all().await.unwrap().paused.is_none());
@@ -726,6 +726,6 @@ async fn what_is_set_is_shown_as_it_counts() {
     assert_eq!(limits(&rig).all().await.unwrap().users, [view]);
     let none = OfUser { weight: Set::Clear, concurrency: Set::Clear, rate: Set::Clear, timeout: Set::Clear };
     limits(&rig).set_user(&user("ann"), none).await.unwrap();
-    assert_eq!(rig.redis(&["EXISTS", "limits:batch:ann", "drayman:throttled", "drayman:barred:ann"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Limits("ann"), Piece::RateLimited, Piece::Limited("ann")]));
     assert_eq!(limits(&rig).all().await.unwrap(), InForce::default());
 }

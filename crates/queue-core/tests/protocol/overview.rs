@@ -14,9 +14,10 @@ async fn unserved(rig: &Rig) -> Vec<(String, u64, u64, bool)> {
 }
 
 fn push(rig: &Rig, user: &str, id: &str, fields: &[&str]) {
-    rig.redis(&[&["HSET", &job_key(id), "user", user, "status", "pending"], fields].concat());
-    rig.redis(&["LPUSH", &queue_key(user), id]);
-    rig.redis(&["SADD", "batch:indexes:queue", user]);
+    let state = rig.state();
+    state.foreign().write(id, &[&[("user", user), ("status", "pending")], &pairs(fields)[..]].concat());
+    state.foreign().push(user, id);
+    state.foreign().index(user);
 }
 
 #[tokio::test]
@@ -42,23 +43,18 @@ async fn pools_that_nobody_serves_are_seen_where_takes_look() {
     let silent = SessionId::generate("test", 2);
     rig.store.session_open(&silent, "Bank.*", "test", 2, &[]).await.unwrap();
     assert_eq!(unserved(&rig).await, []);
-    rig.redis(&["HSET", &format!("drayman:session:{silent}"), "beat_at", "2024-01-01T00:00:00.000Z"]);
+    rig.state().set(Piece::Session(silent.as_str()), &[("beat_at", "2024-01-01T00:00:00.000Z")]);
     assert_eq!(unserved(&rig).await, [bank()]);
     // Who is still ready there and has nothing (any more) does not count.
-    rig.redis(&["DEL", "drayman:tasks:Bank.pay:ann"]);
-    rig.redis(&["ZADD", "drayman:ready:Bank.pay", "5", "nobody"]);
+    rig.state().lose(Piece::Tasks("ann", "Bank.pay", Priority::Normal));
+    rig.state().list_ready("Bank.pay", "nobody", 5);
     assert_eq!(unserved(&rig).await, [seen("Bank.pay", 1, 1, true)]);
 }
 
 #[tokio::test]
 async fn of_very_many_users_some_count_for_one_job_and_no_pool_is_overlooked() {
     let rig = Rig::start().await;
-    let many = "for i = 1, 10100 do \
-        redis.call('HSET', 'batch:jobs:j' .. i, 'user', 'u' .. i, 'kind', 'task', 'app', 'Bank', 'op', 'pay') \
-        redis.call('LPUSH', 'drayman:tasks:Bank.pay:u' .. i, 'j' .. i, 'j' .. i) \
-        redis.call('ZADD', 'drayman:ready:Bank.pay', i, 'u' .. i) end \
-        redis.call('ZADD', 'drayman:pools', -1, 'Bank.pay')";
-    rig.redis(&["EVAL", many, "0"]);
+    rig.state().fill_tasks("Bank", "pay", 10_100);
     push(&rig, "ann", "a", &["kind", "task", "app", "Shop", "op", "print"]);
     rig.notice(&["ann"]).await;
     let seen = unserved(&rig).await;

@@ -138,13 +138,13 @@ async fn an_unreachable_server_leaves_nothing_behind_that_runs_later() {
     .await;
     proxy.refuse(false);
     eventually("the connection to come back", async || producer.enqueue(job("bob", "select 1")).await.ok()).await;
-    assert_eq!(rig.redis(&["EXISTS", &job_key(new.id.as_str())]).int(), 0, "an abandoned command does not run late");
+    assert!(!rig.state().has(Piece::Job(new.id.as_str())), "an abandoned command does not run late");
 }
 
 #[tokio::test]
 async fn a_server_that_refuses_fails_for_sure() {
     let rig = Rig::start().await;
-    rig.redis(&["SET", "batch:queue:alice", "x"]);
+    rig.state().spoil(Piece::Queue("alice"));
     let producer = producer(&rig);
     let refused = producer.enqueue(job("alice", "select 1")).await.unwrap_err();
     assert!(matches!(&refused, EnqueueError::Refused(text) if text.contains("holds a string")), "{refused}");
@@ -152,7 +152,7 @@ async fn a_server_that_refuses_fails_for_sure() {
     let failed = producer.enqueue(job("bob", "select 1")).await.unwrap_err();
     assert!(matches!(&failed, EnqueueError::OutOfMemory(_)), "{failed:?}");
     rig.redis(&["CONFIG", "SET", "maxmemory", "0"]);
-    assert_eq!(rig.redis(&["EXISTS", "batch:queue:bob"]).int(), 0);
+    assert!(!rig.state().has(Piece::Queue("bob")));
 }
 
 #[tokio::test]
@@ -175,12 +175,12 @@ async fn delayed_jobs_come_when_they_are_due_by_a_take_alone_or_by_the_leader_in
         expected.sort();
         // Made due together, in the order that they have.
         for (after, id) in &expected {
-            rig.redis(&["ZADD", "drayman:due", "XX", &after.to_string(), id]);
+            rig.state().move_due(id, *after);
         }
         let mut order = Vec::new();
         if !by_take {
             assert_eq!(leadership.upkeep(Duration::from_secs(60)).await.unwrap().unwrap().promoted, 3);
-            assert_eq!(rig.redis(&["ZCARD", "drayman:due"]).int(), 2, "the far ones");
+            assert_eq!(rig.state().scheduled().len(), 2, "the far ones");
         }
         for _ in 0..3 {
             let batch = session.take(1).await.unwrap().unwrap();

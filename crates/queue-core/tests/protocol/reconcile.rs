@@ -1,3 +1,5 @@
+//! Layout: the keys themselves are the subject here, so these tests go or change with them.
+//!
 //! Keys that must agree: whatever makes them disagree is found, repaired and not found again, and a healthy system is left alone.
 
 use std::collections::{BTreeMap, BTreeSet};

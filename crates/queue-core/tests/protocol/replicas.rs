@@ -65,12 +65,12 @@ async fn a_submission_says_how_many_replicas_have_it_and_too_few_is_no_plain_yes
     set.primary.raw(&["SCRIPT", "FLUSH"]);
     assert_eq!(two.enqueue(job("b")).await.unwrap(), Confirmed::Enough { submitted: queued("b"), by: 2 });
     for replica in &set.replicas {
-        assert_eq!(replica.raw_db(DB, &["EXISTS", &job_key("b")]).int(), 1);
+        assert!(replica.state(DB).has(Piece::Job("b")));
     }
 
     set.replicas[0].pause();
     assert_eq!(two.enqueue(job("c")).await.unwrap(), Confirmed::TooFew { submitted: queued("c"), by: 1, wanted: 2 });
-    assert_eq!(set.primary.raw_db(DB, &["EXISTS", &job_key("c")]).int(), 1, "it is queued all the same");
+    assert!(set.primary.state(DB).has(Piece::Job("c")), "it is queued all the same");
     assert_eq!(one.enqueue(job("d")).await.unwrap(), Confirmed::Enough { submitted: queued("d"), by: 1 });
 
     // That it exists is no confirmation either: another connection wrote it, and a replica does not have it.
@@ -84,7 +84,7 @@ async fn a_submission_says_how_many_replicas_have_it_and_too_few_is_no_plain_yes
     })
     .await;
     assert_eq!(submitted, there("c"));
-    assert_eq!(set.replicas[0].raw_db(DB, &["EXISTS", &job_key("c")]).int(), 1);
+    assert!(set.replicas[0].state(DB).has(Piece::Job("c")));
 }
 
 #[tokio::test]
@@ -132,7 +132,7 @@ async fn without_replicas_none_confirms_and_a_lost_answer_is_unknown() {
     proxy.drop_replies(true);
     let lost = producer.enqueue(job("b")).await.unwrap_err();
     assert!(matches!(&lost, EnqueueError::Unknown { id, .. } if id.as_str() == "b"), "{lost:?}");
-    assert_eq!(server.raw_db(DB, &["EXISTS", &job_key("b")]).int(), 1);
+    assert!(server.state(DB).has(Piece::Job("b")));
     proxy.drop_replies(false);
     proxy.cut();
     let found = eventually("an answer", async || producer.enqueue(job("b")).await.ok()).await;

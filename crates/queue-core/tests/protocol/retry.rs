@@ -30,11 +30,12 @@ async fn a_new_run_is_a_job_like_any_other_and_owes_nothing_to_the_last_one() {
     let claim = take_one(&session).await;
     let fence = claim.job().fence;
     assert_eq!(retry().await, Retried::NotOver("running".into()));
-    rig.redis(&["HSET", "batch:jobs:j", "attempts", "4", "unclean", "5", "trace", "x", "cancel_requested_at", "now"]);
+    rig.state()
+        .set(Piece::Job("j"), &[("attempts", "4"), ("unclean", "5"), ("trace", "x"), ("cancel_requested_at", "now")]);
     assert_eq!(end(claim, "failed").await, Finished::Ended);
-    assert!(rig.redis(&["PTTL", "batch:jobs:j"]).int() > 0);
+    assert!(rig.state().expires_in_ms(Piece::Job("j")).is_some());
     // A copy of its id that somebody left in the queue is no second job.
-    rig.redis(&["LPUSH", "batch:queue:alice", "j"]);
+    rig.state().foreign().push("alice", "j");
     assert_eq!(retry().await, Retried::Queued);
     assert_eq!(rig.queue("alice"), ["j"]);
     let hash = rig.hash("j");
@@ -42,8 +43,8 @@ async fn a_new_run_is_a_job_like_any_other_and_owes_nothing_to_the_last_one() {
     for gone in ["attempts", "unclean", "trace", "cancel_requested_at", "started_at", "ended_at"] {
         assert!(!hash.contains_key(gone), "{gone}");
     }
-    assert_eq!(rig.redis(&["PTTL", "batch:jobs:j"]).int(), -1);
-    assert_eq!(rig.redis(&["ZCARD", "drayman:finished"]).int(), 0);
+    assert!(rig.state().stays(Piece::Job("j")));
+    assert_eq!(rig.state().finished().len(), 0);
     rig.balanced();
     assert_eq!(retry().await, Retried::NotOver("pending".into()), "asked for twice, it runs once");
     let again = take_one(&session).await;
@@ -66,10 +67,9 @@ async fn what_can_not_be_run_anew_is_refused_and_left_as_it_is() {
         ),
         ("of-a-text", &["user", "text", "status", "failed", "query", "q", "database", "d"]),
     ] {
-        let key = job_key(id);
-        rig.redis(&[&["HSET", key.as_str()], fields].concat());
+        rig.state().set(Piece::Job(id), &pairs(fields));
     }
-    rig.redis(&["SET", "batch:queue:text", "x"]);
+    rig.state().spoil(Piece::Queue("text"));
     let before = rig.dump();
     let retrier = Retrier::new(rig.store.clone());
     let retry = async |id: &str| retrier.retry(&[JobId::new(id).unwrap()]).await.unwrap().remove(0);
@@ -107,11 +107,11 @@ async fn a_job_runs_not_before_its_time_by_the_clock_of_redis() {
         let mut job = job(id);
         (job.run_at, job.delay) = (run_at, Duration::from_secs(delay));
         producer.enqueue(job).await.unwrap();
-        let due = rig.redis(&["ZSCORE", "drayman:due", id]);
+        let due = rig.state().due_at_ms(id);
         match due_s {
-            None => assert!(due.is_nil() && rig.status(id) == "pending", "{id}"),
+            None => assert!(due.is_none() && rig.status(id) == "pending", "{id}"),
             Some(seconds) => {
-                let late = due.text().parse::<i64>().unwrap() - (time + seconds) * 1_000;
+                let late = due.unwrap() as i64 - (time + seconds) * 1_000;
                 assert!((-1..30_000).contains(&late), "{id}: {late}");
                 assert_eq!(rig.status(id), "scheduled");
             }
@@ -126,10 +126,10 @@ async fn a_new_run_of_a_job_that_was_ended_while_it_was_scheduled_takes_it_off_t
     let mut delayed = job("j");
     delayed.delay = Duration::from_secs(86_400);
     producer.enqueue(delayed).await.unwrap();
-    rig.redis(&["HSET", "batch:jobs:j", "status", "cancelled"]);
+    rig.state().set_field("j", "status", "cancelled");
     let retried = Retrier::new(rig.store.clone()).retry(&[JobId::new("j").unwrap()]).await.unwrap();
     assert_eq!(retried, [Retried::Queued]);
-    assert!(rig.redis(&["ZSCORE", "drayman:due", "j"]).is_nil());
-    assert_eq!(rig.redis(&["EXISTS", "drayman:delayed", "drayman:delays"]).int(), 0);
+    assert_eq!(rig.state().due_at_ms("j"), None);
+    assert!(!rig.state().has(Piece::ScheduledByUser));
     rig.balanced();
 }

@@ -68,8 +68,7 @@ async fn now_ms(rig: &Rig) -> u64 {
 /// Makes the schedule stand at its first tick after a time.
 async fn stand(rig: &Rig, text: &str, after_ms: u64) -> u64 {
     let tick = get(rig, text).await.definition.unwrap().cron.after(after_ms).unwrap();
-    rig.redis(&["HSET", &format!("drayman:schedule:{text}"), "due", &tick.to_string()]);
-    rig.redis(&["ZADD", "drayman:schedules", &tick.to_string(), text]);
+    rig.state().move_tick(text, tick);
     tick
 }
 
@@ -83,7 +82,7 @@ fn ticks_between(cron: &Cron, first: u64, to_ms: u64) -> Vec<u64> {
 }
 
 fn score(rig: &Rig, text: &str) -> String {
-    rig.redis(&["ZSCORE", "drayman:schedules", text]).text()
+    rig.state().tick_in_order(text).expect("it has a place")
 }
 
 #[tokio::test]
@@ -100,8 +99,8 @@ async fn a_tick_submits_what_is_defined_and_moves_the_schedule_on() {
     assert_eq!((made.made, made.missed.len(), made.more), (1, 0, false), "{made:?}");
     let id = id_of("s", due);
     assert_eq!(rig.queue("ana").join(" "), id);
-    let hash = rig.redis(&["HGET", &job_key(&id), "own"]);
-    assert_eq!(hash.bytes(), b"\xff\0", "fields that nobody knows are kept, whatever their bytes");
+    let own = rig.state().field_of(Piece::Job(&id), "own");
+    assert_eq!(own.as_deref(), Some(&b"\xff\0"[..]), "fields that nobody knows are kept, whatever their bytes");
     assert_eq!((rig.status(&id).as_str(), rig.hash(&id)["user"].as_str()), ("pending", "ana"));
     let found = get(&rig, "s").await;
     assert_eq!(found.definition.as_ref(), Ok(&definition));
@@ -190,7 +189,7 @@ async fn a_leader_that_is_killed_around_a_tick_neither_loses_nor_doubles_it() {
             for claim in take(&worker, 4).await {
                 runs.push(id(&claim).to_owned());
                 end(claim, "done").await;
-                rig.redis(&["DEL", &job_key(runs.last().unwrap())]);
+                rig.state().lose(Piece::Job(runs.last().unwrap()));
             }
             tick(&leader::hold(&rig.store, &session, Duration::from_secs(60)).await.unwrap().unwrap(), 64).await;
         }
@@ -199,7 +198,7 @@ async fn a_leader_that_is_killed_around_a_tick_neither_loses_nor_doubles_it() {
             end(claim, "done").await;
         }
         assert_eq!(runs, [id_of("s", due)], "{point:?}");
-        rig.redis(&["DEL", &job_key(&runs[0])]);
+        rig.state().lose(Piece::Job(&runs[0]));
     }
 }
 
@@ -244,7 +243,7 @@ async fn a_tick_that_arrives_late_is_not_made_again() {
     let session = rig.session("sql:*", 4).await;
     let claim = take_one(&session).await;
     end(claim, "done").await;
-    rig.redis(&["DEL", &job_key(&id_of("s", due))]);
+    rig.state().lose(Piece::Job(&id_of("s", due)));
     let before = rig.dump();
     let pass = ScheduleStep { tick: None, missed: 1, waiting: Some("x".into()), ..step.clone() };
     for late in [&step, &pass] {
@@ -332,7 +331,7 @@ async fn a_refused_tick_waits_visibly_and_is_missed_beyond_its_grace() {
     let ticked = tick(&leadership, 64).await;
     assert_eq!(ticked.waiting, [(name("s"), "redis has no memory left for new jobs".to_owned())]);
     rig.redis(&["CONFIG", "SET", "maxmemory", "0"]);
-    rig.redis(&["SET", "drayman:full", "5 4"]);
+    rig.state().set_no_room(5, 4);
     let ticked = tick(&leadership, 64).await;
     assert_eq!(ticked.waiting[0].1, "redis uses 5 bytes of memory, and accepts no new jobs above 4");
     assert_eq!(get(&rig, "s").await.due_ms, Some(first));
@@ -343,7 +342,7 @@ async fn a_refused_tick_waits_visibly_and_is_missed_beyond_its_grace() {
     tick(&leadership, 64).await;
     let full = get(&rig, "s").await;
     assert_eq!((full.misses, full.last_missed_ms, full.due_ms), (1, Some(first), Some(first + HOUR_MS / 2)));
-    rig.redis(&["DEL", "drayman:full"]);
+    rig.state().lose(Piece::NoRoom);
     assert_eq!(tick(&leadership, 64).await.made, 1);
     let found = get(&rig, "s").await;
     assert_eq!((found.waiting, found.last_tick_ms), (None, Some(first + HOUR_MS / 2)));
@@ -380,15 +379,15 @@ async fn the_same_definition_changes_nothing_and_another_one_keeps_what_is_due()
     let made = get(&rig, "s").await.due_ms.unwrap();
     let fields = ["cron", "zone", "missed", "grace", "user", "job.host", "job.own", "job.query"];
     let fields = fields.into_iter().fold(Fields::new(), |fields, field| {
-        fields.with(field, rig.redis(&["HGET", "drayman:schedule:s", field]).bytes())
+        fields.with(field, rig.state().field_of(Piece::Schedule("s"), field).unwrap())
     });
     for (first, last_tick) in [(now_ms(&rig).await - 1, "0".to_owned()), (made - 1, (made - 1).to_string())] {
-        rig.redis(&["HSET", "drayman:schedule:s", "last_tick", &last_tick]);
+        rig.state().set(Piece::Schedule("s"), &[("last_tick", &last_tick)]);
         let put = rig.store.schedule_put(&name("s"), "other", first, &fields).await.unwrap();
         assert_eq!((put, get(&rig, "s").await.due_ms), (SchedulePut::Same, Some(made)));
     }
-    rig.redis(&["HSET", "drayman:schedule:s", "due", "0x10"]);
-    rig.redis(&["DEL", "drayman:schedules"]);
+    rig.state().set(Piece::Schedule("s"), &[("due", "0x10")]);
+    rig.state().lose(Piece::Schedules);
     assert_eq!(schedules.resume(&name("s")).await.unwrap(), SchedulePause::Changed);
     assert_eq!(put(&rig, "s", &at_half).await, Put::Replaced);
     assert_eq!(score(&rig, "s"), get(&rig, "s").await.due_ms.unwrap().to_string());
@@ -396,7 +395,7 @@ async fn the_same_definition_changes_nothing_and_another_one_keeps_what_is_due()
     let large = Definition { job: Fields::new().with("query", "x".repeat(20_000)), ..hourly.clone() };
     let refused = schedules.put(&name("s"), &large, &limits(1)).await.unwrap_err();
     assert!(matches!(refused, PutError::TooLarge { bytes: 20_000, limit: 16_384 }), "{refused}");
-    rig.redis(&["SET", "drayman:schedule:odd", "text"]);
+    rig.state().spoil(Piece::Schedule("odd"));
     let refused = schedules.put(&name("odd"), &hourly, &limits(1)).await.unwrap_err();
     assert_eq!(refused.to_string(), "its key holds a string, not a hash");
     assert_eq!(schedules.pause(&name("odd")).await.unwrap(), SchedulePause::Missing);
@@ -443,27 +442,26 @@ async fn what_others_made_of_the_keys_keeps_no_other_schedule_waiting() {
     let rig = Rig::start().await;
     let leadership = rig.lead().await;
     let good = hourly(&rig, Missed::Skip).await;
-    let spoiled: [(&str, &[&[u8]]); 9] = [
-        ("cron", &[b"cron", b"61 * * * *"]),
-        ("zone", &[b"zone", b"Mars/Olympus"]),
-        ("utf8", &[b"user", b"\xff"]),
-        ("user", &[b"user", b""]),
-        ("grace", &[b"grace", b"-1"]),
-        ("missed", &[b"missed", b"never"]),
-        ("due", &[b"due", b"soon"]),
-        ("field", &[b"job.\xff", b"x"]),
-        ("misses", &[b"misses", b"many"]),
+    let spoiled: [(&str, &[(&[u8], &[u8])]); 9] = [
+        ("cron", &[(b"cron", b"61 * * * *")]),
+        ("zone", &[(b"zone", b"Mars/Olympus")]),
+        ("utf8", &[(b"user", b"\xff")]),
+        ("user", &[(b"user", b"")]),
+        ("grace", &[(b"grace", b"-1")]),
+        ("missed", &[(b"missed", b"never")]),
+        ("due", &[(b"due", b"soon")]),
+        ("field", &[(b"job.\xff", b"x")]),
+        ("misses", &[(b"misses", b"many")]),
     ];
     for (text, fields) in spoiled {
         put(&rig, text, &good).await;
         stand(&rig, text, now_ms(&rig).await - HOUR_MS).await;
-        let key = format!("drayman:schedule:{text}");
-        rig.redis(&[&[b"HSET", key.as_bytes()], fields].concat());
+        rig.state().set(Piece::Schedule(text), fields);
     }
-    rig.redis(&["SET", "drayman:schedule:string", "text"]);
-    rig.redis(&["HSET", "drayman:schedule:huge", "cron", &"x".repeat(5 << 20)]);
+    rig.state().spoil(Piece::Schedule("string"));
+    rig.state().set(Piece::Schedule("huge"), &[("cron", &"x".repeat(5 << 20))]);
     for member in ["string", "huge", "gone", "no name", ""] {
-        rig.redis(&["ZADD", "drayman:schedules", "1", member]);
+        rig.state().misplace_tick(member, 1);
     }
     put(&rig, "good", &good).await;
     let due = stand(&rig, "good", now_ms(&rig).await - HOUR_MS).await;
@@ -480,7 +478,7 @@ async fn what_others_made_of_the_keys_keeps_no_other_schedule_waiting() {
     );
     assert_eq!(Ticked { next_in: None, ..tick(&leadership, 64).await }, Ticked::default(), "each is said once");
     assert_eq!(score(&rig, "due"), "inf", "a tick at no time is not looked at again");
-    assert!(rig.redis(&["ZSCORE", "drayman:schedules", "gone"]).is_nil());
+    assert_eq!(rig.state().tick_in_order("gone"), None);
     let listed = Schedules::new(rig.store.clone()).list().await.unwrap();
     assert_eq!(listed.len(), spoiled.len() + 3, "{listed:?}");
     // Defined again, each is as any other.
@@ -490,17 +488,16 @@ async fn what_others_made_of_the_keys_keeps_no_other_schedule_waiting() {
     }
     // A submission that breaks off is said, and ends as any other once the key is mended.
     let due = stand(&rig, "good", now_ms(&rig).await - HOUR_MS).await;
-    rig.redis(&["DEL", &job_key(&id_of("good", due))]);
-    rig.redis(&["SET", "drayman:due", "text"]);
+    rig.state().lose(Piece::Job(&id_of("good", due)));
+    rig.state().spoil(Piece::Scheduled);
     let ticked = tick(&leadership, 64).await;
     assert!(ticked.made == 0 && ticked.waiting[0].1.starts_with("redis refused: WRONGTYPE"), "{ticked:?}");
-    rig.redis(&["DEL", "drayman:due"]);
+    rig.state().lose(Piece::Scheduled);
     tick(&leadership, 64).await;
     let found = get(&rig, "good").await;
     assert_eq!((found.last_tick_ms, found.misses, found.waiting), (Some(due), 0, None));
 
-    rig.redis(&["DEL", "drayman:schedules"]);
-    rig.redis(&["SET", "drayman:schedules", "text"]);
+    rig.state().spoil(Piece::Schedules);
     assert_eq!(tick(&leadership, 64).await, Ticked::default());
     let refused = Schedules::new(rig.store.clone()).put(&name("s"), &good, &limits(1)).await.unwrap_err();
     assert_eq!(refused.to_string(), "the key of the schedules holds no sorted set");
@@ -521,7 +518,7 @@ async fn many_that_are_refused_keep_nobody_else_waiting() {
     let bobs = Definition { user: User::new("bob").unwrap(), ..anas.clone() };
     put(&rig, "z", &bobs).await;
     stand(&rig, "z", past).await;
-    rig.redis(&["ZADD", "drayman:schedules", &now_ms(&rig).await.to_string(), "z"]);
+    rig.state().misplace_tick("z", now_ms(&rig).await);
     // As many are paused, and the order of the schedules is wrong about them.
     for at in 0..120 {
         let text = format!("paused-{at}");

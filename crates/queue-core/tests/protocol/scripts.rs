@@ -82,13 +82,13 @@ async fn who_does_not_lead_is_told_so_and_changes_nothing() {
     rig.submit("alice", "a1", "h");
     rig.notice(&["alice"]).await;
     let claim = take_one(&session).await;
-    rig.redis(&["HSET", "batch:jobs:due", "user", "bob", "status", "scheduled"]);
-    rig.redis(&["ZADD", "drayman:due", "1", "due"]);
-    rig.redis(&["RPUSH", "batch:queues:h", "old"]);
-    rig.redis(&["HSET", "batch:jobs:old", "user", "bob", "status", "done", "updated_at", "2001-01-01T00:00:00.000Z"]);
-    rig.redis(&["RPUSH", "batch:wip:user:alice", "gone"]);
-    let beat = || rig.redis(&["HGET", &format!("drayman:session:{}", session.id()), "beat"]).text();
-    let beat: u64 = beat().parse().unwrap();
+    rig.state().set(Piece::Job("due"), &[("user", "bob"), ("status", "scheduled")]);
+    rig.state().schedule_job("due", 1);
+    rig.state().foreign().push_to_host("h", "old");
+    rig.state()
+        .set(Piece::Job("old"), &[("user", "bob"), ("status", "done"), ("updated_at", "2001-01-01T00:00:00.000Z")]);
+    rig.state().foreign().show_working("alice", "gone");
+    let beat = rig.state().beat(session.id().as_str());
     let before = rig.dump();
     let store = &rig.store;
     for (who, term) in [(&leader, leadership.term() + 1), (&leader, 0), (session.id(), leadership.term())] {
@@ -106,7 +106,7 @@ async fn who_does_not_lead_is_told_so_and_changes_nothing() {
     let term = leadership.term();
     assert_eq!(store.upkeep(&leader, term, KEEP_MS).await.unwrap().unwrap().promoted, 1);
     assert_eq!(store.host_lock(&leader, term, 5_000, &["h".into()]).await.unwrap().unwrap(), Vec::<String>::new());
-    assert_eq!(rig.redis(&["GET", "batch:locks:h"]).text(), "drayman:leader:1:a");
+    assert_eq!(rig.state().foreign().host_lock("h").as_deref(), Some(&*format!("drayman:{}", leader.as_str())));
     assert_eq!(store.old_queue(&leader, term, b"h").await.unwrap(), Ok((1, false)));
     assert_eq!(store.sweep(&leader, term, 0, &[b"old".to_vec()]).await.unwrap(), Ok(1));
     assert_eq!(store.wip(&leader, term, b"alice").await.unwrap(), Ok(1));
@@ -130,14 +130,14 @@ async fn every_documented_reply_is_given_and_read() {
     assert_eq!(store.lead(&follower, Some(60_000)).await.unwrap(), Lead::Follower("leader:1:a".into()));
 
     // session_open
-    rig.redis(&["SET", "drayman:version", "7.3"]);
+    rig.state().set_version("7.3");
     let refused = store.session_open(&follower, "sql:*", "host", 1, &[]).await.unwrap_err();
     assert!(matches!(&refused, queue_core::Error::Version { found, .. } if found == "7.3"), "{refused}");
-    rig.redis(&["SET", "drayman:version", "1.99"]);
+    rig.state().set_version("1.99");
     store.session_open(&follower, "sql:*", "host", 1, &[]).await.expect("a newer minor version is no hindrance");
 
     // enqueue
-    rig.redis(&["SET", "batch:queue:odd", "text"]);
+    rig.state().spoil(Piece::Queue("odd"));
     let jobs = ["a1", "a1", "a2", "a3"].map(|id| submission("alice", id, "h"));
     let replies = store.enqueue(&most(2, 16_384), &jobs).await.unwrap();
     assert_eq!(replies, [Enqueued::Queued, Enqueued::Exists, Enqueued::Queued, Enqueued::Full(2)]);
@@ -201,13 +201,13 @@ async fn an_old_queue_longer_than_one_call_says_that_there_is_more_and_keeps_its
     let rig = Rig::start().await;
     let leadership = rig.lead().await;
     let leader = SessionId::new("leader:1:a").unwrap();
-    let mut client = rig.server.client(DB);
+    let state = rig.state();
     let names: Vec<String> = (0..1_200).map(|i| format!("j{i:04}")).collect();
     for name in &names {
-        client.call(&["HSET", &job_key(name), "user", "alice", "status", "pending", "host", "h"]);
-        client.call(&["LPUSH", "batch:queues:h", name]);
+        state.foreign().write(name, &[("user", "alice"), ("status", "pending"), ("host", "h")]);
+        state.foreign().push_to_host("h", name);
     }
-    client.call(&["LPUSH", "batch:queue:alice", "later"]);
+    state.foreign().push("alice", "later");
     assert_eq!(rig.store.old_queue(&leader, leadership.term(), b"h").await.unwrap(), Ok((1_000, true)));
     assert_eq!(leadership.move_old_queues().await.unwrap(), Ok(200));
     let queue = rig.queue("alice");
@@ -215,6 +215,6 @@ async fn an_old_queue_longer_than_one_call_says_that_there_is_more_and_keeps_its
     assert_eq!(queue[1_200..], ["later"]);
     assert_eq!(leadership.move_old_queues().await.unwrap(), Ok(0));
     end_of("an answer", rig.session("sql:*", 1)).await;
-    rig.redis(&["HSET", &job_key("later"), "user", "alice"]);
+    rig.state().set_field("later", "user", "alice");
     rig.balanced();
 }

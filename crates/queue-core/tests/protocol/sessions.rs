@@ -34,7 +34,7 @@ async fn a_session_that_stands_still_for_a_lifetime_is_dead_and_one_that_beats_i
     .await;
     assert!(start.elapsed() >= LIFETIME, "after {:?}", start.elapsed());
     assert_eq!(buried, [(dead.id().to_string(), 1)]);
-    assert_eq!(rig.redis(&["SMEMBERS", "drayman:sessions"]).texts(), [alive.id().as_str()]);
+    assert_eq!(rig.state().sessions(), [alive.id().as_str()]);
     assert_eq!(rig.queue("alice"), ["a1"]);
     drop(claim);
     rig.balanced();
@@ -78,8 +78,8 @@ async fn jobs_of_a_dead_session_go_back_first_in_their_order_and_say_what_happen
     for (id, host) in [("a1", "h1"), ("a2", "h2"), ("a3", "h3"), ("a4", "h1")] {
         rig.submit("alice", id, host);
     }
-    rig.redis(&["HSET", "batch:jobs:a2", "unclean", "4"]);
-    rig.redis(&["HSET", "batch:jobs:a3", "status", "failed", "fallback_status", "pending"]);
+    rig.state().set_field("a2", "unclean", "4");
+    rig.state().set(Piece::Job("a3"), &[("status", "failed"), ("fallback_status", "pending")]);
     rig.notice(&["alice"]).await;
     let claims = take(&doomed, 8).await;
     assert_eq!(ids(&claims), ["a1", "a2", "a3"]);
@@ -145,7 +145,7 @@ async fn a_reclaimed_session_is_told_so_by_everything_it_asks_and_changes_nothin
 async fn thousands_of_jobs_go_back_in_several_calls_and_in_one_order() {
     let rig = Rig::start().await;
     let doomed = rig.session("sql:*", 10_000).await;
-    rig.redis(&["HSET", "drayman:pool:sql:h", "user_limit", "10000"]);
+    rig.state().set(Piece::Pool("sql:h"), &[("user_limit", "10000")]);
     let jobs: Vec<_> = (0..2_500).map(|i| submission("alice", &format!("j{i:04}"), "h")).collect();
     for chunk in jobs.chunks(100) {
         rig.store.enqueue(&most(10_000, 16_384), chunk).await.unwrap();
@@ -189,7 +189,7 @@ async fn what_the_worker_believes_it_holds_is_compared_with_what_it_holds() {
     assert_eq!(rig.status(id.as_str()), "pending");
     assert_eq!(session.beat().await.unwrap(), Beat::Alive { cancels: vec![], claims: vec![] });
     // An entry of the work list that no claim stands behind is removed.
-    rig.redis(&["HSET", &format!("drayman:work:{}", session.id()), "ghost", "1"]);
+    rig.state().list_unclaimed(session.id().as_str(), "ghost");
     session.beat().await.unwrap();
     rig.balanced();
 }
@@ -224,8 +224,8 @@ async fn leadership_has_terms_is_handed_over_at_once_and_survives_two_who_believ
     assert_eq!(end(claim, "done").await, Finished::Ended);
 
     // The key's time runs out: whoever comes first leads, in a new term, even the same one.
-    assert!(rig.redis(&["PTTL", "drayman:leader"]).int() > 50_000);
-    rig.redis(&["DEL", "drayman:leader"]);
+    assert!(rig.state().expires_in_ms(Piece::Leader).unwrap() > 50_000);
+    rig.state().lose(Piece::Leader);
     assert!(leader::hold(&rig.store, &two, ttl).await.unwrap().unwrap().term() > second.term());
     assert_eq!(second.upkeep(ttl).await.unwrap(), Err(NotLeader), "its term is over");
 }
@@ -264,50 +264,50 @@ async fn the_sweep_removes_only_old_hashes_that_are_final_or_that_nothing_refers
         ("odd-time", &["user", "alice", "status", "done", "updated_at", "1"], false),
     ];
     for (id, fields, _) in cases {
-        let key = job_key(id);
-        let mut args = vec!["HSET", key.as_str()];
-        args.extend(*fields);
-        rig.redis(&args);
+        rig.state().set(Piece::Job(id), &pairs(fields));
     }
-    rig.redis(&["LPUSH", "batch:queue:bob", "queued", "queued-and-done", "fallback-waits"]);
-    rig.redis(&["ZADD", "drayman:due", "9e12", "scheduled"]);
+    for id in ["queued", "queued-and-done", "fallback-waits"] {
+        rig.state().foreign().push("bob", id);
+    }
+    rig.state().schedule_job("scheduled", 9_000_000_000_000);
+    let state = rig.state();
     for _ in 0..1_001 {
-        rig.redis(&["LPUSH", "batch:queue:long", "x"]);
+        state.foreign().push("long", "x");
     }
-    rig.redis(&["SET", "batch:jobs:text", "x"]);
+    rig.state().spoil(Piece::Job("text"));
     rig.submit("carol", "running", "h");
     rig.notice(&["carol"]).await;
     let claim = take_one(&session).await;
-    rig.redis(&["HSET", "batch:jobs:running", "updated_at", old, "status", "done"]);
+    rig.state().set(Piece::Job("running"), &[("updated_at", old), ("status", "done")]);
     // Whatever its times say, a hash that was written just now may be about to be queued.
     let two_days = Duration::from_secs(2 * 86_400);
     assert_eq!(leadership.sweep(two_days).await.unwrap(), Ok(0));
     for (id, ..) in cases {
-        rig.idle(&job_key(id), 60);
+        rig.state().leave_untouched(Piece::Job(id), 60);
     }
-    rig.idle("batch:jobs:running", 60);
+    rig.state().leave_untouched(Piece::Job("running"), 60);
     let removed = leadership.sweep(two_days).await.unwrap().unwrap();
     assert_eq!(removed, cases.iter().filter(|case| case.2).count() as u64);
     for (id, _, goes) in cases {
-        assert_eq!(rig.redis(&["EXISTS", &job_key(id)]).int() == 0, *goes, "{id}");
+        assert_eq!(rig.state().has(Piece::Job(id)), !goes, "{id}");
     }
-    assert_eq!(rig.redis(&["EXISTS", "batch:jobs:running", "batch:jobs:text"]).int(), 2);
+    assert!(rig.state().has(Piece::Job("running")) && rig.state().has(Piece::Job("text")));
     assert_eq!(end(claim, "done").await, Finished::Ended);
 }
 
 #[tokio::test]
 async fn a_server_of_another_major_version_is_refused_and_left_as_it_is() {
     let rig = Rig::start().await;
-    rig.redis(&["SET", "drayman:version", "2.0"]);
+    rig.state().set_version("2.0");
     let before = rig.dump();
     let id = SessionId::generate("host", 1);
     let refused = queue_core::session::Session::open(rig.store.clone(), id, service("sql:*", 4), "host", 1).await;
     let text = refused.map(drop).unwrap_err().to_string();
     assert_eq!(text, "the keys on this server are of protocol version 2.0, this program speaks 1.0");
     assert_eq!(rig.dump(), before);
-    rig.redis(&["DEL", "drayman:version"]);
+    rig.state().lose(Piece::Version);
     rig.session("sql:*", 4).await;
-    assert_eq!(rig.redis(&["GET", "drayman:version"]).text(), "1.0");
+    assert_eq!(rig.state().version().as_deref(), Some("1.0"));
 }
 
 #[tokio::test]
@@ -315,7 +315,7 @@ async fn a_session_runs_one_suspect_at_a_time_so_that_neighbours_are_not_blamed(
     let rig = Rig::start().await;
     for (user, unclean) in [("alice", "2"), ("bob", "3"), ("cem", "1"), ("dan", "junk")] {
         rig.submit(user, user, "h");
-        rig.redis(&["HSET", &job_key(user), "unclean", unclean]);
+        rig.state().set_field(user, "unclean", unclean);
         rig.notice(&[user]).await;
     }
     let (one, two) = (rig.session("sql:*", 8).await, rig.session("sql:*", 8).await);
@@ -341,7 +341,7 @@ async fn a_job_that_ends_its_workers_before_they_can_look_at_it_does_not_do_so_f
     for (id, trace, status) in [("untouched", "", "ignored"), ("begun", "0 transaction 7@1", "unknown")] {
         rig.submit("alice", id, "h");
         rig.submit("alice", "next", "h");
-        rig.redis(&["HSET", &job_key(id), "unclean", "19", "trace", trace, "fallback_status", "pending"]);
+        rig.state().set(Piece::Job(id), &[("unclean", "19"), ("trace", trace), ("fallback_status", "pending")]);
         rig.notice(&["alice"]).await;
         let doomed = rig.session("sql:*", 8).await;
         assert_eq!(ids(&take(&doomed, 8).await), [id]);
@@ -353,12 +353,12 @@ async fn a_job_that_ends_its_workers_before_they_can_look_at_it_does_not_do_so_f
         assert_eq!(hash["failed_reason"], reason);
         let history = queue_core::model::retry::read_history(&hash["history"]);
         assert!(history[0].unclean && history[0].worker == doomed.id().as_str());
-        assert!(rig.redis(&["PTTL", &job_key(id)]).int() > 0);
+        assert!(rig.state().expires_in_ms(Piece::Job(id)).is_some());
         rig.balanced();
         // Who stood behind it goes on.
         let heir = rig.session("sql:*", 8).await;
         assert_eq!(end(take_one(&heir).await, "done").await, Finished::Ended);
-        rig.redis(&["DEL", &job_key("next")]);
+        rig.state().lose(Piece::Job("next"));
         heir.close().await.unwrap();
     }
 }
@@ -369,7 +369,7 @@ async fn many_suspects_keep_nobody_behind_them_from_a_turn() {
     for n in 0..200 {
         let user = format!("suspect{n}");
         rig.submit(&user, &user, "h");
-        rig.redis(&["HSET", &job_key(&user), "unclean", "2"]);
+        rig.state().set_field(&user, "unclean", "2");
         rig.notice(&[user.as_str()]).await;
     }
     rig.submit("zoe", "zoe", "h");
@@ -394,14 +394,15 @@ async fn a_count_of_lost_workers_that_no_worker_wrote_hides_no_killer() {
     {
         let session = rig.session("sql:*", 8).await;
         rig.submit(id, id, "h");
-        rig.redis(&["HSET", &job_key(id), "unclean", unclean]);
+        rig.state().set_field(id, "unclean", unclean);
         rig.notice(&[id]).await;
         let _claim = take_one(&session).await;
         let reply = rig.store.session_reclaim(session.id().as_str(), 0, &leader_id(), term).await.unwrap();
         assert_eq!(reply, Ok(SessionEnd::Ended(1)));
         assert_eq!(rig.hash(id)["unclean"], after, "{id}");
         assert_eq!(rig.status(id), "pending", "{id}");
-        rig.redis(&["DEL", &job_key(id), &queue_key(id)]);
+        rig.state().lose(Piece::Job(id));
+        rig.state().lose(Piece::Queue(id));
     }
 }
 
@@ -411,12 +412,12 @@ async fn a_suspect_whose_claim_got_lost_does_not_keep_its_session_from_others() 
     let session = rig.session("sql:*", 8).await;
     for user in ["alice", "bob"] {
         rig.submit(user, user, "h");
-        rig.redis(&["HSET", &job_key(user), "unclean", "2"]);
+        rig.state().set_field(user, "unclean", "2");
         rig.notice(&[user]).await;
     }
     let lost = take_one(&session).await;
     assert_eq!(id(&lost), "alice");
-    rig.redis(&["HDEL", "drayman:claims", "alice"]);
+    rig.state().lose_claim("alice");
     let found = queue_core::reconcile::repair(&rig.store, Duration::from_millis(KEEP_MS)).await.unwrap();
     assert!(!found.is_empty());
     rig.balanced();

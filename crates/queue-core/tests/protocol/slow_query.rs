@@ -216,7 +216,7 @@ async fn q3_the_case_of_an_operation_does_not_matter_to_anybody() {
         assert_eq!(crate::support::id(&claim), id);
         assert_eq!(claim.job().pool.handler().unwrap().1.as_str(), "report");
         finish(claim, succeeded(&json!(1))).await;
-        desk.rig.redis(&["DEL", &job_key(&id)]);
+        desk.rig.state().lose(Piece::Job(&id));
     }
     // That of an application does.
     desk.submit_to("Bank", "report").await;
@@ -272,10 +272,7 @@ async fn q6_an_abort_of_a_running_query_ends_as_its_worker_says_and_once() {
         let id = desk.submit().await;
         let claim = take_one(&session).await;
         assert_eq!(desk.abort(&id).await, SlowQueryStatus::TryLater, "its worker is asked");
-        assert_eq!(
-            desk.rig.redis(&["SMEMBERS", &format!("drayman:cancels:{}", session.id())]).texts(),
-            std::slice::from_ref(&id)
-        );
+        assert_eq!(desk.rig.state().asked_to_cancel(session.id().as_str()), std::slice::from_ref(&id));
         finish(claim, succeeded(&json!(7)).with("status", says)).await;
         assert_eq!(desk.done(&id).await, expected);
         assert_eq!(desk.abort(&id).await, expected, "too late changes nothing");
@@ -309,8 +306,7 @@ async fn q8_whatever_races_with_an_abort_there_is_one_end_and_it_stays() {
             let claim = take(&session, 1).await.pop()?;
             us(run_for).await;
             // An obedient worker looks whether it was asked to stop, a deaf one does not.
-            let cancels = format!("drayman:cancels:{}", session.id());
-            let asked = obedient && desk.rig.redis(&["SISMEMBER", &cancels, &id]).int() == 1;
+            let asked = obedient && desk.rig.state().asked_to_cancel(session.id().as_str()).contains(&id);
             let status = if asked { "cancelled" } else { "done" };
             Some(finish(claim, succeeded(&json!(1)).with("status", status)).await)
         };
@@ -438,7 +434,7 @@ async fn a_list_has_the_queries_of_an_application_wherever_they_stand() {
     let hour_ago = 3_600_000;
     let now_ms = queue_core::inspect::Inspect::new(desk.rig.store.clone()).now_ms().await.unwrap();
     let then = humantime::format_rfc3339_millis(std::time::UNIX_EPOCH + Duration::from_millis(now_ms - hour_ago));
-    desk.rig.redis(&["HSET", &job_key(&old), "created_at", &then.to_string()]);
+    desk.rig.state().set_field(&old, "created_at", then.to_string());
 
     let all = [
         (running, Status::Running),

@@ -65,7 +65,7 @@ async fn many_at_once_each_have_their_answer_in_order() {
             _ => assert!(matches!(result, Ok(Submitted::Queued(_))), "{at}: {result:?}"),
         }
     }
-    assert_eq!(rig.redis(&["LLEN", "drayman:tasks:bank.pay:ann"]).int(), 250);
+    assert_eq!(rig.state().waiting_tasks("ann", "bank.pay", testkit::state::Priority::Normal).len(), 250);
     rig.balanced();
 }
 
@@ -85,7 +85,7 @@ async fn a_task_waits_for_the_later_of_its_delay_and_its_time() {
     rig.balanced();
     for id in ["delay", "time"] {
         assert_eq!(rig.status(id), "scheduled");
-        rig.redis(&["ZADD", "drayman:due", "XX", "1", id]);
+        rig.state().make_due(id);
     }
     assert_eq!(take(&session, 8).await.len(), 2);
     rig.balanced();
@@ -139,7 +139,7 @@ async fn a_key_until_done_is_held_while_its_job_waits_and_runs_and_dies_with_it_
         let claim = take_one(&session).await;
         assert_eq!(holder(&rig, "other").await.as_deref(), Some(status), "while it runs");
         end(claim, status).await;
-        assert_eq!(rig.redis(&["EXISTS", "drayman:unique:k"]).int(), 0, "{status}");
+        assert!(!rig.state().has(Piece::Unique("k")), "{status}");
     }
     // Cancelled while it waits, for its turn or for a time.
     producer.enqueue(unique("waits", UniqueScope::UntilDone)).await.unwrap();
@@ -150,7 +150,7 @@ async fn a_key_until_done_is_held_while_its_job_waits_and_runs_and_dies_with_it_
         .unwrap();
     assert_eq!(holder(&rig, "other").await.as_deref(), Some("later"));
     assert_eq!(canceller.cancel(&job("later")).await.unwrap(), Cancelled::AtOnce);
-    assert_eq!(rig.redis(&["EXISTS", "drayman:unique:k"]).int(), 0);
+    assert!(!rig.state().has(Piece::Unique("k")));
     // Between two attempts it is held.
     producer.enqueue(unique("again", UniqueScope::UntilDone)).await.unwrap();
     put(take_one(&session).await, Verdict::Later { after_ms: 60_000 }).await;
@@ -158,20 +158,20 @@ async fn a_key_until_done_is_held_while_its_job_waits_and_runs_and_dies_with_it_
     assert_eq!(canceller.cancel(&job("again")).await.unwrap(), Cancelled::AtOnce);
     // Cancelled by a foreign canceller, who knows the hash alone.
     producer.enqueue(unique("foreign", UniqueScope::UntilDone)).await.unwrap();
-    rig.redis(&["HSET", &job_key("foreign"), "status", "cancelled"]);
+    rig.state().set_field("foreign", "status", "cancelled");
     assert_eq!(holder(&rig, "next").await, None, "and the key goes to the next");
     end(take_one(&session).await, "done").await;
     // Its hash is gone.
     producer.enqueue(unique("gone", UniqueScope::UntilDone)).await.unwrap();
-    rig.redis(&["DEL", &job_key("gone")]);
+    rig.state().lose(Piece::Job("gone"));
     assert_eq!(holder(&rig, "heir").await, None);
     end(take_one(&session).await, "done").await;
     // Set aside.
     producer.enqueue(unique("huge", UniqueScope::UntilDone)).await.unwrap();
-    rig.redis(&["HSET", &job_key("huge"), "input", &"x".repeat((1 << 20) + 1)]);
+    rig.state().set_field("huge", "input", "x".repeat((1 << 20) + 1));
     assert!(take(&session, 1).await.is_empty());
     assert_eq!(rig.status("huge"), "failed");
-    assert_eq!(rig.redis(&["EXISTS", "drayman:unique:k"]).int(), 0);
+    assert!(!rig.state().has(Piece::Unique("k")));
     // Its worker is lost: it waits again and holds the key.
     producer.enqueue(unique("lost", UniqueScope::UntilDone)).await.unwrap();
     let dies = rig.session("bank.pay", 8).await;
@@ -181,7 +181,7 @@ async fn a_key_until_done_is_held_while_its_job_waits_and_runs_and_dies_with_it_
     assert_eq!(end(claim, "done").await, queue_core::scripts::Finished::Stale);
     assert_eq!(holder(&rig, "other").await.as_deref(), Some("lost"), "a stale end gives nothing up");
     end(take_one(&session).await, "done").await;
-    assert_eq!(rig.redis(&["EXISTS", "drayman:unique:k"]).int(), 0);
+    assert!(!rig.state().has(Piece::Unique("k")));
     rig.balanced();
 }
 
@@ -204,7 +204,7 @@ async fn a_key_while_queued_is_free_from_the_take_on() {
     );
     let claims = take(&session, 8).await;
     assert_eq!(ids(&claims), ["a", "b"]);
-    assert_eq!(rig.redis(&["EXISTS", "drayman:unique:k"]).int(), 0);
+    assert!(!rig.state().has(Piece::Unique("k")));
     rig.balanced();
 }
 
@@ -218,13 +218,10 @@ async fn a_key_for_a_period_outlives_its_job_and_ends_by_itself() {
     end(take_one(&session).await, "done").await;
     let refused = producer.enqueue(unique("b", period)).await;
     assert!(matches!(&refused, Err(EnqueueError::Held { holder }) if holder == "a"), "{refused:?}");
-    let left = rig.redis(&["PTTL", "drayman:unique:k"]).int();
+    let left = rig.state().expires_in_ms(Piece::Unique("k")).expect("it ends by itself");
     assert!((3_500_000..=3_600_000).contains(&left), "{left}");
-    rig.redis(&["PEXPIRE", "drayman:unique:k", "1"]);
-    testkit::eventually("the key to expire", async || {
-        (rig.redis(&["EXISTS", "drayman:unique:k"]).int() == 0).then_some(())
-    })
-    .await;
+    rig.state().expire(Piece::Unique("k"));
+    testkit::eventually("the key to expire", async || (!rig.state().has(Piece::Unique("k"))).then_some(())).await;
     producer.enqueue(unique("b", period)).await.expect("free");
 
     let endless = unique("c", UniqueScope::For(Duration::MAX));
@@ -276,7 +273,7 @@ async fn a_new_run_takes_the_key_again_or_is_refused() {
     assert_eq!(retry("a").await, Retried::Queued);
     assert_eq!(holder(&rig, "other").await.as_deref(), Some("a"));
     end(take_one(&session).await, "done").await;
-    assert_eq!(rig.redis(&["EXISTS", "drayman:unique:k"]).int(), 0);
+    assert!(!rig.state().has(Piece::Unique("k")));
 
     // What is refused for another reason takes no key.
     let database =
@@ -295,14 +292,14 @@ async fn a_new_run_takes_the_key_again_or_is_refused() {
 async fn a_swept_job_gives_its_key_up() {
     let rig = Rig::start().await;
     producer(&rig).enqueue(unique("old", UniqueScope::UntilDone)).await.unwrap();
-    rig.redis(&["DEL", "drayman:tasks:bank.pay:ann"]);
-    rig.redis(&["HSET", &job_key("old"), "updated_at", "2020-01-01T00:00:00.000Z"]);
-    rig.idle(&job_key("old"), 3_600_000);
+    rig.state().lose(Piece::Tasks("ann", "bank.pay", testkit::state::Priority::Normal));
+    rig.state().set_field("old", "updated_at", "2020-01-01T00:00:00.000Z");
+    rig.state().leave_untouched(Piece::Job("old"), 3_600_000);
     let leadership = rig.lead().await;
     let leader = SessionId::new("leader:1:a").unwrap();
     let removed = rig.store.sweep(&leader, leadership.term(), 1_000, &[b"old".to_vec()]).await.unwrap().unwrap();
     assert_eq!(removed, 1);
-    assert_eq!(rig.redis(&["EXISTS", "drayman:unique:k"]).int(), 0);
+    assert!(!rig.state().has(Piece::Unique("k")));
 }
 
 #[tokio::test]

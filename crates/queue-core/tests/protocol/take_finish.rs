@@ -45,7 +45,7 @@ async fn jobs_whose_take_was_not_answered_come_with_the_next_take() {
     rig.notice(&["alice", "bob"]).await;
     proxy.drop_replies(true);
     session.take(10).await.expect_err("no answer comes");
-    assert_eq!(rig.redis(&["HLEN", "drayman:claims"]).int(), 2, "the take ran");
+    assert_eq!(rig.state().running(), 2, "the take ran");
     proxy.drop_replies(false);
     proxy.cut();
     let claims = eventually("the connection to come back", async || session.take(10).await.ok()).await.unwrap();
@@ -125,8 +125,8 @@ async fn one_call_ends_many_jobs_each_with_its_own_answer() {
     assert_eq!(replies, [Finished::Ended, Finished::Stale, Finished::Ended, Finished::Repeated]);
     assert_eq!([rig.status(id(&claims[0])), rig.status(id(&claims[2]))], ["done", "failed"]);
     assert_eq!(rig.status(id(&claims[1])), "running");
-    let results = rig.redis(&["HGET", &job_key(id(&claims[0])), "results"]);
-    assert_eq!(results.bytes(), b"\xff\x00 any bytes\n");
+    let results = rig.state().field_of(Piece::Job(id(&claims[0])), "results");
+    assert_eq!(results.as_deref(), Some(&b"\xff\x00 any bytes\n"[..]));
     rig.balanced();
 }
 
@@ -176,14 +176,14 @@ async fn a_password_is_gone_once_its_job_has_ended() {
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 4).await;
     rig.submit("alice", "a1", "h");
-    rig.redis(&["HSET", "batch:jobs:a1", "pass", "secret"]);
+    rig.state().set_field("a1", "pass", "secret");
     rig.notice(&["alice"]).await;
     let claim = take_one(&session).await;
     assert_eq!(claim.job().text("pass"), Ok(Some("secret")));
     end(claim, "done").await;
     assert!(!rig.hash("a1").contains_key("pass"));
-    let left = rig.redis(&["PTTL", "batch:jobs:a1"]).int();
-    assert!(left > 0 && left <= KEEP_MS as i64, "the record is kept for {left} ms");
+    let left = rig.state().expires_in_ms(Piece::Job("a1")).expect("it has an end");
+    assert!(left > 0 && left <= KEEP_MS, "the record is kept for {left} ms");
 }
 
 #[tokio::test]
@@ -193,11 +193,11 @@ async fn a_job_that_is_run_again_does_not_expire_while_it_runs() {
     rig.submit("alice", "a1", "h");
     rig.notice(&["alice"]).await;
     end(take_one(&session).await, "failed").await;
-    assert!(rig.redis(&["PTTL", "batch:jobs:a1"]).int() > 0);
+    assert!(rig.state().expires_in_ms(Piece::Job("a1")).is_some());
     rig.submit("alice", "a1", "h");
     rig.notice(&["alice"]).await;
     let claim = take_one(&session).await;
-    assert_eq!(rig.redis(&["PTTL", "batch:jobs:a1"]).int(), -1);
+    assert!(rig.state().stays(Piece::Job("a1")));
     end(claim, "done").await;
     assert_eq!(rig.status("a1"), "done");
 }

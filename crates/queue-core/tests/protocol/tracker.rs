@@ -375,7 +375,7 @@ async fn a_holder_that_was_followed_by_another_writes_nothing() {
     let theirs = next.fence().to_string();
     let lock = record(&tracker, "j").await.lock.unwrap().holder;
     let gone = ghost(&rig, "gone", "ghost").await;
-    rig.redis(&["DEL", "drayman:track:invoices:gone"]);
+    rig.state().lose(Piece::Tracked("invoices", "gone"));
     let reset = ghost(&rig, "reset", "ghost").await;
     tracker.reset("reset").await.unwrap();
     let before = rig.dump();
@@ -441,7 +441,7 @@ async fn a_holder_hears_that_its_lock_is_lost() {
     let guard = tracker.start("j", expire(SHORT)).await.unwrap();
     let next = eventually("another follows", async || {
         // A renewal may come in between.
-        rig.redis(&["HSET", "drayman:track:invoices:j", "lock_until", "1"]);
+        rig.state().set(Piece::Tracked("invoices", "j"), &[("lock_until", "1")]);
         tracker.start("j", options()).await.ok()
     });
     let next = next.await;
@@ -452,7 +452,7 @@ async fn a_holder_hears_that_its_lock_is_lost() {
     // Work that is run ends with its lock.
     tracker.create("k", NewRecord::default()).await.unwrap();
     let work = async |_: &mut Guard| -> Result<(), String> {
-        rig.redis(&["HSET", "drayman:track:invoices:k", "lock", "somebody"]);
+        rig.state().set(Piece::Tracked("invoices", "k"), &[("lock", "somebody")]);
         std::future::pending().await
     };
     let ended = end_of("the work is dropped", tracker.run("k", expire(SHORT), work)).await;
@@ -567,7 +567,7 @@ async fn the_history_tells_of_each_attempt_and_stays_small() {
     }
     let failed = record(&tracker, "j").await;
     assert_eq!(failed.retry, 80);
-    assert!(rig.redis(&["HSTRLEN", "drayman:track:invoices:j", "history"]).int() <= 32 * 1024);
+    assert!(rig.state().field_of(Piece::Tracked("invoices", "j"), "history").unwrap().len() <= 32 * 1024);
     assert!(failed.history.len() > 20 && failed.history.len() < 80, "{}", failed.history.len());
     let last = failed.history.last().unwrap();
     assert!(last.error.as_ref().unwrap().starts_with("79 \"\\/\u{1}éé") && last.outcome == Outcome::Failed);
@@ -583,26 +583,27 @@ async fn records_stay_unless_their_tracker_says_how_long() {
     for id in ["done", "ignored", "failed"] {
         brief.create(id, NewRecord::default()).await.unwrap();
     }
-    let key = |id: &str| format!("drayman:track:invoices:{id}");
-    let lives = |id: &str| rig.redis(&["PTTL", &key(id)]).int();
+    let stays = |id: &str| rig.state().stays(Piece::Tracked("invoices", id));
+    let goes = |id: &str| rig.state().expires_in_ms(Piece::Tracked("invoices", id)).is_some();
     // Whoever ends it.
     for id in ["stays", "done"] {
         tracker.start(id, options()).await.unwrap().succeed().await.unwrap();
     }
     tracker.start("failed", options()).await.unwrap().fail("x").await.unwrap();
     tracker.set_status("ignored", TrackStatus::Ignored).await.unwrap();
-    assert!(lives("done") > 0 && lives("ignored") > 0);
-    assert_eq!((lives("stays"), lives("failed")), (-1, -1));
+    assert!(goes("done") && goes("ignored"));
+    assert!(stays("stays") && stays("failed"));
     tracker.reset("ignored").await.unwrap();
-    assert_eq!(lives("ignored"), -1);
-    eventually("the record expires", async || (lives("done") == -2).then_some(())).await;
+    assert!(stays("ignored"));
+    eventually("the record expires", async || (!rig.state().has(Piece::Tracked("invoices", "done"))).then_some(()))
+        .await;
     assert_eq!(tracker.get("done").await.unwrap(), None);
     let succeeded = Selection::Status(TrackStatus::Succeeded);
     assert_eq!(ids(&tracker, succeeded, 9, Order::Oldest).await, ["stays"]);
     // Its place in the index goes with the next that ends, or is made.
     tracker.start("failed", options()).await.unwrap().fail("x").await.unwrap();
-    assert_eq!(rig.redis(&["ZRANGE", "drayman:track_status:invoices:succeeded", "0", "-1"]).texts(), ["stays"]);
-    assert_eq!(rig.redis(&["ZCARD", "drayman:track_expiring:invoices"]).int(), 0);
+    assert_eq!(rig.state().tracked("invoices")["succeeded"], ["stays"]);
+    assert!(!rig.state().has(Piece::TrackedExpiring("invoices")));
     assert!(tracker.create("done", NewRecord::default()).await.unwrap());
 }
 
@@ -610,15 +611,17 @@ async fn records_stay_unless_their_tracker_says_how_long() {
 async fn keys_that_others_have_made_something_else_of_are_told_and_left_alone() {
     let rig = Rig::start().await;
     let tracker = tracker(&rig);
-    for (n, key) in
-        ["track:invoices:j", "track_status:invoices:in_progress", "track_locks:invoices", "track_expiring:invoices"]
-            .into_iter()
-            .enumerate()
-    {
-        let key = format!("drayman:{key}");
+    let pieces = [
+        Piece::Tracked("invoices", "j"),
+        Piece::TrackedByStatus("invoices", "in_progress"),
+        Piece::TrackedLocks("invoices"),
+        Piece::TrackedExpiring("invoices"),
+    ];
+    for (n, piece) in pieces.into_iter().enumerate() {
+        let key = piece.name();
         tracker.create("j", NewRecord::default()).await.unwrap();
         let guard = tracker.start("j", options()).await.unwrap();
-        rig.redis(&["SET", &key, "text"]);
+        rig.state().spoil(piece);
         let before = rig.dump();
         let is_wrong = |error: &TrackError| matches!(error, TrackError::Redis(error) if error.is_wrong_type());
         let started = tracker.start("j", options()).await.unwrap_err();
@@ -646,23 +649,16 @@ async fn what_others_have_written_into_a_record_stops_nobody() {
     let rig = Rig::start().await;
     let tracker = tracker(&rig);
     tracker.create("j", NewRecord::default()).await.unwrap();
-    let key = "drayman:track:invoices:j";
     let huge = "x".repeat(1 << 20);
-    let fields: [&[u8]; 12] = [
-        b"data",
-        b"\xff{",
-        b"history",
-        b"junk\n{\"holder\":1}\n\xff",
-        b"retry",
-        b"many",
-        b"errors",
-        huge.as_bytes(),
-        b"keep_ms",
-        b"-",
-        b"codes",
-        b"",
+    let fields: [(&str, &[u8]); 6] = [
+        ("data", b"\xff{"),
+        ("history", b"junk\n{\"holder\":1}\n\xff"),
+        ("retry", b"many"),
+        ("errors", huge.as_bytes()),
+        ("keep_ms", b"-"),
+        ("codes", b""),
     ];
-    rig.redis(&[&[b"HSET".as_slice(), key.as_bytes()], &fields[..]].concat());
+    rig.state().set(Piece::Tracked("invoices", "j"), &fields);
     let odd = record(&tracker, "j").await;
     assert_eq!((odd.data, odd.errors, odd.history.len(), odd.retry), (json!("\u{fffd}{"), None, 0, 0));
     let mut guard = tracker.start("j", options()).await.unwrap();
@@ -671,7 +667,7 @@ async fn what_others_have_written_into_a_record_stops_nobody() {
     guard.succeed().await.unwrap();
     let done = record(&tracker, "j").await;
     assert_eq!((done.status, done.data, done.history.len()), (TrackStatus::Succeeded, json!({ "a": 1 }), 1));
-    rig.redis(&["HSET", key, "status", "nonsense"]);
+    rig.state().set(Piece::Tracked("invoices", "j"), &[("status", "nonsense")]);
     assert_eq!(tracker.get("j").await.unwrap(), None);
     assert!(matches!(tracker.start("j", options()).await, Err(TrackError::NotReady(_))));
 }
@@ -681,11 +677,11 @@ async fn nothing_new_is_kept_while_memory_is_nearly_full_and_what_runs_still_end
     let rig = Rig::start().await;
     let tracker = tracker(&rig);
     tracker.create("j", NewRecord::default()).await.unwrap();
-    rig.redis(&["SET", "drayman:full", "200 100"]);
+    rig.state().set_no_room(200, 100);
     let refused = tracker.create("k", NewRecord::default()).await.unwrap_err();
     assert!(matches!(refused, TrackError::NoRoom { used: 200, mark: 100 }), "{refused}");
     assert!(!tracker.create("j", NewRecord::default()).await.unwrap(), "what is there is there");
-    rig.redis(&["DEL", "drayman:full"]);
+    rig.state().lose(Piece::NoRoom);
     rig.redis(&["CONFIG", "SET", "maxmemory", "1"]);
     let refused = tracker.create("k", NewRecord::default()).await.unwrap_err();
     assert!(matches!(&refused, TrackError::Redis(error) if error.is_transient()), "{refused}");
@@ -714,15 +710,15 @@ async fn the_books_agree_after_anything_and_the_doctor_finds_nothing() {
     tracker.reset("j1").await.unwrap();
     tracker.set_status("j5", TrackStatus::Own(77)).await.unwrap();
     let mut indexed = String::new();
-    for key in rig.redis(&["KEYS", "drayman:track_status:*"]).texts() {
-        for id in rig.redis(&["ZRANGE", &key, "0", "-1"]).texts() {
-            let status = rig.redis(&["HGET", &format!("drayman:track:invoices:{id}"), "status"]).text();
-            assert_eq!(key, format!("drayman:track_status:invoices:{status}"), "{id}");
+    for (index, ids) in rig.state().tracked("invoices") {
+        for id in ids {
+            let status = &rig.state().fields(Piece::Tracked("invoices", &id))["status"];
+            assert_eq!(&index, status, "{id}");
             write!(indexed, "{id} ").unwrap();
         }
     }
     assert_eq!(indexed.split_whitespace().count(), 12, "each stands in one index: {indexed}");
-    assert_eq!(rig.redis(&["ZCARD", "drayman:track_locks:invoices"]).int(), 3);
+    assert_eq!(rig.state().tracked_locks("invoices").len(), 3);
     assert_eq!(queue_core::reconcile::check(&rig.store, Duration::from_secs(60)).await.unwrap(), []);
 }
 

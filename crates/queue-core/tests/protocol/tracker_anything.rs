@@ -9,10 +9,6 @@ use queue_core::scripts::{Script, TRACKER_CREATE, TRACKER_END, TRACKER_RENEW, TR
 
 use crate::support::*;
 
-const KEY: &str = "drayman:track:t:job";
-const LOCKS: &str = "drayman:track_locks:t";
-const INDEXES: &str = "drayman:track_status:t:";
-
 /// Attempts are named by the number of their start.
 #[derive(Clone, Debug)]
 enum Step {
@@ -216,8 +212,7 @@ impl World<'_> {
             Step::Expire => {
                 if let Some(job) = self.model.job.as_mut().filter(|job| job.lock.is_some()) {
                     job.expired = true;
-                    self.rig.redis(&["HSET", KEY, "lock_until", "1"]);
-                    self.rig.redis(&["ZADD", LOCKS, "XX", "1", "job"]);
+                    self.rig.state().expire_lock("t", "job");
                 }
                 return;
             }
@@ -237,7 +232,8 @@ impl World<'_> {
             assert!(self.rig.dump().is_empty());
             return;
         };
-        let record = self.rig.redis(&["HGETALL", KEY]).map();
+        let state = self.rig.state();
+        let record = state.fields(Piece::Tracked("t", "job"));
         let lock = job.lock.map(|attempt| format!("lock-{attempt};"));
         assert_eq!(
             (&record["status"], &record["retry"], record.get("lock")),
@@ -252,8 +248,8 @@ impl World<'_> {
             own => own,
         };
         assert_eq!(record["code"], code);
-        assert_eq!(self.rig.redis(&["KEYS", &format!("{INDEXES}*")]).texts(), [format!("{INDEXES}{}", job.status)]);
-        assert_eq!(self.rig.redis(&["EXISTS", LOCKS]).int(), i64::from(job.lock.is_some()));
+        assert_eq!(state.tracked("t"), BTreeMap::from([(job.status.clone(), vec!["job".to_owned()])]));
+        assert_eq!(!state.tracked_locks("t").is_empty(), job.lock.is_some());
     }
 }
 

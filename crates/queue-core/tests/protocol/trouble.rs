@@ -59,13 +59,13 @@ impl Asked {
     /// A definite failure has left nothing.
     #[track_caller]
     fn left_nothing(&self, server: &RedisServer) {
-        assert_eq!(server.raw_db(DB, &["EXISTS", &job_key(self.id.as_str())]).int(), 0, "{:?}", self.result);
+        assert!(!server.state(DB).has(Piece::Job(self.id.as_str())), "{:?}", self.result);
     }
 
     #[track_caller]
     fn is_queued(&self, server: &RedisServer, user: &str) {
         assert!(matches!(&self.result, Ok(Submitted::Queued(_))), "{:?}", self.result);
-        let queue = server.raw_db(DB, &["LRANGE", &queue_key(user), "0", "-1"]).texts();
+        let queue = server.state(DB).waiting(user);
         assert_eq!(queue.iter().filter(|id| *id == self.id.as_str()).count(), 1);
     }
 }
@@ -230,7 +230,7 @@ async fn while_nothing_listens_a_producer_is_told_so_and_nothing_of_it_comes_lat
     proxy.refuse(false);
     goes_on(&producer, &rig.server, "carol").await;
     definite.iter().for_each(|asked| asked.left_nothing(&rig.server));
-    assert_eq!(rig.redis(&["EXISTS", &job_key(abandoned.id.as_str())]).int(), 0);
+    assert!(!rig.state().has(Piece::Job(abandoned.id.as_str())));
 }
 
 #[tokio::test]
@@ -272,10 +272,10 @@ async fn while_memory_is_full_work_ends_and_drains_and_nothing_new_comes_in() {
     }
     let due = NewJob { id: JobId::new("due").unwrap(), delay: Duration::from_secs(60), ..job("f") };
     producer.enqueue(due).await.unwrap();
-    rig.redis(&["ZADD", "drayman:due", "XX", "1", "due"]);
+    rig.state().make_due("due");
     // Pushed by somebody else, and noticed by nobody yet.
-    rig.redis(&["HSET", &job_key("foreign"), "user", "g", "query", "q", "database", "main"]);
-    rig.redis(&["LPUSH", &queue_key("g"), "foreign"]);
+    rig.state().set(Piece::Job("foreign"), &[("user", "g"), ("query", "q"), ("database", "main")]);
+    rig.state().foreign().push("g", "foreign");
     let running = take_one(&session).await;
     let lost = take_one(&doomed).await;
 
@@ -398,7 +398,7 @@ async fn a_fence_from_the_future_is_followed_by_a_greater_one() {
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 8).await;
     rig.submit("alice", "a1", "h");
-    rig.redis(&["HSET", &job_key("a1"), "fence", "8000000000000000"]);
+    rig.state().set_field("a1", "fence", "8000000000000000");
     rig.notice(&["alice"]).await;
     let claim = take_one(&session).await;
     assert_eq!(claim.job().fence.0, 8_000_000_000_000_001);
@@ -457,7 +457,7 @@ async fn after_an_answer_that_nobody_can_read_the_outcome_is_unknown() {
         garbles.store(true, Ordering::SeqCst);
         let asked = Asked::by(&producer, "alice").await;
         asked.is_unknown();
-        assert_eq!(rig.redis(&["EXISTS", &job_key(asked.id.as_str())]).int(), 1);
+        assert!(rig.state().has(Piece::Job(asked.id.as_str())));
         eventually("an answer", async || Asked::by(&producer, "alice").await.result.ok()).await;
     }
 }
@@ -466,8 +466,8 @@ async fn after_an_answer_that_nobody_can_read_the_outcome_is_unknown() {
 async fn a_submission_that_breaks_off_half_way_is_no_definite_failure() {
     let rig = Rig::start().await;
     let producer = producer(rig.server.url_db(DB)).await;
-    rig.redis(&["SET", "drayman:ready:db:main", "somebody else's"]);
+    rig.state().spoil(Piece::Ready("db:main"));
     let asked = Asked::by(&producer, "alice").await;
-    assert_eq!(rig.redis(&["EXISTS", &job_key(asked.id.as_str())]).int(), 1);
+    assert!(rig.state().has(Piece::Job(asked.id.as_str())));
     asked.is_unknown();
 }

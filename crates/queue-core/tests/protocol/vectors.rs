@@ -1,3 +1,5 @@
+//! Black box: the vectors and what is asserted of them may not change while the core is rebuilt.
+//!
 //! The producer's contract in other languages: what `docs/protocol/vectors.json` says is played against the real scripts.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -87,7 +89,7 @@ async fn play(vector: &Vector) {
         rig.redis(&command.iter().map(Bytes::bytes).collect::<Vec<_>>());
     }
     // What the leader does: whom the index names, it looks at.
-    let users = rig.redis(&["SMEMBERS", "batch:indexes:queue"]).texts();
+    let users = rig.state().queued_users();
     rig.notice(&users.iter().map(String::as_str).collect::<Vec<_>>()).await;
     let session = rig.session("*", 8).await;
     let claims = take(&session, 8).await;
@@ -112,17 +114,17 @@ async fn play(vector: &Vector) {
         }
     }
     for (id, fields) in hashes {
-        let key = job_key(id);
-        let names: BTreeSet<String> = rig.redis(&["HKEYS", &key]).texts().into_iter().collect();
+        let (state, record) = (rig.state(), Piece::Job(id));
+        let names: BTreeSet<String> = state.fields(record).into_keys().collect();
         assert_eq!(names, fields.keys().cloned().collect(), "{name}: fields of {id}");
         for (field, value) in fields {
-            let found = rig.redis(&["HGET", &key, field]);
-            assert!(value.covers(found.bytes()), "{name}: {field} of {id} is {found:?}");
+            let found = state.field_of(record, field).expect("it was named");
+            assert!(value.covers(&found), "{name}: {field} of {id} is {}", found.escape_ascii());
         }
         let is_over = fields.get("status").is_some_and(|status| {
             ["done", "failed", "cancelled"].contains(&String::from_utf8(status.bytes()).unwrap().as_str())
         });
-        assert_eq!(rig.redis(&["PTTL", &key]).int() > 0, is_over, "{name}: the record of what is over has a lifetime");
+        assert_eq!(state.expires_in_ms(record).is_some(), is_over, "{name}: the record of what is over has a lifetime");
     }
     let told: Vec<(String, String)> = rejected.iter().map(|one| (one.id.clone(), one.reason.clone())).collect();
     assert_eq!(rig.rejected(), told, "{name}");

@@ -40,7 +40,7 @@ async fn one_job_wakes_one_of_those_who_serve_it_and_the_one_who_waits_longest()
     let (first, mut first_ear) = parked(&rig, "sql:*").await;
     let (second, mut second_ear) = parked(&rig, "sql:*").await;
     let (other, mut other_ear) = parked(&rig, "db:*").await;
-    rig.redis(&["ZADD", "drayman:parked:sql:*", "1", first.id().as_str()]);
+    rig.state().park("sql:*", first.id().as_str(), 1);
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     assert_eq!(woken(&rig, &first, &mut first_ear).await, 1);
     assert_eq!(woken(&rig, &second, &mut second_ear).await, 0);
@@ -58,8 +58,8 @@ async fn who_takes_all_it_can_wakes_the_next_while_there_is_more() {
     let (first, mut first_ear) = parked(&rig, "sql:*").await;
     let (second, mut second_ear) = parked(&rig, "sql:*").await;
     let (third, mut third_ear) = parked(&rig, "sql:*").await;
-    for (score, session) in [("1", &first), ("2", &second), ("3", &third)] {
-        rig.redis(&["ZADD", "drayman:parked:sql:*", score, session.id().as_str()]);
+    for (score, session) in [(1, &first), (2, &second), (3, &third)] {
+        rig.state().park("sql:*", session.id().as_str(), score);
     }
     let jobs = ["u1", "u2", "u3"].map(|user| submission(user, user, "h"));
     rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
@@ -152,7 +152,7 @@ async fn who_may_not_publish_still_submits_takes_cancels_and_finishes() {
 async fn a_hint_to_sessions_that_are_gone_goes_on_to_one_that_hears() {
     let rig = Rig::start().await;
     for i in 0..5 {
-        rig.redis(&["ZADD", "drayman:parked:sql:*", &i.to_string(), &format!("gone:{i}:x")]);
+        rig.state().park("sql:*", &format!("gone:{i}:x"), i);
     }
     let (session, mut ear) = parked(&rig, "sql:*").await;
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
@@ -178,9 +178,9 @@ async fn a_session_whose_change_of_pools_was_not_answered_is_not_woken_for_the_o
     assert!(rig.store.session_serve(session.id(), "app.new").await.unwrap());
     assert!(take(&session, 4).await.is_empty());
     session.serve(&[PoolPattern::new("app.new").unwrap()]).await.unwrap().unwrap();
-    assert_eq!(rig.redis(&["EXISTS", "drayman:parked:app.old", "drayman:services"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Parked("app.old"), Piece::Services]));
     let (other, mut other_ear) = parked(&rig, "app.old").await;
-    rig.redis(&["ZADD", "drayman:parked:app.old", "XX", "9e15", other.id().as_str()]);
+    rig.state().park_last("app.old", other.id().as_str());
     let (user, app, op) = (User::new("ann").unwrap(), App::new("app").unwrap(), Op::new("old").unwrap());
     let job = NewJob::task(user, app, op, Payload::json(&()).unwrap());
     Producer::new(rig.store.clone(), Limits::default()).enqueue(job).await.unwrap();
