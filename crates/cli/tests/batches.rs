@@ -191,6 +191,11 @@ fn what_is_wrong_is_named_and_leaves_nothing() {
         (&["--format", "jsonl"][..], format!("{many}{{\"n\":}}\n"), "line 100001: it is no JSON", 2),
         (&["--format", "csv"], "n\n1\n2,3\n".into(), "line 3: it has 2 fields, the header has 1", 2),
         (&["--format", "csv"], String::new(), "line 1: there is no header", 2),
+        (&["--format", "csv"], "n,m\n1,2\n3,\"4\n5,6\n".into(), "line 3: a quote is not closed", 2),
+        (&["--format", "csv"], "n,m\n1,\"2\n3,\"4\"\n".into(), "line 2: text follows a closing quote", 2),
+        (&["--format", "csv"], "n,m,n\n1,2,3\n".into(), "line 1: the header names \"n\" twice", 2),
+        (&["--format", "jsonl"], "{\"n\":1}\n{\"n\":1,\"n\":2}\n".into(), "line 2: it names \"n\" twice", 2),
+        (&["--format", "jsonl"], "1\n2 3\n".into(), "line 2: it is no JSON: trailing characters", 2),
         (&["--format", "jsonl"], format!("1\n\"{}\"\n", "x".repeat(2 << 20)), "line 2: it has", 2),
         (&["--format", "jsonl", "--tag", "a,b"], "1\n".into(), "a comma", 2),
     ] {

@@ -208,6 +208,10 @@ async fn a_bad_file_is_moved_aside_once_with_its_reason_and_what_is_no_file_is_l
         ("fields.csv", "a,b\n1,2\n3\n", "line 3: it has 1 fields, the header has 2\n"),
         ("empty.csv", "", "line 1: there is no header\n"),
         ("open.csv", "a\n1\n\"2\n", "line 3: a quote is not closed\n"),
+        ("behind.csv", "a,b\n1,\"2\n3,\"4\"\n", "line 2: text follows a closing quote\n"),
+        ("twice.csv", "a,b,a\n1,2,3\n", "line 1: the header names \"a\" twice\n"),
+        ("names.jsonl", "1\n{\"n\":1,\"n\":2}\n", "line 2: it names \"n\" twice\n"),
+        ("nul.txt", "a\nb\0\n", "line 2: it has a NUL byte\n"),
         ("words.jsonl", "1\n2\nthree\n", "line 3: it is no JSON: "),
         ("strange.xml", "<a/>", "its name ends with none of .csv"),
     ];
@@ -248,7 +252,10 @@ async fn lines_that_can_not_be_used_are_left_out_where_that_is_wanted_and_the_ot
     house.put("day.csv", "a,b\n1,2\n3\n5,6\n");
     house.put("none.csv", "a,b\n1\n");
     house.put("good.csv", "a,b\n1,2\n");
+    // Who passed over this row would lose those behind it.
+    house.put("torn.csv", "a,b\n1,\"2\n3,4\n5,6\n");
     let daemon = house.start(&[&format!("{BOOK}bad_lines = 'skip'")]);
+    assert_eq!(house.text(".failed/torn.csv.reason").await, "line 2: a quote is not closed\n");
     let report = house.text(".archive/day.csv.bad.jsonl").await;
     let wanted = json!({ "line": 3, "reason": "it has 1 fields, the header has 2", "text": "3" });
     assert_eq!(serde_json::from_str::<Value>(&report).unwrap(), wanted);

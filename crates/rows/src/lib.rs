@@ -91,16 +91,45 @@ struct Lines {
 
 impl Lines {
     /// Counts what lies behind us now. In CSV a carriage return ends a line, with or without a line break.
-    fn pass(&mut self, bytes: &[u8], format: Format) {
-        let is_plain = !matches!(format, Format::Csv { .. }) || !(self.is_behind_cr || bytes.contains(&b'\r'));
-        if is_plain {
-            self.ended += bytes.iter().filter(|byte| **byte == b'\n').count() as u64;
+    fn pass(&mut self, bytes: &[u8], seen: &Glance, format: Format) {
+        if !matches!(format, Format::Csv { .. }) || !(self.is_behind_cr || seen.has_cr) {
+            self.ended += seen.line_breaks;
             return;
         }
         for byte in bytes {
             self.ended += u64::from(*byte == b'\r' || (*byte == b'\n' && !self.is_behind_cr));
             self.is_behind_cr = *byte == b'\r';
         }
+    }
+}
+
+/// What there is to know of bytes, found in one go: rows are short, and each search costs more than to look at them.
+#[derive(Default)]
+struct Glance {
+    line_breaks: u64,
+    has_cr: bool,
+    has_quote: bool,
+    has_nul: bool,
+}
+
+impl Glance {
+    fn at(bytes: &[u8]) -> Self {
+        let mut seen = Self::default();
+        // So few that a byte counts them, for then the compiler looks at many at once.
+        for some in bytes.chunks(255) {
+            let (mut line_breaks, mut crs, mut quotes, mut nuls) = (0_u8, 0_u8, 0_u8, 0_u8);
+            for byte in some {
+                line_breaks += u8::from(*byte == b'\n');
+                crs |= u8::from(*byte == b'\r');
+                quotes |= u8::from(*byte == b'"');
+                nuls |= u8::from(*byte == 0);
+            }
+            seen.line_breaks += u64::from(line_breaks);
+            seen.has_cr |= crs > 0;
+            seen.has_quote |= quotes > 0;
+            seen.has_nul |= nuls > 0;
+        }
+        seen
     }
 }
 
@@ -112,8 +141,19 @@ struct Csv {
     names: Vec<String>,
     /// The same as they stand in an object.
     keys: Vec<Vec<u8>>,
-    /// How many fields the present record has.
+    /// How many fields the present record has, and whether a quote or a NUL byte is in its text.
     count: usize,
+    has_quote: bool,
+    has_nul: bool,
+}
+
+impl Csv {
+    /// The fields of the present record, one behind the other, if each of them is UTF-8.
+    fn text(&self) -> Option<&str> {
+        let ends = &self.ends[..self.count];
+        let text = std::str::from_utf8(&self.fields[..ends.last().copied().unwrap_or(0)]).ok()?;
+        ends.iter().all(|end| text.is_char_boundary(*end)).then_some(text)
+    }
 }
 
 /// How a line came to its end.
@@ -127,7 +167,8 @@ impl<R: BufRead> RowSource<R> {
     pub fn new(format: Format, input: R, most_bytes: usize) -> Result<Self, RowError> {
         let delimiter = if let Format::Csv { delimiter } = format { delimiter } else { b',' };
         let reader = csv_core::ReaderBuilder::new().delimiter(delimiter).build();
-        let csv = Csv { reader, fields: Vec::new(), ends: Vec::new(), names: Vec::new(), keys: Vec::new(), count: 0 };
+        let (fields, ends, names, keys) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+        let csv = Csv { reader, fields, ends, names, keys, count: 0, has_quote: false, has_nul: false };
         let (lines, text) = (Lines::default(), Vec::new());
         let mut source = Self { input, format, most: most_bytes, lines, text, csv, is_over: false };
         // Three bytes that some programs put before a text, to say that it is UTF-8.
@@ -149,7 +190,7 @@ impl<R: BufRead> RowSource<R> {
                 break;
             }
             let taken = chunk.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            self.lines.pass(&chunk[..taken], self.format);
+            self.lines.pass(&chunk[..taken], &Glance::at(&chunk[..taken]), self.format);
             self.input.consume(taken);
             left -= taken as u64;
         }
@@ -187,8 +228,10 @@ impl<R: BufRead> RowSource<R> {
 
     /// The fields of the record that was read last.
     pub fn fields(&self) -> impl Iterator<Item = &str> {
-        let Csv { fields, ends, count, .. } = &self.csv;
-        fields_of(fields, &ends[..*count]).map(|field| std::str::from_utf8(field).expect("was looked at"))
+        let ends = &self.csv.ends[..self.csv.count];
+        let text = self.csv.text().expect("was looked at");
+        let begins = std::iter::once(0).chain(ends.iter().copied());
+        begins.zip(ends).map(|(begin, end)| &text[begin..*end])
     }
 
     fn read_header(&mut self) -> Result<(), RowError> {
@@ -320,7 +363,7 @@ impl<R: BufRead> RowSource<R> {
                 Some(_) => break,
                 None => return Ok(None),
             };
-            self.lines.pass(&[blank], self.format);
+            self.lines.pass(&[blank], &Glance::at(&[blank]), self.format);
             self.input.consume(1);
         }
         let line = self.lines.ended + 1;
@@ -342,6 +385,7 @@ impl<R: BufRead> RowSource<R> {
         fields.resize(fields.len().max(room_max.min(4096)), 0);
         ends.resize(ends.len().max(ends_max.min(256)), 0);
         let (mut written, mut count, mut is_too_long, mut is_open) = (0, 0, false, false);
+        let (mut has_quote, mut has_nul) = (false, false);
         loop {
             let chunk = self.input.fill_buf()?;
             // Behind the last line stands a line break, if need be: a record that it does not end is within quotes.
@@ -350,7 +394,9 @@ impl<R: BufRead> RowSource<R> {
             let (result, taken, bytes, found) = reader.read_record(given, &mut fields[written..], &mut ends[count..]);
             (written, count) = (written + bytes, count + found);
             if !is_last {
-                self.lines.pass(&given[..taken], self.format);
+                let seen = Glance::at(&given[..taken]);
+                (has_quote, has_nul) = (has_quote | seen.has_quote, has_nul | seen.has_nul);
+                self.lines.pass(&given[..taken], &seen, self.format);
                 let room = self.most.saturating_sub(self.text.len());
                 self.text.extend_from_slice(&given[..taken.min(room)]);
                 self.input.consume(taken);
@@ -373,7 +419,7 @@ impl<R: BufRead> RowSource<R> {
                 ReadRecordResult::OutputEndsFull => (is_too_long, count) = (true, 0),
             }
         }
-        self.csv.count = count;
+        (self.csv.count, self.csv.has_quote, self.csv.has_nul) = (count, has_quote, has_nul);
         // The line break after a carriage return is the next record's first byte, and is passed over there.
         while matches!(self.text.last(), Some(b'\n' | b'\r')) {
             self.text.pop();
@@ -389,7 +435,7 @@ impl<R: BufRead> RowSource<R> {
     /// quote that is missing before.
     fn goes_on_behind_a_quote(&self) -> bool {
         let Format::Csv { delimiter } = self.format else { return false };
-        if !self.text.contains(&b'"') {
+        if !self.csv.has_quote {
             return false;
         }
         #[derive(Clone, Copy)]
@@ -415,14 +461,10 @@ impl<R: BufRead> RowSource<R> {
 
     /// What is wrong with the text of the present record.
     fn unfit_text(&self) -> Option<String> {
-        let Csv { fields, ends, count, .. } = &self.csv;
-        let ends = &ends[..*count];
-        let has_nul = fields[..ends.last().copied().unwrap_or(0)].contains(&0);
-        let is_utf8 = fields_of(fields, ends).all(|field| std::str::from_utf8(field).is_ok());
-        match (is_utf8, has_nul) {
-            (false, _) => Some(NOT_UTF8.into()),
-            (true, true) => Some(NUL.into()),
-            (true, false) => None,
+        match (self.csv.text(), self.csv.has_nul) {
+            (None, _) => Some(NOT_UTF8.into()),
+            (Some(_), true) => Some(NUL.into()),
+            (Some(_), false) => None,
         }
     }
 
@@ -515,11 +557,6 @@ pub fn pieces<R: BufRead + Send + 'static>(
         }
     });
     receiver
-}
-
-fn fields_of<'a>(bytes: &'a [u8], ends: &'a [usize]) -> impl Iterator<Item = &'a [u8]> {
-    let begins = std::iter::once(0).chain(ends.iter().copied());
-    begins.zip(ends).map(|(begin, end)| &bytes[begin..*end])
 }
 
 fn json_text(text: &str) -> Vec<u8> {

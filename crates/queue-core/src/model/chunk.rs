@@ -80,7 +80,15 @@ pub enum ItemReader {
         query: String,
         /// The columns that tell its rows apart, none of them null.
         key: Vec<String>,
+        /// Whether a step that goes on reads again what it has read, and fails if that has changed. `false` for a query whose rows may
+        /// change or go once they are read.
+        #[serde(default = "is_compared", skip_serializing_if = "Clone::clone")]
+        compare: bool,
     },
+}
+
+fn is_compared() -> bool {
+    true
 }
 
 /// What is made of an item.

@@ -14,11 +14,15 @@ use queue_core::ids::JobId;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
+use self::position::{Identity, Position, Seen};
 use super::function::Context;
 use super::task::{Problem, Wish};
 
 pub mod declared;
 pub mod files;
+pub mod position;
+#[cfg(test)]
+mod resumption;
 pub mod sql;
 pub mod sqlite;
 
@@ -54,15 +58,21 @@ pub struct Skipped {
 }
 
 /// How far a task has come.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Checkpoint {
     /// The same over all attempts of one run through the items, and of no other.
     pub run: String,
+    /// What is read. The positions are of this and of nothing else.
+    #[serde(default)]
+    pub source: Identity,
+    /// What is written to.
+    #[serde(default)]
+    pub target: Identity,
     /// What was done.
     #[serde(flatten)]
     pub counts: Counts,
-    /// Behind what the reader goes on.
-    pub reader: Value,
+    /// Where the reader goes on. `None` before the first chunk.
+    pub reader: Option<Position>,
     /// Behind what the writer goes on.
     pub writer: Value,
     /// The first of the items that were passed over.
@@ -75,14 +85,21 @@ pub trait Reader {
     /// An item.
     type Item;
 
-    /// Begins behind a place, or at the beginning if that is null.
-    fn open(&mut self, behind: &Value) -> Result<(), Problem>;
+    /// What it reads and how: all that its items depend on, but for the content. An attempt that is to go on with another one fails.
+    fn source(&self) -> Identity;
+
+    /// How it counts what its positions have before them: `bytes`, `rows`.
+    fn unit(&self) -> &'static str;
+
+    /// Begins at the beginning, or behind a position. It goes there by reading again all that lies before, if there is so much: what
+    /// [`position`](Reader::position) says then is compared with where it was to go, and if they differ the attempt fails.
+    fn open(&mut self, behind: Option<&Position>) -> Result<(), Problem>;
 
     /// The next item; none at the end. An error that is no wish to retry is of this one item: the next call goes on behind it.
     fn read(&mut self) -> Option<Result<Self::Item, Problem>>;
 
-    /// The place behind the items that were read.
-    fn place(&self) -> Value;
+    /// The position behind the items that were read.
+    fn position(&self) -> Position;
 }
 
 /// Where items go.
@@ -90,7 +107,12 @@ pub trait Writer {
     /// An item.
     type Item;
 
-    /// Begins behind what was committed. A writer that keeps checkpoints beside its items hands back its own: it may be later.
+    /// What it writes to and how. An attempt that is to go on with another one fails. `None`: each attempt begins anew, for it writes all or
+    /// nothing.
+    fn target(&self) -> Option<Identity>;
+
+    /// Begins behind what was committed. A writer that keeps checkpoints beside its items hands back its own: it may be later. One that
+    /// keeps what it has written elsewhere finds out whether that is what it was.
     fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem>;
 
     /// Writes a chunk: all of it, or after an error nothing. `checkpoint` is what is saved behind it; the writer says in it behind what it
@@ -101,7 +123,15 @@ pub trait Writer {
 impl<R: Reader + ?Sized> Reader for Box<R> {
     type Item = R::Item;
 
-    fn open(&mut self, behind: &Value) -> Result<(), Problem> {
+    fn source(&self) -> Identity {
+        (**self).source()
+    }
+
+    fn unit(&self) -> &'static str {
+        (**self).unit()
+    }
+
+    fn open(&mut self, behind: Option<&Position>) -> Result<(), Problem> {
         (**self).open(behind)
     }
 
@@ -109,13 +139,17 @@ impl<R: Reader + ?Sized> Reader for Box<R> {
         (**self).read()
     }
 
-    fn place(&self) -> Value {
-        (**self).place()
+    fn position(&self) -> Position {
+        (**self).position()
     }
 }
 
 impl<W: Writer + ?Sized> Writer for Box<W> {
     type Item = W::Item;
+
+    fn target(&self) -> Option<Identity> {
+        (**self).target()
+    }
 
     fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
         (**self).open(committed)
@@ -181,22 +215,7 @@ impl Chunks {
         R: Reader,
         W: Writer,
     {
-        let mut saved = match context.checkpoint::<Checkpoint>()? {
-            Some(saved) => saved,
-            None => Checkpoint::beginning(JobId::generate().to_string()),
-        };
-        // Before anything is written, so that whoever writes knows its own again.
-        context.save_blocking(&saved)?;
-        if let Some(own) = writer.open(&saved)? {
-            let rollback_count = saved.counts.rollback_count.max(own.counts.rollback_count);
-            let own = Checkpoint { counts: Counts { rollback_count, ..own.counts }, ..own };
-            // What was committed counts, also if nothing more is.
-            if own != saved {
-                context.save_blocking(&own)?;
-                saved = own;
-            }
-        }
-        reader.open(&saved.reader)?;
+        let mut saved = opened(context, &mut reader, &mut writer)?;
         loop {
             let mut chunk = Chunk { items: Vec::with_capacity(self.size.get()), marks: Vec::new() };
             let mut next = saved.clone();
@@ -251,7 +270,7 @@ impl Chunks {
                     // Where a chunk may be written in parts, it is known behind what each stands.
                     if self.skip_limit > 0 {
                         chunk.marks.push(Mark {
-                            reader: reader.place(),
+                            reader: reader.position(),
                             counts: next.counts,
                             skipped: next.skipped.len(),
                         });
@@ -260,7 +279,7 @@ impl Chunks {
                 Err(problem) => self.skip(next, problem)?,
             }
         }
-        next.reader = reader.place();
+        next.reader = Some(reader.position());
         Ok(is_last)
     }
 
@@ -343,9 +362,9 @@ impl Chunks {
             let Some(mark) = part.clone().next_back().map(|last| &marks[last]) else { continue };
             let at = mark.counts.read_count;
             let skipped = whole.skipped[..mark.skipped].to_vec();
-            let (run, reader) = (whole.run.clone(), mark.reader.clone());
+            let reader = Some(mark.reader.clone());
             let mut next =
-                Checkpoint { run, reader, counts: mark.counts, writer: Value::Null, skipped }.standing(&saved);
+                Checkpoint { reader, counts: mark.counts, skipped, ..Checkpoint::beginning(&whole) }.standing(&saved);
             bad.iter().for_each(|(at, error)| next.pass_over(*at, error));
             next.counts.write_count += part.len() as u64;
             next.counts.commit_count += 1;
@@ -377,9 +396,21 @@ impl Chunks {
 }
 
 impl Checkpoint {
-    /// Before the first item.
-    fn beginning(run: String) -> Self {
-        Self { run, counts: Counts::default(), reader: Value::Null, writer: Value::Null, skipped: Vec::new() }
+    /// Before the first item of a run.
+    fn beginning(of: &Self) -> Self {
+        let Self { run, source, target, .. } = of;
+        let (run, source, target) = (run.clone(), source.clone(), target.clone());
+        let (counts, skipped) = (Counts::default(), Vec::new());
+        Self { run, source, target, counts, reader: None, writer: Value::Null, skipped }
+    }
+
+    /// Whether it is of the same source and target, if it says of either how far that has come.
+    fn belongs_to(&self, source: &Identity, target: &Identity) -> Result<(), Problem> {
+        if self.reader.is_none() {
+            return Ok(());
+        }
+        position::same("its reader", source, &self.source)?;
+        position::same("its writer", target, &self.target)
     }
 
     /// The checkpoint that a database has of the same run, which is this one or a later one.
@@ -423,10 +454,46 @@ struct Chunk<T> {
 
 /// A place within a chunk.
 struct Mark {
-    reader: Value,
+    reader: Position,
     counts: Counts,
     /// How many of the items that were passed over stand before it.
     skipped: usize,
+}
+
+/// Opens both where they were, if that is still there. Says how far they have come.
+fn opened(context: &Context, reader: &mut impl Reader, writer: &mut impl Writer) -> Result<Checkpoint, Problem> {
+    let before = context.checkpoint::<Checkpoint>()?;
+    let run = || JobId::generate().to_string();
+    let (source, goes_on) = (reader.source(), writer.target());
+    let target = goes_on.clone().unwrap_or_default();
+    let run = before.as_ref().map_or_else(run, |before| before.run.clone());
+    let begun = Checkpoint { run, source, target, ..Checkpoint::default() };
+    let Checkpoint { source, target, .. } = &begun;
+    let mut saved = match (before, &goes_on) {
+        (Some(before), Some(_)) if before.reader.is_some() => before,
+        (before, _) => {
+            let rollback_count = before.map_or(0, |before| before.counts.rollback_count);
+            Checkpoint { counts: Counts { rollback_count, ..Counts::default() }, ..begun.clone() }
+        }
+    };
+    saved.belongs_to(source, target)?;
+    // Before anything is written, so that whoever writes knows its own again.
+    context.save_blocking(&saved)?;
+    if let Some(own) = writer.open(&saved)? {
+        own.belongs_to(source, target)?;
+        let rollback_count = saved.counts.rollback_count.max(own.counts.rollback_count);
+        let own = Checkpoint { counts: Counts { rollback_count, ..own.counts }, ..own };
+        // What was committed counts, also if nothing more is.
+        if own != saved {
+            context.save_blocking(&own)?;
+            saved = own;
+        }
+    }
+    reader.open(saved.reader.as_ref())?;
+    if let Some(was) = &saved.reader {
+        position::agree(&source.subject(), reader.unit(), &reader.position(), was)?;
+    }
+    Ok(saved)
 }
 
 /// Counts that a chunk was undone. What can't be saved is not worth another error.
@@ -438,38 +505,64 @@ fn undone(context: &Context, mut saved: Checkpoint, problem: Problem) -> Problem
     problem
 }
 
-/// Reads what a function makes anew each time, in the same order: a list, a stream.
-pub fn items<I: Iterator>(make: impl Fn() -> I) -> impl Reader<Item = I::Item> {
-    Items { make, from: None, count: 0 }
+/// Reads what a function makes anew each time, in the same order: a list, a stream. Who goes on passes over what was read, and compares it as
+/// JSON.
+pub fn items<I>(make: impl Fn() -> I) -> impl Reader<Item = I::Item>
+where
+    I: Iterator,
+    I::Item: Serialize,
+{
+    Items { make, from: None, seen: Seen::default() }
 }
 
 struct Items<F, I> {
     make: F,
     from: Option<I>,
-    count: u64,
+    seen: Seen,
 }
 
-impl<I: Iterator, F: Fn() -> I> Reader for Items<F, I> {
+impl<F, I: Iterator> Items<F, I>
+where
+    I::Item: Serialize,
+{
+    fn next(&mut self) -> Result<Option<I::Item>, Problem> {
+        let Some(item) = self.from.as_mut().and_then(Iterator::next) else { return Ok(None) };
+        let unwritten = |error| Problem::retry(format!("an item that is read has no form in JSON: {error}"));
+        // A map within it has its entries in another order each time.
+        let mut value = serde_json::to_value(&item).map_err(unwritten)?;
+        value.sort_all_objects();
+        self.seen.add_item(value.to_string().as_bytes());
+        Ok(Some(item))
+    }
+}
+
+impl<I: Iterator, F: Fn() -> I> Reader for Items<F, I>
+where
+    I::Item: Serialize,
+{
     type Item = I::Item;
 
-    fn open(&mut self, behind: &Value) -> Result<(), Problem> {
-        self.count = behind.as_u64().unwrap_or(0);
-        let mut from = (self.make)();
-        for _ in 0..self.count {
-            from.next();
-        }
-        self.from = Some(from);
+    fn source(&self) -> Identity {
+        Identity::of("items")
+    }
+
+    fn unit(&self) -> &'static str {
+        "items"
+    }
+
+    fn open(&mut self, behind: Option<&Position>) -> Result<(), Problem> {
+        self.from = Some((self.make)());
+        self.seen = Seen::default();
+        while behind.is_some_and(|behind| self.seen.length() < behind.length) && self.next()?.is_some() {}
         Ok(())
     }
 
     fn read(&mut self) -> Option<Result<I::Item, Problem>> {
-        let item = self.from.as_mut()?.next()?;
-        self.count += 1;
-        Some(Ok(item))
+        self.next().transpose()
     }
 
-    fn place(&self) -> Value {
-        self.count.into()
+    fn position(&self) -> Position {
+        self.seen.position(Value::Null)
     }
 }
 
@@ -485,6 +578,10 @@ struct Call<F, T> {
 
 impl<T, F: FnMut(&[T]) -> Result<(), Problem>> Writer for Call<F, T> {
     type Item = T;
+
+    fn target(&self) -> Option<Identity> {
+        Some(Identity::of("call"))
+    }
 
     fn open(&mut self, _: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
         Ok(None)
@@ -511,6 +608,10 @@ struct List<T>(std::marker::PhantomData<fn(T)>);
 
 impl<T: Serialize> Writer for List<T> {
     type Item = T;
+
+    fn target(&self) -> Option<Identity> {
+        Some(Identity::of("list"))
+    }
 
     fn open(&mut self, _: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
         Ok(None)

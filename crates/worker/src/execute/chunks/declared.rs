@@ -15,15 +15,14 @@ use queue_core::model::chunk::{
     ChunkInput, Condition, ItemProcessor, ItemReader, ItemWriter, RowsTo, built_in, is_inside,
 };
 use queue_core::model::task::{Encoding, Payload};
-use serde::Deserialize;
-use serde::de::{Deserializer, MapAccess, Visitor};
 use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Map, Value, json};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use self::handed::{Handed, Hands, Processed};
-use super::files::{columns_to, csv, json_lines, json_lines_to};
+use super::files::{columns_to, csv_objects, json_values, json_values_to};
+use super::position::Identity;
 use super::sql::{sql_query, sql_to};
 use super::{Checkpoint, Chunks, Reader, Writer, items, list_to};
 use crate::execute::function::{Context, on_its_own_thread};
@@ -214,12 +213,13 @@ impl Step {
                 };
                 Box::new(items(make))
             }
-            ItemReader::Csv { file } => Box::new(Unpacked(csv::<Record>(declared.file(file)?))),
-            ItemReader::JsonLines { file } => Box::new(json_lines::<Item>(declared.file(file)?)),
-            ItemReader::Sql { database, query, key } => {
+            ItemReader::Csv { file } => Box::new(csv_objects(declared.file(file)?, file)),
+            ItemReader::JsonLines { file } => Box::new(json_values(declared.file(file)?, file)),
+            ItemReader::Sql { database, query, key, compare } => {
                 let database = self.database(declared, database)?;
                 let query = self.sql(&database, query)?;
-                Box::new(sql_query::<Item>(&database, &query, key, self.hard_stop.clone()))
+                let reader = sql_query::<Item>(&database, &query, key, self.hard_stop.clone());
+                Box::new(if *compare { reader } else { reader.uncompared() })
             }
         })
     }
@@ -227,8 +227,8 @@ impl Step {
     fn writer(&self, declared: &Declared) -> Result<BoxWriter, Problem> {
         Ok(match &self.input.work.writer {
             ItemWriter::List => Box::new(list_to::<Item>()),
-            ItemWriter::Csv { file, columns } => Box::new(columns_to(declared.file(file)?, columns.clone())),
-            ItemWriter::JsonLines { file } => Box::new(json_lines_to::<Item>(declared.file(file)?)),
+            ItemWriter::Csv { file, columns } => Box::new(columns_to(declared.file(file)?, file, columns.clone())),
+            ItemWriter::JsonLines { file } => Box::new(json_values_to(declared.file(file)?, file)),
             ItemWriter::Sql { database, query } => {
                 let database = self.database(declared, database)?;
                 let query = self.sql(&database, query)?;
@@ -305,50 +305,6 @@ fn holds(keep: &[Condition], item: &Item) -> Result<bool, Problem> {
     Ok(keep.iter().all(is_met))
 }
 
-/// A record of a CSV file as an object of texts.
-struct Record(Item);
-
-impl<'de> Deserialize<'de> for Record {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct Fields;
-        impl<'de> Visitor<'de> for Fields {
-            type Value = Record;
-
-            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-                f.write_str("a record with a header")
-            }
-
-            fn visit_map<A: MapAccess<'de>>(self, mut fields: A) -> Result<Record, A::Error> {
-                let mut record = Map::new();
-                while let Some((name, value)) = fields.next_entry::<String, String>()? {
-                    record.insert(name, value.into());
-                }
-                to_raw_value(&record).map(Record).map_err(serde::de::Error::custom)
-            }
-        }
-        deserializer.deserialize_map(Fields)
-    }
-}
-
-/// A reader of records, as one of items.
-struct Unpacked<R>(R);
-
-impl<R: Reader<Item = Record>> Reader for Unpacked<R> {
-    type Item = Item;
-
-    fn open(&mut self, behind: &Value) -> Result<(), Problem> {
-        self.0.open(behind)
-    }
-
-    fn read(&mut self) -> Option<Result<Item, Problem>> {
-        self.0.read().map(|record| record.map(|Record(item)| item))
-    }
-
-    fn place(&self) -> Value {
-        self.0.place()
-    }
-}
-
 /// Hands items over as rows of the step's batch. Their lines are their numbers among what is written.
 struct Loading {
     context: Context,
@@ -360,11 +316,15 @@ struct Loading {
 impl Writer for Loading {
     type Item = Item;
 
-    fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
+    /// Rows count once all are there: whoever takes over hands over all of them.
+    fn target(&self) -> Option<Identity> {
+        None
+    }
+
+    fn open(&mut self, _: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
         let sink = self.context.load_blocking(&self.to, self.params.clone())?;
         *self.sink.lock().unwrap_or_else(PoisonError::into_inner) = Some(sink);
-        // Rows count once all are there: whoever takes over hands over all of them.
-        Ok(Some(Checkpoint::beginning(committed.run.clone())))
+        Ok(None)
     }
 
     fn write(&mut self, items: &[Item], checkpoint: &mut Checkpoint) -> Result<(), Problem> {

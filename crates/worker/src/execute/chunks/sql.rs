@@ -9,6 +9,7 @@ use serde_json::value::{RawValue, to_raw_value};
 use serde_json::{Value, json};
 use tokio_util::sync::CancellationToken;
 
+use super::position::{Identity, Position, Seen};
 use super::{Checkpoint, Reader, Writer};
 use crate::execute::sql::chunk::{Advance, Connection, PAGE, Purpose, Query, statement, values};
 pub use crate::execute::sql::chunk::{Database, DatabaseError};
@@ -26,14 +27,17 @@ pub fn sql_query<T: DeserializeOwned>(
     query: &str,
     key: &[String],
     stop: CancellationToken,
-) -> impl Reader<Item = T> + use<T> {
-    SqlReader { database: database.clone(), query: Query::new(query, key), stop, open: None, of: PhantomData }
+) -> SqlReader<T> {
+    let query = Query::new(query, key);
+    SqlReader { database: database.clone(), query, stop, is_compared: true, open: None, of: PhantomData }
 }
 
-struct SqlReader<T> {
+/// Reads the rows of a query.
+pub struct SqlReader<T> {
     database: Database,
     query: Query,
     stop: CancellationToken,
+    is_compared: bool,
     open: Option<Reading>,
     of: PhantomData<fn() -> T>,
 }
@@ -47,9 +51,19 @@ struct Reading {
     /// The last row that was handed out; before that, the key behind which all began.
     last: Option<Box<RawValue>>,
     behind: Option<Vec<String>>,
+    /// The rows that were handed out, if they are compared.
+    seen: Option<Seen>,
+    /// Where it was told to go on without comparing.
+    told: Option<Position>,
 }
 
 impl<T> SqlReader<T> {
+    /// Goes on behind the last key without reading again what lies before it: for a query whose rows may change or go once they are read.
+    #[must_use]
+    pub fn uncompared(self) -> Self {
+        Self { is_compared: false, ..self }
+    }
+
     fn next_row(&mut self) -> Result<Option<Box<RawValue>>, Problem> {
         let Some(open) = &mut self.open else { return Ok(None) };
         if open.page.is_empty() && !open.is_last {
@@ -66,6 +80,9 @@ impl<T> SqlReader<T> {
         }
         let row = open.page.pop_front();
         if let Some(row) = &row {
+            if let Some(seen) = &mut open.seen {
+                seen.add_item(row.get().as_bytes());
+            }
             open.last = Some(row.clone());
         }
         Ok(row)
@@ -75,11 +92,34 @@ impl<T> SqlReader<T> {
 impl<T: DeserializeOwned> Reader for SqlReader<T> {
     type Item = T;
 
-    fn open(&mut self, behind: &Value) -> Result<(), Problem> {
-        let key = behind.get("key").map(|key| serde_json::from_value(key.clone())).transpose();
-        let behind = key.map_err(|error| Problem::fail(format!("the place in the query can't be read: {error}")))?;
+    fn source(&self) -> Identity {
+        let Query { sql, key } = &self.query;
+        Identity::of("sql").with("database", self.database.label()).with_digest("query", sql).with("key", key.clone())
+    }
+
+    fn unit(&self) -> &'static str {
+        "rows"
+    }
+
+    fn open(&mut self, behind: Option<&Position>) -> Result<(), Problem> {
         let connection = self.database.connect(NAME, Purpose::Read, self.stop.clone())?;
-        self.open = Some(Reading { connection, page: VecDeque::new(), is_last: false, last: None, behind });
+        // What was not compared before can't be now.
+        let is_compared = self.is_compared && behind.is_none_or(|behind| !behind.digest.is_empty());
+        let told = behind.filter(|_| !is_compared).cloned();
+        let key = told.as_ref().and_then(|told| told.at.get("key")).map(|key| serde_json::from_value(key.clone()));
+        let unread = |error| Problem::fail(format!("the place in the query can't be read: {error}"));
+        self.open = Some(Reading {
+            connection,
+            page: VecDeque::new(),
+            is_last: false,
+            last: None,
+            behind: key.transpose().map_err(unread)?,
+            seen: is_compared.then(Seen::default),
+            told,
+        });
+        let is_before =
+            |open: &Reading| behind.is_some_and(|to| open.seen.as_ref().is_some_and(|s| s.length() < to.length));
+        while self.open.as_ref().is_some_and(is_before) && self.next_row()?.is_some() {}
         Ok(())
     }
 
@@ -94,13 +134,20 @@ impl<T: DeserializeOwned> Reader for SqlReader<T> {
         }
     }
 
-    fn place(&self) -> Value {
-        let Some(open) = &self.open else { return Value::Null };
-        let key = match &open.last {
-            Some(last) => self.query.key_of(last).ok(),
-            None => open.behind.clone(),
+    fn position(&self) -> Position {
+        let Some(Reading { last, behind, seen, told, .. }) = &self.open else {
+            return Seen::default().position(Value::Null);
         };
-        key.map_or(Value::Null, |key| json!({ "key": key }))
+        let key = match last {
+            Some(last) => self.query.key_of(last).ok(),
+            None => behind.clone(),
+        };
+        let at = key.map_or(Value::Null, |key| json!({ "key": key }));
+        match (seen, told, last) {
+            (Some(seen), ..) => seen.position(at),
+            (None, Some(told), None) => told.clone(),
+            (None, ..) => Position { length: 0, digest: String::new(), at },
+        }
     }
 }
 
@@ -129,6 +176,10 @@ struct Writing {
 
 impl<T: Serialize> Writer for SqlWriter<T> {
     type Item = T;
+
+    fn target(&self) -> Option<Identity> {
+        Some(Identity::of("sql").with("database", self.database.label()).with_digest("statement", &self.sql))
+    }
 
     fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
         let (sql, parameters) = statement(&self.sql, self.database.dialect())?;

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use rusqlite::{Connection, Statement};
 
+use super::position::Identity;
 use super::{Checkpoint, Writer};
 use crate::execute::sql::chunk::Advance;
 use crate::execute::sql::sqlite_chunk::{advance, checkpoint, problem};
@@ -40,6 +41,11 @@ struct Open {
 
 impl<T, F: FnMut(&mut Statement<'_>, &T) -> rusqlite::Result<()>> Writer for SqliteWriter<T, F> {
     type Item = T;
+
+    fn target(&self) -> Option<Identity> {
+        let file = self.path.display().to_string();
+        Some(Identity::of("sqlite").with("file", file).with_digest("statement", &self.sql))
+    }
 
     fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
         let connection = Connection::open(&self.path).map_err(|error| problem(&error))?;

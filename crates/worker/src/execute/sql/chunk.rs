@@ -20,7 +20,11 @@ pub(in crate::execute) const PAGE: usize = 500;
 
 /// A database, as one user sees it.
 #[derive(Clone)]
-pub struct Database(Place);
+pub struct Database {
+    place: Place,
+    /// What tells it from others, also after the end of this program.
+    label: String,
+}
 
 impl Database {
     /// One of a program's own.
@@ -28,16 +32,21 @@ impl Database {
         const NAME: &str = "own";
         let databases = [(NAME.to_owned(), settings)].into();
         let sql = SqlExecutor::new(Databases { databases, ..Databases::default() })?;
-        sql.database(NAME, user).map_err(DatabaseError::Place)
+        let place = sql.named(NAME, user).map_err(DatabaseError::Place)?;
+        Ok(Self { label: place.label(), place })
     }
 
     pub(super) fn place(&self) -> &Place {
-        &self.0
+        &self.place
+    }
+
+    pub(in crate::execute) fn label(&self) -> &str {
+        &self.label
     }
 
     /// Whose rules its SQL follows.
     pub(crate) fn dialect(&self) -> Dialect {
-        match self.0 {
+        match self.place {
             Place::Postgres(_) => Dialect::Postgres,
             Place::Sqlite(_) => Dialect::Sqlite,
         }
@@ -50,7 +59,7 @@ impl Database {
         purpose: Purpose,
         stop: CancellationToken,
     ) -> Result<Connection, Problem> {
-        match &self.0 {
+        match &self.place {
             Place::Postgres(server) => {
                 let runtime = Handle::current();
                 let link = runtime.block_on(postgres::chunk::Connection::open(server, name, purpose, stop))?;
@@ -75,7 +84,7 @@ pub enum DatabaseError {
 impl SqlExecutor {
     /// A database that the configuration names, as a user sees it.
     pub(crate) fn database(&self, name: &str, user: &User) -> Result<Database, String> {
-        self.named(name, user).map(Database)
+        Ok(Database { place: self.named(name, user)?, label: name.to_owned() })
     }
 }
 
@@ -156,8 +165,8 @@ pub(in crate::execute) fn values(parameters: &Parameters, item: &RawValue) -> Re
 /// A query that is read in the order of a key.
 #[derive(Debug, Clone)]
 pub(in crate::execute) struct Query {
-    sql: String,
-    key: Vec<String>,
+    pub sql: String,
+    pub key: Vec<String>,
 }
 
 impl Query {

@@ -146,6 +146,21 @@ enum Place {
     Sqlite(sqlite::File),
 }
 
+impl Place {
+    /// What tells it from others that no configuration names.
+    fn label(&self) -> String {
+        match self {
+            Place::Postgres(Server { address: Address::Tcp { host, port }, dbname, .. }) => {
+                format!("{host}:{port}/{dbname}")
+            }
+            Place::Postgres(Server { address: Address::Unix(socket), dbname, .. }) => {
+                format!("{}/{dbname}", socket.display())
+            }
+            Place::Sqlite(file) => file.path.display().to_string(),
+        }
+    }
+}
+
 /// What an execution asks of its claim, for a single statement or for rows.
 #[derive(Clone, Copy)]
 enum Book<'a> {

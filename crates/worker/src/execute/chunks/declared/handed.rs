@@ -8,12 +8,13 @@ use std::time::{Duration, Instant};
 
 use queue_core::model::batch::{Row, RowEnd, RowResult};
 use queue_core::model::task::Payload;
+use serde_json::json;
 use serde_json::value::RawValue;
-use serde_json::{Value, json};
 use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 
 use super::{BoxReader, Item, Unwell};
+use crate::execute::chunks::position::{Identity, Position};
 use crate::execute::chunks::{Checkpoint, Reader, Writer};
 use crate::execute::rows::{Feed, NoDesk, RowAnswer, RowsEnd, RowsOf};
 use crate::execute::task::{Handler, Outcome, Problem, Task, Wish};
@@ -85,17 +86,17 @@ pub(super) struct Processed {
     size: usize,
     attempts: u32,
     pause: Duration,
-    /// What was made of items, and the place behind each of them.
-    ready: VecDeque<(Made, Value)>,
-    place: Value,
+    /// What was made of items, and the position behind each of them.
+    ready: VecDeque<(Made, Position)>,
+    /// The position behind those that were handed on. `None` where the reader stands, too.
+    position: Option<Position>,
     /// What kept the reader from reading on.
     broken: Option<Problem>,
 }
 
 impl Processed {
     pub(super) fn new(reader: BoxReader, hands: Hands, size: usize, attempts: u32, pause: Duration) -> Self {
-        let (ready, place) = (VecDeque::new(), Value::Null);
-        Self { reader, hands, size, attempts, pause, ready, place, broken: None }
+        Self { reader, hands, size, attempts, pause, ready: VecDeque::new(), position: None, broken: None }
     }
 
     /// Reads some items and has them worked on.
@@ -103,7 +104,7 @@ impl Processed {
         if let Some(problem) = self.broken.take() {
             return Err(problem);
         }
-        let mut taken: Vec<(Result<Item, Made>, Value)> = Vec::new();
+        let mut taken: Vec<(Result<Item, Made>, Position)> = Vec::new();
         while taken.len() < self.size {
             match self.reader.read() {
                 None => break,
@@ -111,8 +112,8 @@ impl Processed {
                     self.broken = Some(problem);
                     break;
                 }
-                Some(Err(problem)) => taken.push((Err(Err(problem)), self.reader.place())),
-                Some(Ok(item)) => taken.push((Ok(item), self.reader.place())),
+                Some(Err(problem)) => taken.push((Err(Err(problem)), self.reader.position())),
+                Some(Ok(item)) => taken.push((Ok(item), self.reader.position())),
             }
         }
         if taken.is_empty() {
@@ -120,7 +121,7 @@ impl Processed {
         }
         let mut attempts = vec![0; taken.len()];
         loop {
-            let row = |(at, (item, _)): (usize, &(Result<Item, Made>, Value))| {
+            let row = |(at, (item, _)): (usize, &(Result<Item, Made>, Position))| {
                 let item = item.as_ref().ok()?;
                 Some(Row { line: at as u64 + 1, input: item.get().as_bytes().to_vec() })
             };
@@ -149,7 +150,7 @@ impl Processed {
             }
         }
         // Told to stop, it leaves what it has not come to: that is read again.
-        self.ready = taken.into_iter().map_while(|(made, place)| Some((made.err()?, place))).collect();
+        self.ready = taken.into_iter().map_while(|(made, behind)| Some((made.err()?, behind))).collect();
         match self.ready.is_empty() {
             true => Err(Problem::retry("it was told to stop")),
             false => Ok(()),
@@ -160,9 +161,18 @@ impl Processed {
 impl Reader for Processed {
     type Item = Made;
 
-    fn open(&mut self, behind: &Value) -> Result<(), Problem> {
-        self.place = behind.clone();
-        self.reader.open(behind)
+    fn source(&self) -> Identity {
+        self.reader.source()
+    }
+
+    fn unit(&self) -> &'static str {
+        self.reader.unit()
+    }
+
+    fn open(&mut self, behind: Option<&Position>) -> Result<(), Problem> {
+        self.reader.open(behind)?;
+        self.position = Some(self.reader.position());
+        Ok(())
     }
 
     fn read(&mut self) -> Option<Result<Made, Problem>> {
@@ -171,13 +181,13 @@ impl Reader for Processed {
         {
             return Some(Err(problem));
         }
-        let (made, place) = self.ready.pop_front()?;
-        self.place = place;
+        let (made, behind) = self.ready.pop_front()?;
+        self.position = Some(behind);
         Some(Ok(made))
     }
 
-    fn place(&self) -> Value {
-        self.place.clone()
+    fn position(&self) -> Position {
+        self.position.clone().unwrap_or_else(|| self.reader.position())
     }
 }
 
@@ -214,6 +224,11 @@ pub(super) struct Handed(pub(super) Hands);
 
 impl Writer for Handed {
     type Item = Item;
+
+    fn target(&self) -> Option<Identity> {
+        let RowsOf { app, op, .. } = &self.0.of;
+        Some(Identity::of("handler").with("name", format!("{app}.{op}")))
+    }
 
     fn open(&mut self, _: &Checkpoint) -> Result<Option<Checkpoint>, Problem> {
         Ok(None)
