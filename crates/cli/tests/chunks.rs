@@ -394,6 +394,168 @@ fn a_step_that_is_stopped_goes_on_behind_its_last_chunk() {
     house.stop(&worker);
 }
 
+/// Each way in refuses it with the same words, and passes over nothing of it however much may be passed over.
+#[test]
+fn a_file_that_can_not_be_read_whole_is_refused_by_its_line_by_chunk_and_batch_steps() {
+    let house = House::build();
+    let worker = house.worker();
+    for (number, (kind, text, wanted)) in [
+        ("csv", "n,do\n1,\n2,\"\n3,\n4,\n", "line 3: a quote is not closed"),
+        ("csv", "n,do\n1,\"\n2,\"x\"\n3,\n", "line 2: text follows a closing quote"),
+        ("csv", "n,do,n\n1,,2\n", "line 1: the header names \"n\" twice"),
+        ("csv", "n,\n1,\n", "line 1: field 2 of the header has no name"),
+        ("csv", "", "line 1: there is no header"),
+        ("csv", "n\0,d\0o\0\n", "line 1: the header can't be used: it has a NUL byte"),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        house.file("bad", text);
+        for step in [
+            "kind = 'chunk'\nwriter = { kind = 'json-lines', file = 'out.jsonl' }\n",
+            "kind = 'batch'\napp = 'etl'\nop = 'step'\n",
+        ] {
+            let id = format!("{}-{number}", &step[8..13]);
+            let step = format!(
+                "[[steps]]\nname = 'a'\n{step}skip_limit = 100\nreader = {{ kind = '{kind}', file = 'bad' }}\n"
+            );
+            let ran = house.launch(&id, &step, &["-p", &format!("id={id}"), "--wait"]);
+            let step = house.step(&id, "a");
+            assert_eq!((ran.code, &step["status"]), (1, &json!("failed")), "{text:?}: {step}");
+            let error = step["error"].as_str().unwrap();
+            assert!(error.ends_with(&format!("files/bad: {wanted}")), "{text:?}: {error:?}");
+        }
+    }
+    // What is wrong with one row alone is that row's fault.
+    for (number, (kind, text, wanted)) in [
+        (
+            "csv",
+            "n,do\n1,\n2\n3,,\n4,\0\n",
+            [
+                "line 3: it has 1 fields, the header has 2",
+                "line 4: it has 3 fields, the header has 2",
+                "line 5: it has a NUL byte",
+            ],
+        ),
+        (
+            "json-lines",
+            "{\"n\":1}\n{\"n\":1,\"n\":2}\n3 4\n{\"n\":",
+            [
+                "line 2: it names \"n\" twice",
+                "line 3: it is no JSON: trailing characters",
+                "line 4: it is no JSON: EOF while parsing a value",
+            ],
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        house.file("bad", text);
+        let step = format!(
+            "[[steps]]\nname = 'a'\nkind = 'chunk'\nskip_limit = 100\nreader = {{ kind = '{kind}', file = 'bad' }}\nwriter = {{ kind = 'list' }}\n"
+        );
+        let id = format!("rows-{number}");
+        assert_eq!(house.launch(&id, &step, &["-p", &format!("id={id}"), "--wait"]).code, 0, "{text:?}");
+        let step = house.step(&id, "a");
+        let skipped: Vec<&str> =
+            step["checkpoint"]["skipped"].as_array().unwrap().iter().map(|s| s["error"].as_str().unwrap()).collect();
+        assert_eq!(skipped, wanted, "{step}");
+        let items = &house.result(&id, "a")["items"];
+        assert_eq!(items.as_array().map(Vec::len), Some(1), "{items}");
+    }
+    house.stop(&worker);
+}
+
+/// The operator mends something and launches again.
+#[test]
+fn a_step_goes_on_only_in_the_file_that_it_has_read_and_says_so_otherwise() {
+    let house = House::build();
+    house.sqlite().execute_batch("CREATE TABLE squares (n INTEGER, square INTEGER)").unwrap();
+    let rows = |rows: &[u64]| csv(rows.iter().map(|n| (*n, if *n == 6 { "bad" } else { "" })));
+    let step = |file: &str, query: &str| {
+        format!(
+            "[[steps]]\nname = 'load'\nkind = 'chunk'\nchunk_size = 2\nreader = {{ kind = 'csv', file = '{file}' }}\n\
+             processor = {{ kind = 'handler', app = 'etl', op = 'step' }}\n\
+             writer = {{ kind = 'sql', database = 'shop', query = 'INSERT INTO squares VALUES ({query})' }}\n"
+        )
+    };
+    const BOTH: &str = ":n, :square";
+    let worker = house.worker();
+    house.file("numbers.csv", &rows(&[1, 2, 3, 4, 5, 6, 7]));
+    house.file("other.csv", &rows(&[1, 2, 3, 4, 5, 6, 7]));
+    assert_eq!(house.launch("first", &step("numbers.csv", BOTH), &["--wait"]).code, 1);
+    assert_eq!(house.step("first", "load")["checkpoint"]["write_count"], 4);
+    fs::write(house.path("mended"), "").unwrap();
+    let refused = |id: &str, step: &str, wanted: &str| {
+        assert_eq!(house.launch(id, step, &["--wait"]).code, 1, "{id}");
+        let error = house.step(id, "load")["error"].as_str().unwrap().to_owned();
+        let wanted =
+            format!("it can't go on from its checkpoint: {wanted}. Put back what it began with; or begin anew: ");
+        assert!(error.starts_with(&wanted), "{id}: {error:?}");
+    };
+    let count = || -> i64 { house.sqlite().query_row("SELECT count(*) FROM squares", [], |row| row.get(0)).unwrap() };
+    let same = step("numbers.csv", BOTH);
+    for (id, now) in [
+        ("edited", vec![1, 2, 3, 8, 5, 6, 7]),
+        ("longer", vec![1, 2, 33, 4, 5, 6, 7]),
+        ("swapped", vec![2, 1, 3, 4, 5, 6, 7]),
+    ] {
+        house.file("numbers.csv", &rows(&now));
+        refused(id, &same, "the first 17 bytes of \"numbers.csv\" are not what they were");
+    }
+    house.file("numbers.csv", &rows(&[1, 2]));
+    refused("shorter", &same, "\"numbers.csv\" has 11 bytes, and had at least 17 before");
+    house.file("numbers.csv", &rows(&[1, 2, 3, 4, 5, 6, 7]));
+    refused("other", &step("other.csv", BOTH), "its reader's file was \"numbers.csv\", and is \"other.csv\" now");
+    refused("query", &step("numbers.csv", ":n, 0"), "its writer's statement is another one than before");
+    let lines = same.replace("kind = 'csv'", "kind = 'json-lines'");
+    refused("lines", &lines, "its reader was csv, and is json-lines now");
+    let file = "writer = { kind = 'json-lines', file = 'squares.jsonl' }\n";
+    let into_file = format!("{}{file}", same.split("writer").next().unwrap());
+    refused("file", &into_file, "its writer was sql, and is json-lines now");
+    assert_eq!(count(), 4, "nothing was written meanwhile");
+    // What lies behind may change as it likes.
+    house.file("numbers.csv", &rows(&[1, 2, 3, 4, 50, 6, 7, 8]));
+    assert_eq!(house.launch("mended", &same, &["--wait"]).code, 0, "{:?}", house.step("mended", "load"));
+    let written: Vec<u64> = {
+        let open = house.sqlite();
+        let mut query = open.prepare("SELECT n FROM squares ORDER BY rowid").unwrap();
+        query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
+    };
+    assert_eq!(written, [1, 2, 3, 4, 50, 6, 7, 8]);
+    house.stop(&worker);
+}
+
+#[test]
+fn rows_that_another_statement_has_done_are_not_left_out() {
+    let house = House::build();
+    house.sqlite().execute_batch("CREATE TABLE t (n INTEGER CHECK (n <> 3)); CREATE TABLE u (n INTEGER)").unwrap();
+    house.file("numbers.csv", &csv((1..=5).map(|n| (n, ""))));
+    let step = |table: &str| {
+        format!(
+            "[[steps]]\nname = 'insert'\nkind = 'batch'\ndatabase = 'shop'\nquery = 'INSERT INTO {table} VALUES (:n)'\n\
+             reader = {{ kind = 'csv', file = 'numbers.csv' }}\n"
+        )
+    };
+    let worker = house.worker();
+    assert_eq!(house.launch("none", &step("missing"), &["--wait"]).code, 1);
+    assert_eq!(
+        house.launch("one", &step("t"), &["--wait"]).code,
+        1,
+        "of the first nothing was done, so it may be mended"
+    );
+    assert_eq!(house.step("one", "insert")["rows"], rows(4, 0, 1, 0));
+    assert_eq!(house.launch("two", &step("u"), &["--wait"]).code, 1);
+    let error = house.step("two", "insert")["error"].as_str().unwrap().to_owned();
+    let wanted =
+        "it can't go on from its checkpoint: rows of one:insert:rows were done by another handler or statement. Put";
+    assert!(error.starts_with(wanted), "{error:?}");
+    house.file("numbers.csv", &csv([1, 2, 30, 4, 5].map(|n| (n, "")).into_iter()));
+    assert_eq!(house.launch("three", &step("t"), &["--wait"]).code, 0, "{:?}", house.step("three", "insert"));
+    assert_eq!(house.step("three", "insert")["rows"], rows(1, 0, 0, 0));
+    house.stop(&worker);
+}
+
 #[test]
 fn an_item_is_tried_again_and_one_that_the_database_refuses_is_passed_over() {
     let house = House::build();

@@ -462,6 +462,22 @@ impl Batches {
         Ok(self.look(id).await?.0)
     }
 
+    /// Whether this is what works on its rows.
+    pub async fn has_work(&self, id: &JobId, work: &RowWork) -> Result<bool, BatchError> {
+        const WORK: &[(&str, usize)] =
+            &[("app", 128), ("op", 128), ("statement", STATEMENT_MAX_BYTES), ("database", 128)];
+        let found = self.store.inspect(WORK, [id.as_str()]).await?.pop();
+        let found = found.ok_or_else(|| BatchError::NotFound(id.clone()))?;
+        let wanted = match work {
+            RowWork::Handler { app, op } => [Some(app.as_str()), Some(op.as_str()), None, None],
+            RowWork::Sql { statement, database: Database::Named(name) } => {
+                [None, None, Some(statement.as_str()), Some(name.as_str())]
+            }
+            RowWork::Sql { statement, .. } => [None, None, Some(statement.as_str()), None],
+        };
+        Ok(WORK.iter().zip(wanted).all(|((name, _), wanted)| found.text(WORK, name).as_deref() == wanted))
+    }
+
     async fn look(&self, id: &JobId) -> Result<(BatchView, Encoding), BatchError> {
         let found = self.store.inspect(VIEW, [id.as_str()]).await?.pop();
         found.and_then(|found| view_of(id.as_str(), &found)).ok_or_else(|| BatchError::NotFound(id.clone()))

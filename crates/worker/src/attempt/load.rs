@@ -10,6 +10,7 @@ use queue_core::model::task::Payload;
 use queue_core::producer::Database;
 use queue_core::scripts::Taken;
 
+use crate::execute::chunks::position::disagreement;
 use crate::execute::task::{Problem, RowSink};
 
 /// How many rows of an earlier batch are read at once.
@@ -38,6 +39,7 @@ impl Loads {
             RowTarget::Handler { app, op } => RowWork::Handler { app, op },
             RowTarget::Sql { database, statement } => RowWork::Sql { statement, database: Database::Named(database) },
         };
+        let earlier = self.earlier(&work).await?;
         let id = rows_of_job(&self.job).map_err(|error| Problem::fail(error.to_string()))?;
         let new = NewBatch {
             id,
@@ -50,18 +52,30 @@ impl Loads {
             ..NewBatch::of(self.user.clone(), work)
         };
         let loader = self.batches.open(new).map_err(problem)?;
+        Ok(Box::new(Sink { loader: Some(loader), earlier }))
+    }
+
+    /// The batches of earlier executions, whose rows that are done are left out: so they must have been done by the same.
+    async fn earlier(&self, work: &RowWork) -> Result<Vec<Earlier>, Problem> {
         let mut earlier = Vec::new();
         for id in &self.earlier {
-            match self.batches.reader(id).await {
-                Ok(reader) => {
-                    earlier.push(Earlier { reader, rows: Vec::new().into_iter().peekable(), next: Next::First })
+            let looked = async {
+                let is_same = self.batches.view(id).await?.counts.done == 0 || self.batches.has_work(id, work).await?;
+                Ok((is_same, self.batches.reader(id).await?))
+            };
+            match looked.await {
+                Ok((true, reader)) => {
+                    earlier.push(Earlier { reader, rows: Vec::new().into_iter().peekable(), next: Next::First });
+                }
+                Ok((false, _)) => {
+                    return Err(disagreement(format_args!("rows of {id} were done by another handler or statement")));
                 }
                 // Its time is over: what was done of its rows is done again.
                 Err(BatchError::NotFound(_)) => {}
                 Err(error) => return Err(problem(error)),
             }
         }
-        Ok(Box::new(Sink { loader: Some(loader), earlier }))
+        Ok(earlier)
     }
 }
 
