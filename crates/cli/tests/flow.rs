@@ -359,6 +359,20 @@ fn a_program_saves_how_far_it_has_come_and_goes_on_from_there() {
     assert!(failed.err.contains("the program ended with exit code 1 before it had answered"), "{}", failed.err);
     assert_eq!(house.ok(&["steps", "c1", "--json"]).json()[0]["checkpoint"], json!({ "at": 20 }));
     fs::write(house.path("mended"), "").unwrap();
+    // It is a place in what this handler made of this input, and in nothing else.
+    let counted = fs::read_to_string(house.path("counted")).unwrap();
+    let text = fs::read_to_string(&file).unwrap();
+    for (id, from, to, wanted) in [
+        ("i1", "do = 'count'", "do = 'count', file = 'b.csv'", "its handler's input is another one than before"),
+        ("i2", "op = 'step'", "op = 'other'", "its handler was etl.step, and is etl.other now"),
+    ] {
+        assert!(text.contains(from), "{text}");
+        let other = house.file("other.toml", &text.replace(from, to));
+        assert_eq!(house.launch(&other, &["--id", id, "--wait=30s"]).code, 1, "{id}");
+        let error = house.ok(&["steps", id, "--json"]).json()[0]["error"].as_str().unwrap().to_owned();
+        assert!(error.starts_with(&format!("it can't go on from its checkpoint: {wanted}. Put back")), "{error}");
+    }
+    assert_eq!(fs::read_to_string(house.path("counted")).unwrap(), counted, "it was not begun");
     assert_eq!(house.launch(&file, &["--id", "c2", "--wait=30s"]).code, 0);
     let counted = fs::read_to_string(house.path("counted")).unwrap();
     let wanted: String = (0..25).chain(20..50).map(|n| format!("{n}\n")).collect();

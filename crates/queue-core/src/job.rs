@@ -47,6 +47,7 @@ pub const FIELDS: &[(&str, usize, Of)] = &[
     ("encoding", 16, Of::Task),
     ("context", 1 << 18, Of::Task),
     ("checkpoint", CHECKPOINT_MAX_BYTES, Of::Task),
+    ("checkpoint_of", 512, Of::Task),
     ("chunk", 8, Of::Task),
     ("earlier", EARLIER_MAX_BYTES, Of::Task),
     ("deadline", 32, Of::Task),

@@ -66,7 +66,7 @@ local function told_of(flow, plan)
     local facts = facts_of(entry)
     local sound, saved = pcall(cjson.decode, facts.saved or facts.checkpoint or '')
     for _, name in ipairs(sound and type(saved) == 'table' and COUNTS or {}) do facts[name] = tonumber(saved[name]) end
-    facts.saved, facts.checkpoint = nil, nil
+    facts.saved, facts.checkpoint, facts.checkpoint_of = nil, nil, nil
     fields[#fields + 1] = 'step:' .. number
     fields[#fields + 1] = step[1] .. ' ' .. state_of(entry) .. ' ' .. cjson.encode(facts)
   end
@@ -123,7 +123,8 @@ function advance(flow)
     if turn == 'skip' then
       states[number] = 'skipped'
       local facts = facts_of(redis.call('HGET', key, number))
-      set_step(key, number, 'skipped', {ended_at = now, checkpoint = facts.checkpoint, earlier = facts.earlier})
+      set_step(key, number, 'skipped', {ended_at = now, checkpoint = facts.checkpoint, checkpoint_of = facts.checkpoint_of,
+        earlier = facts.earlier})
     elseif turn == 'run' and not f.is_stopped then
       states[number] = 'queued'
       set_step(key, number, 'queued', {queued_at = now})
@@ -149,7 +150,8 @@ function end_step(flow, number, state, facts)
 end
 
 -- What the hash of a step's job, or of its rows, says of how it went: these fields, unless others have made more of them.
-local OF_JOB = {started_at = 64, attempts = 64, unclean = 64, failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = MAX_CHECKPOINT}
+local OF_JOB = {started_at = 64, attempts = 64, unclean = 64, failed_reason = MAX_HISTORY, history = MAX_HISTORY, checkpoint = MAX_CHECKPOINT,
+  checkpoint_of = 512}
 local OF_ROWS = {started_at = 64, rows = 64, done = 64, skipped = 64, failed = 64, aborted = 64, failed_reason = MAX_HISTORY}
 
 local function facts_of_job(id, status, fields)
@@ -194,7 +196,7 @@ step_over = function(id, user, status)
       -- What was loaded of them is nobody's.
       abort_rows(rows, MAX_REJECTED_MS)
     end
-    facts.checkpoint = nil
+    facts.checkpoint, facts.checkpoint_of = nil, nil
   elseif is_rows then
     -- Another execution need not repeat what is done of them.
     local earlier = facts_of(redis.call('HGET', K.flow_steps(flow), number)).earlier
@@ -204,7 +206,7 @@ step_over = function(id, user, status)
     end
   end
   -- Where it was not done, another execution goes on from there.
-  if status == 'done' then facts.saved, facts.checkpoint = facts.checkpoint, nil end
+  if status == 'done' then facts.saved, facts.checkpoint, facts.checkpoint_of = facts.checkpoint, nil, nil end
   local state = (status == 'done' or status == 'cancelled') and status or 'failed'
   end_step(flow, number, state, facts)
 end

@@ -42,7 +42,7 @@ local before = goes_on and redis.call('HGET', K.flow_steps(last), 'plan')
 for number, step in ipairs(before and cmsgpack.unpack(before) or {}) do
   local entry = redis.call('HGET', K.flow_steps(last), number)
   local facts = facts_of(entry)
-  left[step[1]] = {checkpoint = facts.checkpoint, earlier = facts.earlier}
+  left[step[1]] = {checkpoint = facts.checkpoint, checkpoint_of = facts.checkpoint_of, earlier = facts.earlier}
   if state_of(entry) == 'done' then
     facts.from = facts.from or last
     done[step[1]] = facts

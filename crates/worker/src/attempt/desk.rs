@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use queue_core::ids::Pool;
 use queue_core::job::{CHECKPOINT_MAX_BYTES, TOLD};
 use queue_core::model::chunk::RowsTo;
 use queue_core::model::task::{Payload, Progress};
@@ -14,6 +15,7 @@ use tokio::sync::Notify;
 
 use super::Clock;
 use super::load::Loads;
+use crate::execute::chunks::position::{Identity, same};
 use crate::execute::task::{Desk, Problem, RowSink};
 use crate::stop::{Cause, Stop};
 
@@ -22,11 +24,48 @@ const LINE_MAX_BYTES: usize = 1024;
 /// Most bytes of what a handler says that it is doing.
 const NOTE_MAX_BYTES: usize = 1024;
 
+/// The work to which a checkpoint belongs: one handler's, on one input. For any other one it is a place in something else.
+pub(super) struct WorkOf {
+    pool: Pool,
+    input: Payload,
+    in_chunks: bool,
+}
+
+impl WorkOf {
+    pub(super) fn new(pool: Pool, input: Payload, in_chunks: bool) -> Self {
+        Self { pool, input, in_chunks }
+    }
+
+    fn identity(&self) -> Identity {
+        // Such a step compares by itself what it reads and writes; the rest of its input may be mended.
+        if self.in_chunks {
+            return Identity::of("a step in chunks");
+        }
+        let mut content = self.input.bytes.clone();
+        // Parameters may be given in another order the next time.
+        if let Ok(mut value) = serde_json::from_slice::<serde_json::Value>(&content) {
+            value.sort_all_objects();
+            content = value.to_string().into_bytes();
+        }
+        Identity::of(&self.pool.to_string()).with_digest("input", content)
+    }
+
+    fn text(&self) -> String {
+        serde_json::to_string(&self.identity()).expect("texts can be written to memory")
+    }
+
+    /// Why what was saved for another work can't be gone on from here.
+    pub(super) fn differs_from(&self, saved: &str) -> Option<String> {
+        let was: Identity = serde_json::from_str(saved).unwrap_or_default();
+        same("its handler", &self.identity(), &was).err().map(|problem| problem.reason)
+    }
+}
+
 /// The desk of one attempt.
 pub(super) struct Notebook {
     clock: Clock,
     /// What is saved is written at once, under the claim; and what its writing tells stops the attempt.
-    pen: Option<(Pen, Stop)>,
+    pen: Option<(Pen, Stop, WorkOf)>,
     loads: Option<Loads>,
     log_max_bytes: usize,
     pages: Mutex<Pages>,
@@ -43,7 +82,7 @@ struct Pages {
 }
 
 impl Notebook {
-    pub(super) fn new(clock: Clock, pen: Option<(Pen, Stop)>, loads: Option<Loads>) -> Self {
+    pub(super) fn new(clock: Clock, pen: Option<(Pen, Stop, WorkOf)>, loads: Option<Loads>) -> Self {
         let log_max_bytes = TOLD.iter().find(|(name, _)| *name == "log").map_or(0, |(_, most)| *most);
         // The line that tells how many others were left out has its place too.
         Self { clock, pen, loads, log_max_bytes: log_max_bytes - 64, pages: Mutex::default(), changed: Notify::new() }
@@ -118,8 +157,9 @@ impl Desk for Notebook {
                 "its checkpoint has {bytes} bytes, at most {CHECKPOINT_MAX_BYTES} are allowed"
             )));
         }
-        let Some((pen, stop)) = &self.pen else { return Ok(()) };
-        match pen.mark(&Fields::new().with("checkpoint", checkpoint.bytes)).await {
+        let Some((pen, stop, of)) = &self.pen else { return Ok(()) };
+        let fields = Fields::new().with("checkpoint", checkpoint.bytes).with("checkpoint_of", of.text());
+        match pen.mark(&fields).await {
             Ok(Mark::Held) => Ok(()),
             // It is kept, and the handler hears of the cancel as of any other.
             Ok(Mark::CancelAsked) => {
@@ -144,6 +184,8 @@ impl Desk for Notebook {
 
 #[cfg(test)]
 mod tests {
+    use queue_core::model::task::Encoding;
+
     use super::*;
 
     #[test]
@@ -158,6 +200,28 @@ mod tests {
         let lines: Vec<&str> = log.lines().collect();
         assert!(lines[0].ends_with("earlier lines are left out)") && lines.last().unwrap().contains(" 999 ä"), "{log}");
         assert!(lines.iter().all(|line| line.len() <= LINE_MAX_BYTES + 32));
+    }
+
+    #[test]
+    fn a_checkpoint_belongs_to_one_handler_and_one_input_whatever_the_order_of_its_fields() {
+        let of = |pool: &str, input: &str, in_chunks| {
+            let input = Payload { encoding: Encoding::Json, bytes: input.into() };
+            WorkOf::new(pool.parse().unwrap(), input, in_chunks)
+        };
+        let saved = of("etl.load", r#"{"day": 1, "mode": "full"}"#, false).text();
+        let said =
+            |now: WorkOf| now.differs_from(&saved).map(|reason| reason.split(". Put").next().unwrap().to_owned());
+        assert_eq!(said(of("etl.load", r#"{"mode":"full","day":1}"#, false)), None);
+        let begin = "it can't go on from its checkpoint: its handler";
+        for (now, wanted) in [
+            (of("etl.load", r#"{"day":2,"mode":"full"}"#, false), "'s input is another one than before"),
+            (of("etl.step", r#"{"day":1,"mode":"full"}"#, false), " was etl.load, and is etl.step now"),
+            (of("etl.load", "{}", true), " was etl.load, and is a step in chunks now"),
+        ] {
+            assert_eq!(said(now), Some(format!("{begin}{wanted}")));
+        }
+        let in_chunks = of("etl.load", "1", true);
+        assert_eq!(in_chunks.differs_from(&of("etl.step", "2", true).text()), None);
     }
 
     #[tokio::test]

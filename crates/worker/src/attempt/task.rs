@@ -10,7 +10,7 @@ use queue_core::session::Claim;
 use tokio::task::JoinError;
 use tracing::Instrument;
 
-use super::desk::Notebook;
+use super::desk::{Notebook, WorkOf};
 use super::load::Loads;
 use super::results::list;
 use super::{Clock, Ending, History, Means, Retries, Rules, final_verdict, set_aside_reason, sleep_until};
@@ -50,10 +50,16 @@ pub(super) async fn settle(claim: &Claim, means: &Means, rules: &Rules, stop: &S
     if task.timeout.is_zero() {
         return Some(failed("its deadline passed before it was begun"));
     }
+    let of = WorkOf::new(taken.pool.clone(), task.input.clone(), callee.in_chunks);
+    if let (Some(_), Ok(Some(saved))) = (&task.checkpoint, taken.text("checkpoint_of"))
+        && let Some(reason) = of.differs_from(saved)
+    {
+        return Some(failed(&reason));
+    }
     let started = clock.now();
     let timeout = task.timeout;
     let loads = callee.in_chunks.then(|| Loads::of(taken, &means.batches));
-    let notebook = Arc::new(Notebook::new(*clock, Some((claim.pen(), stop.clone())), loads));
+    let notebook = Arc::new(Notebook::new(*clock, Some((claim.pen(), stop.clone(), of)), loads));
     let outcome = execute(claim, means, callee, task, &notebook, stop).await;
     let at = clock.now();
     let told = notebook.fields();
