@@ -868,8 +868,14 @@ local function withdraw(id, user, retention_ms, ...)
   unschedule(id)
   record(id, user, 'status', 'cancelled', 'ended_at', now, 'cancel_requested_at', now, ...)
   file(id, user, redis.call('HGET', K.job(id), 'status'), retention_ms)
-  -- Another job is the user's head now, perhaps of another pool.
-  if is_user(user) then place_and_wake(line) end
+  -- Another job is the user's head now, perhaps of another pool. A line that is empty is nobody's to find, should nobody serve it.
+  local kind = parts_of(line)
+  if kind ~= 'sql' and redis.call('EXISTS', queue_of(line), K.high(line), K.low(line)) == 0 then
+    redis.call('ZREM', K.ready(kind), user)
+    unindex(line)
+  elseif is_user(user) then
+    place_and_wake(line)
+  end
 end
 
 -- Asks whoever runs a job to cancel it.

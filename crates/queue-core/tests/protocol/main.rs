@@ -8,6 +8,7 @@ mod fairness;
 mod flow;
 mod foreign;
 mod forged;
+mod generated;
 mod handle;
 mod hostile;
 mod inspect;

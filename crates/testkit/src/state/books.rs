@@ -21,13 +21,25 @@ impl State {
         keys.into_iter().map(|key| (self.ask(&["TYPE", &key]).text(), key)).map(|(kind, key)| (key, kind)).collect()
     }
 
-    /// Checks that the counters, the work lists and what foreign readers see all say the same as the claims.
+    /// Checks that the counters, the work lists, the batches and what foreign readers see all say the same as the claims.
     ///
     /// # Panics
     ///
     /// If they do not: with what says what. `row_ends` reads the results of a batch's rows.
     #[track_caller]
     pub fn check_books(&self, row_ends: impl Fn(&[u8]) -> Result<RowEnds, String>) {
+        let (claims, due) = self.check_books_of_jobs();
+        self.check_batches(&claims, &due, &row_ends);
+    }
+
+    /// The same but for what the records of batches say, which others may have rewritten. The claims, and what is
+    /// scheduled.
+    ///
+    /// # Panics
+    ///
+    /// As [`State::check_books`] does.
+    #[track_caller]
+    pub fn check_books_of_jobs(&self) -> (BTreeMap<String, String>, BTreeSet<String>) {
         let claims = self.ask(&["HGETALL", "drayman:claims"]).map();
         let mut running: BTreeMap<String, i64> = BTreeMap::new();
         let mut busy: BTreeMap<(String, String), i64> = BTreeMap::new();
@@ -124,7 +136,7 @@ impl State {
             let users: BTreeSet<String> = self.ask(&["SMEMBERS", "batch:wip:users"]).texts().into_iter().collect();
             assert_eq!(users, wip.into_keys().collect(), "the index of work in progress");
         }
-        self.check_batches(&claims, &due, &row_ends);
+        (claims, due)
     }
 
     /// Checks that each batch counts what its blocks, its chunks and its results say.
