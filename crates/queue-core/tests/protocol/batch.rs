@@ -586,6 +586,7 @@ async fn rows_that_end_while_the_files_of_an_aborted_batch_are_put_together_do_n
     let at_work = take_one(&session).await;
     let view = batches.abort(&job_id("b1")).await.unwrap();
     assert!(view.finishing && view.counts.aborted > 0, "{view:?}");
+    assert_eq!(at_work.pen().cut(3, &[]).await.unwrap(), Mark::CancelAsked, "what is cut off would be a new chunk");
     assert_eq!(all_ended(at_work, RowEnd::Done).await, Finished::Ended);
     assert_eq!(self::view(&batches, "b1").await.counts, view.counts);
     rig.balanced();

@@ -162,6 +162,7 @@ async fn thousands_of_jobs_go_back_in_several_calls_and_in_one_order() {
         async || rig.store.session_reclaim(doomed.id().as_str(), 0, &leader_id(), term).await.unwrap().unwrap();
     assert_eq!(reclaim().await, SessionEnd::More(1_000));
     assert_eq!(doomed.beat().await.unwrap(), Beat::Lost, "half gone is gone");
+    assert!(doomed.take(1).await.unwrap().is_err(), "it takes nothing of what it has just lost");
     assert_eq!(reclaim().await, SessionEnd::More(1_000));
     assert_eq!(reclaim().await, SessionEnd::Ended(500));
     assert!(rig.queue("alice") == before, "the order has changed");
