@@ -517,7 +517,7 @@ fn a_step_goes_on_only_in_the_file_that_it_has_read_and_says_so_otherwise() {
     // What lies behind may change as it likes.
     house.file("numbers.csv", &rows(&[1, 2, 3, 4, 50, 6, 7, 8]));
     assert_eq!(house.launch("mended", &same, &["--wait"]).code, 0, "{:?}", house.step("mended", "load"));
-    let written: Vec<u64> = {
+    let written: Vec<i64> = {
         let open = house.sqlite();
         let mut query = open.prepare("SELECT n FROM squares ORDER BY rowid").unwrap();
         query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
