@@ -1,17 +1,18 @@
-//! Keeps the books of jobs that an application runs itself: `cargo run -p queue-core --example tracker redis://127.0.0.1:6379/5`.
+//! Keeps the books of jobs that an application runs itself: `cargo run -p queue-core --example tracker`, at the Redis
+//! of the configuration, or of the URL that it is given.
 
 use std::error::Error;
 
 use queue_core::Store;
-use queue_core::config::{RedisConfig, Url};
+use queue_core::config::ClientConfig;
 use queue_core::model::track::{Failure, TrackStatus};
 use queue_core::tracker::{NewRecord, Order, Selection, StartOptions, Tracker};
 use serde_json::Value;
 
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn Error>> {
-    let url = std::env::args().nth(1).ok_or("say where Redis is: redis://127.0.0.1:6379/5")?;
-    keep_books(Store::connect(&RedisConfig { url: Url::new(url), ..RedisConfig::default() }).await?).await
+    let config = ClientConfig::of_process(None, std::env::args().nth(1))?;
+    keep_books(Store::connect(&config.redis).await?).await
 }
 
 /// Two jobs, of which the second fails and is listed.
