@@ -5,6 +5,7 @@ use std::io::Read;
 use queue_core::session::Session;
 use serde_json::Value;
 use testkit::RedisServer;
+use testkit::state::Piece;
 
 #[path = "../../cli/tests/support/mod.rs"]
 mod support;
@@ -47,7 +48,7 @@ fn a_waiting_job_is_cancelled_at_once() {
     let ran = program(&server).run(&["a"]);
     assert_eq!((ran.code, ran.out.as_str()), (0, "a  cancelled at once\n"), "{ran:?}");
     assert_eq!(hash(&server, "a")["status"], "cancelled");
-    assert_eq!(server.raw_db(DB, &["EXISTS", "batch:queue:ana"]).int(), 0);
+    assert!(!server.state(DB).has(Piece::Queue("ana")));
 
     let again = program(&server).run(&["a", "--json"]);
     assert_eq!(again.code, 1);
@@ -222,28 +223,26 @@ fn a_mass_cancel_asks_and_without_a_terminal_refuses() {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_mass_cancel_misses_nothing() {
     let server = RedisServer::start();
-    let mut client = server.client(DB);
+    let state = server.state(DB);
     // More than a page, in a queue that no index names, and a queue that shrinks while it is read.
     for (user, count) in [("long", 2_300), ("short", 900)] {
-        for at in 0..count {
-            let id = format!("{user}-{at}");
-            client.send(&["HSET", &format!("batch:jobs:{id}"), "user", user, "query", "q", "host", "h"]).unwrap();
-            client.send(&["LPUSH", &format!("batch:queue:{user}"), &id]).unwrap();
-        }
-        (0..count * 2).for_each(|_| _ = client.receive().unwrap());
+        let ids: Vec<String> = (0..count).map(|at| format!("{user}-{at}")).collect();
+        state.foreign().submit_many(user, &ids, &[("query", "q"), ("host", "h")]);
     }
     // What others leave lying about.
-    client.call(&["SET", "batch:queue:broken", "no list"]);
-    client.call(&[&b"LPUSH"[..], b"batch:queue:odd", b"\xff\xfe", b"a b", b"no-hash"]);
-    client.call(&["SET", "batch:jobs:no-hash", "no hash"]);
-    client.call(&["HSET", "batch:jobs:big", "user", "odd", "host", "h", "query", &"x".repeat(10 << 20)]);
-    client.call(&["LPUSH", "batch:queue:odd", "big"]);
+    state.spoil(Piece::Queue("broken"));
+    for id in [&b"\xff\xfe"[..], b"a b", b"no-hash"] {
+        state.foreign().push("odd", id);
+    }
+    state.spoil(Piece::Job("no-hash"));
+    state.set(Piece::Job("big"), &[("user", "odd"), ("host", "h"), ("query", "x".repeat(10 << 20).as_str())]);
+    state.foreign().push("odd", "big");
     let store = store(&server).await;
     let session = worker(&store).await;
     submit(&server, "due", "ana");
-    client.call(&["LREM", "batch:queue:ana", "0", "due"]);
-    client.call(&["HSET", "batch:jobs:due", "status", "scheduled"]);
-    client.call(&["ZADD", "drayman:due", "9999999999999", "due"]);
+    state.foreign().pull("ana", "due");
+    state.set_field("due", "status", "scheduled");
+    state.schedule_job("due", 9_999_999_999_999);
 
     let ran = program(&server).run(&["--all", "--yes", "--json"]);
     assert_eq!(ran.code, 0, "{}", ran.err);
@@ -251,7 +250,7 @@ async fn a_mass_cancel_misses_nothing() {
     ids.sort();
     ids.dedup();
     assert_eq!(ids.len(), 2_300 + 900 + 2);
-    assert!(ids.iter().all(|id| client.call(&["HGET", &format!("batch:jobs:{id}"), "status"]).text() == "cancelled"));
+    assert!(ids.iter().all(|id| state.status(id).unwrap() == "cancelled"));
     assert!(session.take(10).await.unwrap().unwrap().claims.is_empty());
 }
 

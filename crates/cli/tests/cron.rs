@@ -6,6 +6,7 @@ use queue_core::{leader, schedule};
 use serde_json::json;
 use std::time::Duration;
 use testkit::RedisServer;
+use testkit::state::Piece;
 
 mod support;
 
@@ -82,20 +83,19 @@ async fn a_schedule_is_defined_shown_paused_run_and_removed() {
     let store = store(&server).await;
     let session = SessionId::new("leader:1:a").unwrap();
     let leadership = leader::hold(&store, &session, Duration::from_secs(60)).await.unwrap().unwrap();
-    server.raw_db(DB, &["HSET", "drayman:schedule:often", "due", "1000000000000"]);
-    server.raw_db(DB, &["ZADD", "drayman:schedules", "1000000000000", "often"]);
+    server.state(DB).move_tick("often", 1_000_000_000_000);
     let limits = Limits { max_queued_per_user: 1.try_into().unwrap(), ..Limits::default() };
     assert!(schedule::tick(&leadership, &limits).await.unwrap().unwrap().more, "the years are passed over");
     let shown = &cron(&server, &["show", "often", "--json"]).json()[0];
     assert!(shown["misses"].as_u64() > Some(1_000), "{shown}");
     assert_eq!(shown["missed_because"], json!("it was paused, or no leader made it in time"));
-    server.raw_db(DB, &["HSET", "drayman:schedule:nightly", "due", "1000000000000", "grace", "99999999999999"]);
-    server.raw_db(DB, &["ZADD", "drayman:schedules", "1000000000000", "nightly"]);
+    server.state(DB).set(Piece::Schedule("nightly"), &[("grace", "99999999999999")]);
+    server.state(DB).move_tick("nightly", 1_000_000_000_000);
     schedule::tick(&leadership, &limits).await.unwrap().unwrap();
     let ran = cron(&server, &["show", "nightly"]);
     assert!(ran.out.contains("state         waiting\n"), "{ran:?}");
     assert!(ran.out.contains("waits for     its user has 1 jobs queued, as many as are allowed\n"), "{ran:?}");
-    server.raw_db(DB, &["HSET", "drayman:schedule:nightly", "zone", "Mars/\u{1b}[31m"]);
+    server.state(DB).set(Piece::Schedule("nightly"), &[("zone", "Mars/\u{1b}[31m")]);
     let ran = cron(&server, &["show", "nightly"]);
     assert!(ran.out.contains("unreadable    no IANA time zone") && !ran.out.contains('\u{1b}'), "{ran:?}");
     assert_eq!(cron(&server, &["run", "nightly"]).code, 4);

@@ -2,6 +2,7 @@
 
 use queue_core::leader;
 use testkit::RedisServer;
+use testkit::state::Piece;
 
 mod support;
 
@@ -62,12 +63,17 @@ async fn what_disagrees_is_found_and_repaired_if_asked() {
     let session = worker(&store).await;
     push(&server, "a", "ana", &[("host", "h")]);
     let claim = take_one(&store, &session).await;
-    server.raw_db(DB, &["DEL", &format!("drayman:session:{}", session.id())]);
-    server.raw_db(DB, &["SET", "drayman:odd\x1b[31m", "x"]);
+    server.state(DB).lose(Piece::Session(session.id().as_str()));
+    let odd = server.state(DB).put_unknown("odd\x1b[31m");
     let before = server.dump_db(DB);
     let ran = doctor(&server, &[]);
     assert_eq!((ran.code, server.dump_db(DB) == before), (8, true), "{ran:?}");
-    for text in ["claim-orphaned a: ", "[--repair]", "unknown-key drayman:odd\u{fffd}[31m: ", "disagreements"] {
+    for text in [
+        "claim-orphaned a: ",
+        "[--repair]",
+        &format!("unknown-key {}: ", odd.replace('\x1b', "\u{fffd}")),
+        "disagreements",
+    ] {
         assert!(ran.out.contains(text), "{text:?} is not in:\n{}", ran.out);
     }
     let ran = doctor(&server, &["--repair", "--json"]);
@@ -77,7 +83,7 @@ async fn what_disagrees_is_found_and_repaired_if_asked() {
     assert_eq!(fate("claim-orphaned").unwrap(), "repaired");
     assert_eq!((ran.code, fate("unknown-key").unwrap()), (8, "reported".into()), "one is left to the operator");
     assert_eq!(hash(&server, "a")["status"], "pending");
-    server.raw_db(DB, &["DEL", "drayman:odd\x1b[31m"]);
+    server.state(DB).lose_unknown("odd\x1b[31m");
     assert_eq!(doctor(&server, &[]).code, 0);
     drop(claim);
 }
@@ -88,7 +94,7 @@ async fn what_should_not_stay_is_a_warning() {
     let store = store(&server).await;
     push(&server, "a", "ana", &[("host", "h")]);
     store.notice(&[b"ana".to_vec()]).await.unwrap();
-    server.raw_db(DB, &["HSET", "drayman:pool:sql:far", "blocked", "a foreign worker schedules this host"]);
+    server.state(DB).set(Piece::Pool("sql:far"), &[("blocked", "a foreign worker schedules this host")]);
     let ran = doctor(&server, &[]);
     for text in [
         "maxmemory-policy is not noeviction",

@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::PathBuf;
 
+use testkit::state::Piece;
 use testkit::{Daemon, Postgres, RedisServer, Signal, bin};
 
 mod support;
@@ -127,8 +128,8 @@ impl House {
         assert_eq!(ran.code, 0, "{}", ran.err);
     }
 
-    fn pending(&self) -> i64 {
-        self.server.raw_db(DB, &["XLEN", "drayman:export"]).int()
+    fn pending(&self) -> usize {
+        self.server.state(DB).to_export()
     }
 
     fn stop(&self, worker: &Daemon) {
@@ -143,7 +144,7 @@ fn block_on<T>(work: impl Future<Output = T>) -> T {
 
 fn records_of_every_kind_are_there_once(house: &House) {
     let worker = house.worker();
-    until("the feed is on", || house.server.raw_db(DB, &["EXISTS", "drayman:exporting"]).int() == 1);
+    until("the feed is on", || house.server.state(DB).has(Piece::FeedOn));
     let submit = |id: &str, more: &[&str]| {
         house.drayman.run(&[&["submit", "--user", "o'neil", "--id", id, "--wait"], more].concat())
     };
@@ -234,7 +235,7 @@ fn a_leader_that_is_killed_again_and_again_loses_no_record_and_writes_none_twice
     const JOBS: u64 = 4_000;
     let house = House::build(Some(Postgres::start()), 1_000_000);
     let first = house.worker();
-    until("the feed is on", || house.server.raw_db(DB, &["EXISTS", "drayman:exporting"]).int() == 1);
+    until("the feed is on", || house.server.state(DB).has(Piece::FeedOn));
     house.submit(1, JOBS);
     let mut worker = first;
     for part in 1..=3 {
@@ -243,7 +244,7 @@ fn a_leader_that_is_killed_again_and_again_loses_no_record_and_writes_none_twice
         worker.wait();
         worker = house.worker();
     }
-    let ends = || house.server.raw_db(DB, &["ZCARD", "drayman:finished"]).int() as u64;
+    let ends = || house.server.state(DB).finished().len() as u64;
     until("all have ended", || ends() == JOBS);
     until("all are written", || house.count("drayman_jobs") == JOBS && house.pending() == 0);
     assert_eq!(house.ask("SELECT count(DISTINCT id) FROM drayman_jobs"), [JOBS.to_string()]);
@@ -267,7 +268,7 @@ fn records_wait_for_a_database_that_is_away_and_what_is_dropped_is_counted() {
     let worker = house.worker();
     until("it is said again", || worker.output().contains("records can't be exported now"));
     house.submit(51, 1050);
-    until("all have ended", || house.server.raw_db(DB, &["ZCARD", "drayman:finished"]).int() == 1050);
+    until("all have ended", || house.server.state(DB).finished().len() == 1050);
     fs::rename(house.path("away"), house.path("history")).unwrap();
     let dropped = || house.ask("SELECT dropped FROM drayman_export").first().map_or(0, |text| text.parse().unwrap());
     until("what is left is written", || house.count("drayman_jobs") + dropped() == 1050);
@@ -284,7 +285,7 @@ fn without_an_exporter_nothing_is_kept_for_one() {
         .unwrap();
     let worker = house.worker();
     house.submit(1, 20);
-    until("they have ended", || house.server.raw_db(DB, &["ZCARD", "drayman:finished"]).int() == 20);
-    assert_eq!(house.server.raw_db(DB, &["EXISTS", "drayman:export", "drayman:exporting"]).int(), 0);
+    until("they have ended", || house.server.state(DB).finished().len() == 20);
+    assert!(!house.server.state(DB).has_any(&[Piece::Feed, Piece::FeedOn]));
     house.stop(&worker);
 }

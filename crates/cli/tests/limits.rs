@@ -2,6 +2,7 @@
 
 use queue_core::ids::SessionId;
 use testkit::RedisServer;
+use testkit::state::Piece;
 
 mod support;
 
@@ -23,7 +24,7 @@ async fn limits_are_set_shown_and_cleared() {
     let args = "limits --user ana --rate 1/1h --concurrency 4 --weight 2 --timeout 10m";
     let ran = drayman(&server, &args.split(' ').collect::<Vec<_>>());
     assert_eq!((ran.code, ran.err.as_str()), (0, ""), "{ran:?}");
-    let limits = server.raw_db(DB, &["HGETALL", "limits:batch:ana"]).map();
+    let limits = server.state(DB).fields(Piece::Limits("ana"));
     let limits: Vec<_> = limits.iter().map(|(name, value)| format!("{name} {value}")).collect();
     assert_eq!(limits, ["concurrency 4", "period 3600000", "rate 1", "timeout 600000", "weight 2"]);
     for id in ["a", "b"] {
@@ -59,7 +60,7 @@ async fn limits_are_set_shown_and_cleared() {
         let ran = drayman(&server, &[&["limits"], &wrong.split(' ').collect::<Vec<_>>()[..]].concat());
         assert_eq!(ran.code, 2, "{wrong}: {ran:?}");
     }
-    server.raw_db(DB, &["SET", "limits:batch:ana", "x"]);
+    server.state(DB).spoil(Piece::Limits("ana"));
     let ran = drayman(&server, &["limits", "--user", "ana", "--weight", "2"]);
     assert_eq!((ran.code, ran.err.contains("holds a string")), (4, true), "{ran:?}");
     let ran = drayman(&server, &["limits"]);
@@ -122,7 +123,7 @@ async fn what_waits_for_pools_that_nobody_serves_is_listed() {
     // The case of an operation does not matter, here as little as anywhere.
     assert_eq!(unserved(&["--pool", "Bank.PAY", "--user", "bo"]).lines().len(), 2);
     drayman(&server, &["limits", "--pool", "Bank.PAY", "--concurrency", "3"]);
-    assert_eq!(server.raw_db(DB, &["HGET", "drayman:pool:Bank.pay", "concurrency"]).text(), "3");
+    assert_eq!(server.state(DB).fields(Piece::Pool("Bank.pay"))["concurrency"], "3");
     let overview = drayman(&server, &["doctor", "--json"]).json()[0]["overview"].clone();
     let pool =
         &overview["unserved"].as_array().unwrap().iter().find(|pool| pool["pool"] == "Bank.pay").unwrap().clone();
@@ -134,11 +135,11 @@ async fn what_waits_for_pools_that_nobody_serves_is_listed() {
     let id = SessionId::generate("test", 2);
     store.session_open(&id, "Bank.*", "test", 2, &[]).await.unwrap();
     assert_eq!(unserved(&["--user", "ana"]).lines().len(), 1);
-    server.raw_db(DB, &["HSET", &format!("drayman:session:{id}"), "beat_at", "2024-01-01T00:00:00.000Z"]);
+    server.state(DB).set(Piece::Session(id.as_str()), &[("beat_at", "2024-01-01T00:00:00.000Z")]);
     assert_eq!(unserved(&["--user", "ana"]).lines().len(), 2);
     // What is gone or of another type is nothing that waits.
-    server.raw_db(DB, &["SET", "batch:queue:bad", "x"]);
-    server.raw_db(DB, &["DEL", "batch:jobs:t3"]);
+    server.state(DB).spoil(Piece::Queue("bad"));
+    server.state(DB).lose(Piece::Job("t3"));
     assert_eq!(unserved(&["--user", "bo"]).lines().len(), 1);
     store.session_close(session.id()).await.unwrap();
     assert!(unserved(&[]).out.contains("sql:h"), "nobody is left");

@@ -1,3 +1,5 @@
+//! Black box: the page's examples and what is asserted of them may not change while the core is rebuilt.
+//!
 //! The page for producers: each of its examples is run, and what it submitted is taken as a worker would.
 
 use std::collections::BTreeMap;
@@ -10,6 +12,7 @@ use queue_core::model::Status;
 use queue_core::model::sql::{Kind, SqlJob};
 use queue_core::scripts::{Fields, Verdict};
 use testkit::RedisServer;
+use testkit::state::Priority;
 
 #[path = "support/submit_example.rs"]
 mod submit_example;
@@ -210,7 +213,7 @@ async fn the_examples_that_call_a_handler_get_its_result() {
     let session = worker(&store).await;
     let url = server.url_db(DB);
     let calling = tokio::spawn(async move { task_example::call(&url).await.map_err(|error| error.to_string()) });
-    until("it is queued", || server.raw_db(DB, &["LLEN", "drayman:tasks:invoices.render:ana"]).int() == 1);
+    until("it is queued", || server.state(DB).waiting_tasks("ana", "invoices.render", Priority::Normal).len() == 1);
     let claim = take_one(&store, &session).await;
     let id = claim.job().id.to_string();
     assert_eq!(hash(&server, &id)["unique"], "invoice-7");

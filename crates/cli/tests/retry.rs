@@ -61,5 +61,5 @@ async fn what_failed_is_run_anew_by_name_or_by_selection() {
     {
         assert_eq!(drayman(&server, wrong).code, 2, "{wrong:?}");
     }
-    assert_eq!(server.raw_db(DB, &["LLEN", "batch:queue:ana"]).int(), 4);
+    assert_eq!(server.state(DB).waiting("ana").len(), 4);
 }

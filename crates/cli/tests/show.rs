@@ -5,6 +5,7 @@ use std::time::Duration;
 use queue_core::scripts::{Fields, Verdict};
 use serde_json::Value;
 use testkit::RedisServer;
+use testkit::state::Piece;
 
 mod support;
 
@@ -86,7 +87,7 @@ fn status_shows_everything_but_secrets() {
 fn a_job_that_is_none_is_not_found() {
     let server = RedisServer::start();
     push(&server, "a", "ana", CONNECTION);
-    server.raw_db(DB, &["SET", "batch:jobs:text", "x"]);
+    server.state(DB).spoil(Piece::Job("text"));
     let ran = drayman(&server, &["status", "x", "a", "text"]);
     assert_eq!((ran.code, ran.err.as_str()), (3, "Job with id x not found\nJob with id text not found\n"));
     assert!(ran.out.contains("status        pending"), "{ran:?}");
@@ -148,13 +149,10 @@ async fn list_filters() {
 #[test]
 fn a_long_list_is_read_in_pages() {
     let server = RedisServer::start();
-    let mut client = server.client(DB);
-    for at in 0..2_500 {
-        client.send(&["HSET", &format!("batch:jobs:{at}"), "user", "ana", "host", "h"]).unwrap();
-        client.send(&["LPUSH", "batch:queue:ana", &at.to_string()]).unwrap();
-    }
-    (0..5_000).for_each(|_| _ = client.receive().unwrap());
-    client.call(&["SADD", "batch:indexes:queue", "ana"]);
+    let state = server.state(DB);
+    let ids: Vec<String> = (0..2_500).map(|at| at.to_string()).collect();
+    state.foreign().submit_many("ana", &ids, &[("host", "h")]);
+    state.foreign().index("ana");
     let ran = drayman(&server, &["list", "--limit", "5000", "--json"]);
     let listed = ran.json();
     assert_eq!(listed.len(), 2_500);
@@ -165,16 +163,24 @@ fn a_long_list_is_read_in_pages() {
 #[test]
 fn what_others_wrote_hurts_nobody() {
     let server = RedisServer::start();
-    let mut client = server.client(DB);
-    for key in ["drayman:claims", "drayman:due", "drayman:finished", "batch:queue:set", "batch:rejected"] {
-        client.call(&["SET", key, "of another type"]);
+    let state = server.state(DB);
+    for piece in [Piece::Claims, Piece::Scheduled, Piece::Finished, Piece::Queue("set"), Piece::Rejected] {
+        state.spoil(piece);
     }
-    client.call(&["SADD", "batch:indexes:queue", "set", "odd", "none"]);
+    for user in ["set", "odd", "none"] {
+        state.foreign().index(user);
+    }
     let big = "x".repeat(10 << 20);
-    client.call(&["HSET", "batch:jobs:big", "user", "odd", "query", &big, "host", &big, "created_at", "yesterday"]);
-    client.call(&[&b"HSET"[..], b"batch:jobs:bytes", b"user", b"odd", b"host", b"\xff\xfe\x1b[2J", b"query", b"\xff"]);
-    client.call(&["HSET", "batch:jobs:nested", "user", "odd", "query", &"[".repeat(100_000), "status", "no such"]);
-    client.call(&[&b"LPUSH"[..], b"batch:queue:odd", b"\xff", b"a b", b"", b"big", b"bytes", b"nested", b"missing"]);
+    state.set(
+        Piece::Job("big"),
+        &[("user", "odd"), ("query", big.as_str()), ("host", &big), ("created_at", "yesterday")],
+    );
+    let bytes: [(&str, &[u8]); 3] = [("user", b"odd"), ("host", b"\xff\xfe\x1b[2J"), ("query", b"\xff")];
+    state.set(Piece::Job("bytes"), &bytes);
+    state.set(Piece::Job("nested"), &[("user", "odd"), ("query", "[".repeat(100_000).as_str()), ("status", "no such")]);
+    for id in [&b"\xff"[..], b"a b", b"", b"big", b"bytes", b"nested", b"missing"] {
+        state.foreign().push("odd", id);
+    }
     let ran = drayman(&server, &["list"]);
     assert_eq!((ran.code, ran.lines().len()), (0, 4), "{ran:?}");
     assert!(!ran.out.contains('\x1b') && ran.out.len() < 2_000);
@@ -192,8 +198,9 @@ async fn what_was_set_aside_is_listed_with_its_reason() {
     let server = RedisServer::start();
     let store = store(&server).await;
     let session = worker(&store).await;
-    server.raw_db(DB, &["HSET", "batch:jobs:theirs", "user", "bo", "host", "h", "query", "q"]);
-    server.raw_db(DB, &["LPUSH", "batch:queue:ana", "theirs", "a b"]);
+    server.state(DB).set(Piece::Job("theirs"), &[("user", "bo"), ("host", "h"), ("query", "q")]);
+    server.state(DB).foreign().push("ana", "theirs");
+    server.state(DB).foreign().push("ana", "a b");
     store.notice(&[b"ana".to_vec()]).await.unwrap();
     assert!(session.take(1).await.unwrap().unwrap().claims.is_empty());
 
@@ -224,7 +231,7 @@ async fn watch_shows_each_move_and_ends_with_the_last() {
     push(&server, "a", "ana", fields);
     push(&server, "b", "bo", fields);
     let mut running = Program::new(PROGRAM, &server).start(&["watch", "a", "b", "--json"]);
-    until("it listens", || server.raw(&["PUBSUB", "NUMSUB", "drayman:events:ana"]).to_string().contains('1'));
+    until("it listens", || server.state(DB).listeners("ana") == 1);
     store.notice(&[b"ana".to_vec(), b"bo".to_vec()]).await.unwrap();
     let mut claims = session.take(2).await.unwrap().unwrap().claims;
     claims.sort_by_key(|claim| claim.job().id.clone());
@@ -274,7 +281,7 @@ async fn watch_lives_through_a_short_outage() {
     let claim = take_one(&store, &session).await;
     let program = Program::new(PROGRAM, &server).env("DRAYMAN_REDIS__COMMAND_TIMEOUT", "500ms");
     let running = program.start(&["watch", "a"]);
-    until("it listens", || server.raw(&["PUBSUB", "NUMSUB", "drayman:events:ana"]).to_string().contains('1'));
+    until("it listens", || server.state(DB).listeners("ana") == 1);
     server.pause();
     tokio::time::sleep(Duration::from_secs(2)).await;
     server.resume();
@@ -289,15 +296,15 @@ async fn watch_lives_through_a_short_outage() {
 fn watch_of_a_user_goes_on_until_nobody_reads() {
     let server = RedisServer::start();
     let mut running = Program::new(PROGRAM, &server).start(&["watch", "--user", "ana"]);
-    until("it listens", || server.raw(&["PUBSUB", "NUMSUB", "drayman:events:ana"]).to_string().contains('1'));
-    server.raw(&["PUBLISH", "drayman:events:bo", "b running"]);
-    server.raw(&["PUBLISH", "drayman:events:ana", "a running"]);
+    until("it listens", || server.state(DB).listeners("ana") == 1);
+    server.state(DB).publish_event("bo", "b", "running");
+    server.state(DB).publish_event("ana", "a", "running");
     let mut line = String::new();
     let out = running.0.stdout.take().unwrap();
     std::io::BufRead::read_line(&mut std::io::BufReader::new(out), &mut line).unwrap();
     assert!(line.ends_with("a  ana  running\n"), "{line}");
     until("it has ended", || {
-        server.raw(&["PUBLISH", "drayman:events:ana", "a done"]);
+        server.state(DB).publish_event("ana", "a", "done");
         running.has_ended()
     });
     let ran = running.end();

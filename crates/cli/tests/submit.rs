@@ -157,7 +157,7 @@ async fn waiting_tells_how_it_ended() {
     for (status, code) in [("done", 0), ("failed", 1), ("cancelled", 1)] {
         let program = Program::new(PROGRAM, &server);
         let running = program.start(&["submit", "--user", "ana", "--database", "app", "--id", status, "--wait", "q"]);
-        until("it is queued", || server.raw_db(DB, &["LLEN", "batch:queue:ana"]).int() == 1);
+        until("it is queued", || server.state(DB).waiting("ana").len() == 1);
         finish(take_one(&store, &session).await, status).await;
         let ran = tokio::task::spawn_blocking(|| running.end()).await.unwrap();
         assert_eq!((ran.code, ran.out.trim()), (code, status));
@@ -203,7 +203,7 @@ fn without_redis_it_says_so() {
 #[test]
 fn another_version_of_the_keys_is_refused() {
     let server = RedisServer::start();
-    server.raw_db(DB, &["SET", "drayman:version", "9.1"]);
+    server.state(DB).set_version("9.1");
     let ran = submit(&server, &["--user", "ana", "--database", "app", "q"]);
     assert_eq!(
         (ran.code, ran.err.as_str()),

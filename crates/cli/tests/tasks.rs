@@ -9,6 +9,7 @@ use queue_core::scripts::{Fields, Verdict};
 use queue_core::session::Claim;
 use serde_json::{Value, json};
 use testkit::RedisServer;
+use testkit::state::{Piece, Priority};
 
 mod support;
 
@@ -60,7 +61,7 @@ fn all_that_can_be_said_of_a_task_stands_in_its_hash() {
     ] {
         assert_eq!(fields.get(name).map(String::as_str), Some(value), "{name}");
     }
-    assert_eq!(server.raw_db(DB, &["LRANGE", "drayman:low:bank.pay:ana", "0", "-1"]).texts(), ["a"]);
+    assert_eq!(server.state(DB).waiting_tasks("ana", "bank.pay", Priority::Low), ["a"]);
     let ran = submit(&server, &["--unique", "order=7=done", "{}"]);
     assert_eq!((ran.code, ran.err.as_str()), (4, "job a holds its unique key\n"));
 }
@@ -76,7 +77,7 @@ fn an_input_is_an_argument_a_file_or_standard_input() {
     let ran = |id: &str, args: &[&str], stdin: &[u8]| {
         let ran = program.run_with(&[&CALL[..], &["--id", id], args].concat(), stdin);
         assert_eq!(ran.code, 0, "{ran:?}");
-        let input = server.raw_db(DB, &["HGET", &format!("batch:jobs:{id}"), "input"]).bytes().to_vec();
+        let input = server.state(DB).field_of(Piece::Job(id), "input").unwrap();
         (input, hash(&server, id)["encoding"].clone())
     };
     let as_msgpack = (packed.clone(), "msgpack".to_owned());
@@ -135,7 +136,7 @@ fn lines_may_be_tasks_and_statements() {
     assert_eq!((hash(&server, "t")["input"].as_str(), hash(&server, "t")["unique_scope"].as_str()), ("[1]", "done"));
     assert!(!hash(&server, "t").contains_key("database"));
     assert_eq!(hash(&server, "s")["database"], "app");
-    assert_eq!(server.raw_db(DB, &["HGET", "batch:jobs:n", "input"]).bytes(), b"\xc0");
+    assert_eq!(server.state(DB).field_of(Piece::Job("n"), "input").unwrap(), b"\xc0");
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -146,7 +147,7 @@ async fn a_task_that_is_waited_for_writes_its_result_alone() {
     let program = Program::new(PROGRAM, &server);
     let run = async |args: &[&str], fields: Fields| {
         let running = program.start(&[&CALL[..], args, &["--wait", "{}"]].concat());
-        until("it is queued", || server.raw_db(DB, &["LLEN", "drayman:tasks:bank.pay:ana"]).int() == 1);
+        until("it is queued", || server.state(DB).waiting_tasks("ana", "bank.pay", Priority::Normal).len() == 1);
         finish(take_one(&store, &session).await, fields).await;
         tokio::task::spawn_blocking(|| running.end()).await.unwrap()
     };

@@ -7,6 +7,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use testkit::RedisServer;
+use testkit::state::Piece;
 
 mod support;
 
@@ -216,7 +217,7 @@ fn a_command_whose_lock_is_lost_is_stopped_with_all_that_it_started() {
     let running = house.start(&["j", "--create", "--expire", "1s", "--grace", "50ms"], script);
     let (outer, inner) = (house.pid("outer"), house.pid("inner"));
     // Another has followed.
-    house.server.raw_db(DB, &["HSET", "drayman:track:default:j", "lock", "somebody"]);
+    house.server.state(DB).set(Piece::Tracked("default", "j"), &[("lock", "somebody")]);
     ended(&running.end(), 124, "j: the lock was lost; the command was stopped");
     until("both are gone", || is_gone(outer) && is_gone(inner));
     let record = house.show("j");
@@ -226,7 +227,7 @@ fn a_command_whose_lock_is_lost_is_stopped_with_all_that_it_started() {
     // One that ends before it hears of it has changed nothing either.
     let running = house.start(&["k", "--create"], "echo $$ > pid; until test -e go; do sleep 0.02; done");
     house.pid("pid");
-    house.server.raw_db(DB, &["HSET", "drayman:track:default:k", "lock", "somebody"]);
+    house.server.state(DB).set(Piece::Tracked("default", "k"), &[("lock", "somebody")]);
     fs::write(house.file("go"), "").unwrap();
     ended(&running.end(), 124, "k: the lock is lost");
     assert_eq!(house.show("k")["status"], "in_progress");

@@ -164,7 +164,7 @@ async fn a_file_becomes_a_batch_with_the_lines_of_the_file_and_goes_to_the_archi
     assert_eq!(rows.iter().map(|(line, _)| *line).collect::<Vec<_>>(), [2, 4, 6]);
     assert_eq!(rows[1].1, json!({ "id": "2", "name": "bob\nor so" }));
     assert_eq!(view.files["names"].bytes, "2 ann\n4 bob\nor so\n6 eve\n".len() as u64);
-    let context = house.redis.raw_db(DB, &["HGET", &format!("batch:jobs:{}", batch.id), "batch_context"]).text();
+    let context = house.redis.state(DB).field(batch.id.as_str(), "batch_context").unwrap();
     assert_eq!(context, r#"{"day":"monday"}"#);
     house.settled().await;
     stop(&daemon);
@@ -384,8 +384,7 @@ async fn killed_at_any_moment_daemons_leave_each_file_one_batch_or_one_reason() 
     assert_eq!(count(".archive/", ".bad.jsonl"), 20, "{files:?}");
     assert_eq!(files.len(), 100, "{files:?}");
     // No load is left half done.
-    let keys = house.redis.raw_db(DB, &["KEYS", "drayman:batch_rows:*"]).texts();
-    assert_eq!(keys.len(), 40);
+    assert_eq!(house.redis.state(DB).batches_with_rows().len(), 40);
     stop(&daemon);
 }
 
@@ -485,7 +484,7 @@ async fn a_checker_decides_what_becomes_of_a_file_and_nobody_decides_while_it_is
     assert_eq!(sources["good.jsonl"].op.as_deref(), Some("book"));
     let other = &sources["other.jsonl"];
     assert_eq!(other.op.as_deref(), Some("post"));
-    let context = house.redis.raw_db(DB, &["HGET", &format!("batch:jobs:{}", other.id), "batch_context"]).text();
+    let context = house.redis.state(DB).field(other.id.as_str(), "batch_context").unwrap();
     assert_eq!(serde_json::from_str::<Value>(&context).unwrap(), json!({ "b": 2 }));
     house.settled().await;
     stop(&daemon);

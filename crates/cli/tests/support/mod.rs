@@ -151,19 +151,12 @@ pub async fn finish(claim: Claim, status: &str) {
 
 /// The fields of a job.
 pub fn hash(server: &RedisServer, id: &str) -> BTreeMap<String, String> {
-    server.raw_db(DB, &["HGETALL", &format!("batch:jobs:{id}")]).map()
+    server.state(DB).record(id)
 }
 
 /// Submits by plain commands, as a foreign producer does.
 pub fn push(server: &RedisServer, id: &str, user: &str, fields: &[(&str, &str)]) {
-    let mut client = server.client(DB);
-    let key = format!("batch:jobs:{id}");
-    let mut hset = vec!["HSET", &key, "user", user, "status", "pending"];
-    fields.iter().for_each(|(name, value)| hset.extend([*name, *value]));
-    client.call(&hset);
-    client.call(&["LPUSH", &format!("batch:queue:{user}"), id]);
-    client.call(&["SADD", "batch:indexes:queue", user]);
-    client.call(&["PUBLISH", "batch:users", user]);
+    server.state(DB).foreign().submit(user, id, &[&[("status", "pending")], fields].concat());
 }
 
 /// Waits for a state.
