@@ -11,6 +11,7 @@ use queue_core::retry::{Retried, Retrier};
 use support::house::{DATABASE, House};
 use support::*;
 use testkit::eventually;
+use testkit::state::Piece;
 
 /// Raises an error for as long as `tries` has not been asked so many times. Sequences count in what is rolled back, too.
 fn raise(code: &str, until: u32) -> String {
@@ -49,7 +50,7 @@ async fn every_attempt_is_told_of_and_after_the_last_one_a_job_is_ignored_and_ke
         assert_eq!(told, (Some("0"), worker_name.as_str(), "not yet", false));
         assert!(*one.started_at.as_ref().unwrap() <= one.ended_at);
     }
-    let left_ms = house.command(&["PTTL", "batch:jobs:in-vain"]).int();
+    let left_ms = house.state().expires_in_ms(Piece::Job("in-vain")).expect("it has an end");
     assert!((49_000_000..=50_000_000).contains(&left_ms), "{left_ms}");
 
     // What succeeds in the end keeps its history, and nothing else of it.
@@ -159,7 +160,7 @@ async fn odd_values_of_what_a_job_says_of_its_retries_harm_nobody() {
             job = job.with(name, value);
         }
         job.push();
-        let reached = async || (house.field(id, "status").text() == status).then_some(());
+        let reached = async || (house.field(id, "status").as_deref() == Some(status)).then_some(());
         eventually(id, reached).await;
     }
     house.job("after", "SELECT 1").push();

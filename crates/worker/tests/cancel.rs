@@ -64,9 +64,9 @@ async fn a_running_statement_of_sqlite_stops_within_a_moment() {
                    WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n) SELECT count(*) FROM n";
     house.job("running", endless).on("files").push();
     house.running("running").await;
-    let claimed = || house.command(&["HEXISTS", "drayman:claims", "running"]).int();
+    let is_claimed = || house.state().claim("running").is_some();
     assert_eq!(house.cancel("running").await, Cancelled::Requested);
-    eventually("the claim to end", async || (claimed() == 0).then_some(())).await;
+    eventually("the claim to end", async || (!is_claimed()).then_some(())).await;
     assert_eq!(house.ended("running").await.status(), "cancelled");
     let file = folder.path().join("ann.db");
     let rows: i64 =
@@ -83,8 +83,7 @@ async fn a_cancel_whose_message_is_lost_comes_with_the_heartbeat() {
     let session = house.running("unheard").await.text("worker").expect("the record names the session");
     house.executing("unheard", "pg_sleep").await;
     // What the canceller writes, without what it says.
-    house.command(&["HSET", "batch:jobs:unheard", "cancel_requested_at", "2026-01-01T00:00:00.000Z"]);
-    house.command(&["SADD", &format!("drayman:cancels:{session}"), "unheard"]);
+    house.state().ask_to_cancel_quietly(&session, "unheard");
     assert_eq!(house.ended("unheard").await.status(), "cancelled");
     worker.stop().await;
 }
@@ -98,7 +97,7 @@ async fn a_cancel_that_somebody_writes_into_the_hash_comes_with_the_heartbeat_an
     );
     house.job("written", &list).push();
     house.executing("written", "pg_sleep").await;
-    house.command(&["HSET", "batch:jobs:written", "status", "cancelled"]);
+    house.state().set_field("written", "status", "cancelled");
     eventually("the claim to end", async || (house.claims() == 0).then_some(())).await;
     let view = house.ended("written").await;
     assert_eq!(view.status(), "cancelled");

@@ -18,6 +18,7 @@ use queue_core::retry::Retrier;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use support::{DB, config, ended, job_id, store};
+use testkit::state::Piece;
 use testkit::{RedisServer, end_of, eventually};
 use worker::builder::{Worker, WorkerBuilder};
 use worker::execute::chunks::files::{csv, csv_to, json_lines, json_lines_to};
@@ -65,8 +66,7 @@ impl House {
 
     /// The job's own word of what it has done.
     fn checkpoint(&self, id: &str) -> Value {
-        serde_json::from_slice(self.redis.raw_db(DB, &["HGET", &format!("batch:jobs:{id}"), "checkpoint"]).bytes())
-            .unwrap()
+        serde_json::from_slice(&self.redis.state(DB).field_of(Piece::Job(id), "checkpoint").unwrap()).unwrap()
     }
 
     fn path(&self, name: &str) -> std::path::PathBuf {
@@ -207,7 +207,7 @@ async fn after_a_failure_a_new_run_goes_on_behind_the_last_chunk_that_was_saved_
                 saved[count] = json!(0);
             }
             (saved["reader"], saved["writer"]) = (Value::Null, Value::Null);
-            house.redis.raw_db(DB, &["HSET", &format!("batch:jobs:{id}"), "checkpoint", &saved.to_string()]);
+            house.redis.state(DB).set_field(&id, "checkpoint", saved.to_string());
         }
         assert_eq!(read_again.swap(0, Ordering::SeqCst), 57);
         mended.store(true, Ordering::SeqCst);
@@ -378,14 +378,11 @@ async fn an_attempt_that_was_given_up_writes_nothing_more_into_the_database() {
     house.submit("t1").await;
     eventually("the sleeper to sleep", async || reached.load(Ordering::SeqCst).then_some(())).await;
     // Its job is another's: as after the end of its session.
-    let session = house.redis.raw_db(DB, &["HGET", "drayman:claims", "t1"]).text();
-    let session = session.split('\t').next().unwrap().to_owned();
-    house.redis.raw_db(DB, &["HDEL", "drayman:claims", "t1"]);
-    house.redis.raw_db(DB, &["HDEL", &format!("drayman:work:{session}"), "t1"]);
-    house.redis.raw_db(DB, &["HSET", "batch:jobs:t1", "status", "pending"]);
-    house.redis.raw_db(DB, &["LPUSH", "batch:queue:ann", "t1"]);
-    house.redis.raw_db(DB, &["SADD", "batch:indexes:queue", "ann"]);
-    house.redis.raw_db(DB, &["PUBLISH", "batch:users", "ann"]);
+    let state = house.redis.state(DB);
+    state.lose_claim_and_holder("t1");
+    state.set_field("t1", "status", "pending");
+    state.foreign().push("ann", "t1");
+    state.foreign().announce("ann");
     let awake = Running::start(&house, work(false));
     assert_eq!(counted(&house.ended("t1").await).write_count, 50);
     gate.store(true, Ordering::SeqCst);

@@ -1,3 +1,5 @@
+//! Black box: what is compared may not change while the core is rebuilt.
+//!
 //! The recorded outcomes of the reference, run through a real worker, Redis and PostgreSQL.
 
 mod support;

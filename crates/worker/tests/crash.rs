@@ -84,8 +84,8 @@ impl House {
         assert_eq!(ended(&self.inspect, "next").await.status(), "done");
     }
 
-    fn claims(&self) -> i64 {
-        self.redis.raw_db(DB, &["HLEN", "drayman:claims"]).int()
+    fn claims(&self) -> usize {
+        self.redis.state(DB).running()
     }
 }
 
@@ -157,29 +157,20 @@ async fn stopped_before_its_statement_the_worker_finds_its_claim_gone_and_runs_n
     to_postgres.delay(Duration::from_secs(600));
     let first = house.worker();
     let (host, port) = (to_postgres.addr().ip().to_string(), to_postgres.addr().port().to_string());
-    let job = [
-        "HSET",
-        "batch:jobs:early",
-        "user",
-        "user",
-        "status",
-        "pending",
-        "query",
-        "SELECT enter('x')",
-        "host",
-        &host,
-        "port",
-        &port,
-        "dbname",
-        DATABASE,
-        "dbuser",
-        "postgres",
-        "pass",
-        "",
+    let fields = [
+        ("user", "user"),
+        ("status", "pending"),
+        ("query", "SELECT enter('x')"),
+        ("host", &host),
+        ("port", &port),
+        ("dbname", DATABASE),
+        ("dbuser", "postgres"),
+        ("pass", ""),
     ];
-    house.redis.raw_db(DB, &job);
-    house.redis.raw_db(DB, &["LPUSH", "batch:queue:user", "early"]);
-    house.redis.raw_db(DB, &["SADD", "batch:indexes:queue", "user"]);
+    let state = house.redis.state(DB);
+    state.foreign().write("early", &fields);
+    state.foreign().push("user", "early");
+    state.foreign().index("user");
     running(&house.inspect, "early").await;
     eventually("the connection", async || (to_postgres.connections() > 0).then_some(())).await;
     first.signal(Signal::SIGSTOP);

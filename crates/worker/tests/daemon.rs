@@ -9,6 +9,7 @@ use std::time::Duration;
 use queue_core::inspect::JobView;
 use support::house::{Gate, House};
 use support::*;
+use testkit::state::Piece;
 use testkit::{Daemon, NotifySocket, Proxy, RedisServer, Scratch, Signal, bin, eventually, eventually_blocking};
 
 const ENDLESS: &str = "SELECT pg_sleep(600)";
@@ -34,7 +35,7 @@ fn stop(daemon: &Daemon) {
 /// Waits until a queue holds exactly these ids, the head last.
 async fn queue_is(house: &House, user: &str, ids: &[&str]) {
     eventually(&format!("the queue of {user} to be {ids:?}"), async || {
-        (house.command(&["LRANGE", &format!("batch:queue:{user}"), "0", "-1"]).texts() == ids).then_some(())
+        (house.state().waiting(user).iter().rev().eq(ids)).then_some(())
     })
     .await;
 }
@@ -114,7 +115,7 @@ fn a_redis_that_cannot_be_used_ends_it_with_a_clear_message() {
     assert!(output.contains("cannot connect to redis://:***@") && !output.contains("wrong@"), "{output}");
 
     let redis = RedisServer::start();
-    redis.raw_db(DB, &["SET", "drayman:version", "99.0"]);
+    redis.state(DB).set_version("99.0");
     let (code, output) = run(&["--redis-url", &redis.url_db(DB)], &[]);
     assert_eq!(code, Some(1));
     assert!(output.contains("protocol version 99.0"), "{output}");
@@ -202,7 +203,7 @@ async fn told_to_stop_it_ends_what_is_short_and_gives_back_what_is_long_to_the_f
     queue_is(&house, "cem", &["unseen"]).await;
     let view = house.inspect.job("long").await.unwrap().unwrap();
     assert_eq!((view.status().as_str(), view.text("unclean")), ("pending", None));
-    assert_eq!((house.claims(), house.command(&["SCARD", "drayman:sessions"]).int()), (0, 0));
+    assert_eq!((house.claims(), house.state().sessions().len()), (0, 0));
     assert_eq!(house.all_effects().await, ["short"]);
 
     let _second = house.daemon(&[]);
@@ -230,10 +231,7 @@ async fn what_ends_while_it_stops_makes_room_for_others() {
     house.job("chain", &query).push();
     house.executing("chain", "4711").await;
     let _second = house.daemon(&settings);
-    eventually("the second to be parked", async || {
-        (house.command(&["ZCARD", "drayman:parked:sql:*"]).int() >= 1).then_some(())
-    })
-    .await;
+    eventually("the second to be parked", async || (house.state().parked("sql:*") >= 1).then_some(())).await;
     first.signal(Signal::SIGTERM);
     first.wait_for_line("stopping");
     gate.open().await;
@@ -315,8 +313,8 @@ async fn a_reload_changes_log_level_capacities_and_timeouts_and_nothing_breaks_i
     let (host, _) = house.postgres.host_port();
     file(&folder, &format!("{}\n[capacity.pools]\n'sql:{host}' = 1", text("info", 2, "1h")));
     daemon.signal(Signal::SIGHUP);
-    let capacity = || house.command(&["HGET", &format!("drayman:pool:sql:{host}"), "capacity"]);
-    eventually("the capacity", async || (!capacity().is_nil()).then_some(())).await;
+    let capacity = || house.state().field_of(Piece::Pool(&format!("sql:{host}")), "capacity");
+    eventually("the capacity", async || capacity().map(drop)).await;
     house.job("three", "SELECT 1").push();
     house.job("four", "SELECT 1").of("bob").push();
     house.cancel("one").await;
@@ -325,7 +323,7 @@ async fn a_reload_changes_log_level_capacities_and_timeouts_and_nothing_breaks_i
     // And it has none of its own again.
     file(&folder, &text("error", 2, "1h"));
     daemon.signal(Signal::SIGHUP);
-    eventually("no capacity", async || capacity().is_nil().then_some(())).await;
+    eventually("no capacity", async || capacity().is_none().then_some(())).await;
 
     for line in daemon.lines() {
         let line: serde_json::Value = serde_json::from_str(&line).unwrap_or_else(|_| panic!("no JSON: {line}"));
@@ -398,38 +396,36 @@ async fn a_server_that_forgets_scripts_or_everything_is_worked_with_on() {
     eventually("the backend to go", async || (house.backends().await == 0).then_some(())).await;
     assert!(house.inspect.job("lost").await.unwrap().is_none());
     stop(&daemon);
-    assert_eq!(house.command(&["SCARD", "drayman:sessions"]).int(), 0);
+    assert_eq!(house.state().sessions().len(), 0);
 }
 
 /// Seen to go wrong: whoever led lost its term to the look through all keys, and began anew, and watched nobody for long enough.
 #[test]
 fn a_leader_leads_on_while_it_looks_through_many_keys() {
     let redis = RedisServer::start();
-    let fill = "for i = 1, 100000 do redis.call('HSET', 'batch:jobs:' .. i, 'status', 'done') end";
-    redis.raw_db(DB, &["EVAL", fill, "0"]);
-    redis.raw_db(DB, &["HSET", "drayman:session:gone", "beat", "7", "take", "1", "service", "sql:*"]);
-    redis.raw_db(DB, &["SADD", "drayman:sessions", "gone"]);
+    redis.state(DB).fill_records(100_000);
+    redis.state(DB).abandon_session("gone", "sql:*");
     // Each look at 500 keys takes a while, all of them together far longer than a term unless it is renewed.
     let proxy = Proxy::start(redis.addr());
     proxy.delay(Duration::from_millis(20));
     let daemon = daemon(&proxy.redis_url(DB), &[]);
     eventually_blocking("the dead session to be noticed", || {
-        (redis.raw_db(DB, &["SISMEMBER", "drayman:sessions", "gone"]).int() == 0).then_some(())
+        (!redis.state(DB).sessions().contains(&"gone".to_owned())).then_some(())
     });
-    assert_eq!(redis.raw_db(DB, &["GET", "drayman:term"]).text(), "1");
+    assert_eq!(redis.state(DB).term(), 1);
     stop(&daemon);
 }
 
 #[test]
 fn the_leader_repairs_keys_that_disagree_and_tells_of_each() {
     let redis = RedisServer::start();
-    redis.raw_db(DB, &["HSET", "drayman:pool:sql:h", "running", "3"]);
+    redis.state(DB).miscount_running("sql:h", 3);
     let daemon = daemon(&redis.url_db(DB), &[("DRAYMAN_WORKER__RECONCILE_INTERVAL", "100ms")]);
     let line = daemon.wait_for_line("pool-miscount");
     assert!(line.contains("WARN") && line.contains("sql:h") && line.contains("repaired"), "{line}");
-    assert_eq!(redis.raw_db(DB, &["HGET", "drayman:pool:sql:h", "running"]).text(), "0");
+    assert_eq!(redis.state(DB).count_running("sql:h").as_deref(), Some("0"));
     // Not only once.
-    redis.raw_db(DB, &["HSET", "drayman:busy:sql:h", "ann", "2"]);
+    redis.state(DB).miscount_running_of("sql:h", "ann", 2);
     daemon.wait_for_line("user-miscount");
     stop(&daemon);
 }

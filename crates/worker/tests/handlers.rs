@@ -16,6 +16,7 @@ use queue_core::producer::{NewJob, Producer};
 use serde_json::json;
 use support::handlers::{Notes, task};
 use support::{DB, PATIENCE, config, ended, job_id, running, store};
+use testkit::state::Piece;
 use testkit::{Daemon, Proxy, RedisServer, Signal, end_of, eventually};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
@@ -68,9 +69,9 @@ impl House {
 
     /// Whether some session serves a pool.
     fn is_served(&self, pool: &str) -> bool {
-        let sessions = self.redis.raw_db(DB, &["SMEMBERS", "drayman:sessions"]).texts();
-        let service = |id: &String| self.redis.raw_db(DB, &["HGET", &format!("drayman:session:{id}"), "service"]);
-        sessions.iter().any(|id| service(id).text().split(' ').any(|served| served == pool))
+        let sessions = self.redis.state(DB).sessions();
+        let service = |id: &String| self.redis.state(DB).fields(Piece::Session(id))["service"].clone();
+        sessions.iter().any(|id| service(id).split(' ').any(|served| served == pool))
     }
 }
 

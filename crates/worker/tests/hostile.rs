@@ -8,6 +8,7 @@ use std::time::Duration;
 use queue_core::inspect::{Inspect, JobView, Rejected};
 use support::house::{DATABASE, Gate, House};
 use support::*;
+use testkit::state::Piece;
 use testkit::{Scratch, eventually};
 use worker::execute::sql::databases::{DatabaseSettings, SqliteSettings};
 
@@ -33,9 +34,9 @@ fn text(view: &JobView, field: &str) -> String {
 /// Nothing of what was submitted is left anywhere but in records.
 async fn nothing_is_left(house: &House) {
     eventually("all work to be over", async || {
-        let queued = house.command(&["SCARD", "batch:indexes:queue"]).int();
-        let working = house.command(&["SCARD", "batch:wip:users"]).int();
-        (queued == 0 && working == 0 && house.claims() == 0).then_some(())
+        let state = house.state();
+        let shown = state.has_any(&[Piece::QueuedUsers, Piece::WorkingUsers]);
+        (!shown && state.running() == 0).then_some(())
     })
     .await;
 }
@@ -49,7 +50,7 @@ async fn hashes_that_are_missing_late_or_no_hashes() {
     late.queue();
     late.announce();
     eventually("the id to wait for its hash", async || {
-        (!house.command(&["ZSCORE", "drayman:missing", "late ann"]).is_nil()).then_some(())
+        house.state().missing().contains(&("late".into(), "ann".into())).then_some(())
     })
     .await;
     late.hash();
@@ -60,19 +61,15 @@ async fn hashes_that_are_missing_late_or_no_hashes() {
     never.queue();
     never.announce();
     eventually("the id to wait for its hash", async || {
-        (!house.command(&["ZSCORE", "drayman:missing", "never ann"]).is_nil()).then_some(())
+        house.state().missing().contains(&("never".into(), "ann".into())).then_some(())
     })
     .await;
     // A minute later.
-    house.command(&["ZADD", "drayman:missing", "XX", "1", "never ann"]);
+    house.state().end_wait_for("never", "ann");
     assert_eq!(rejected(&house, "never", "ann").await, "it was queued, but no hash of it came within 60 s");
 
-    for (id, command) in [
-        ("string", &["SET", "batch:jobs:string", "SELECT 1"][..]),
-        ("list", &["RPUSH", "batch:jobs:list", "SELECT 1"]),
-        ("set", &["SADD", "batch:jobs:set", "SELECT 1"]),
-    ] {
-        house.command(command);
+    for id in ["string", "list", "set"] {
+        house.state().spoil_as(Piece::Job(id), id);
         let push = house.job(id, "");
         push.queue();
         push.announce();
@@ -93,9 +90,8 @@ async fn a_hash_that_becomes_something_else_while_its_job_runs() {
     house.job("changed", &query("changed")).of("bob").push();
     house.executing("gone", "4711").await;
     house.executing("changed", "4711").await;
-    house.command(&["DEL", "batch:jobs:gone"]);
-    house.command(&["DEL", "batch:jobs:changed"]);
-    house.command(&["SET", "batch:jobs:changed", "x"]);
+    house.state().lose(Piece::Job("gone"));
+    house.state().spoil(Piece::Job("changed"));
     gate.open().await;
     let reason = rejected(&house, "changed", "bob").await;
     assert!(reason.starts_with("its key became a string"), "{reason}");
@@ -132,7 +128,7 @@ async fn queries_that_are_none() {
         house.job(id, "").with("query", query).push();
         let failed = failed(&house, id).await;
         assert!(failed.contains(reason), "{id}: {failed}");
-        assert!(house.field(id, "pass").is_nil(), "{id}");
+        assert!(house.field(id, "pass").is_none(), "{id}");
         house.goes_on(&format!("after-{id}")).await;
     }
     house.job("absent", "").without("query").push();
@@ -161,7 +157,7 @@ async fn values_of_ten_mebibytes() {
     // What the protocol does not read does not matter.
     house.job("huge-other", "SELECT 1").with("other", &huge).push();
     assert_eq!(house.ended("huge-other").await.status(), "done");
-    assert_eq!(house.command(&["HSTRLEN", "batch:jobs:huge-other", "other"]).int(), 10 << 20);
+    assert_eq!(house.field("huge-other", "other").unwrap().len(), 10 << 20);
     nothing_is_left(&house).await;
     worker.stop().await;
 }
@@ -200,7 +196,7 @@ async fn fields_that_are_unknown_or_nonsense() {
         let expected = if id == "trace" { ("unknown".to_owned(), 0) } else { ("done".to_owned(), 1) };
         assert_eq!(ended, expected, "{id}: {}", text(&view, "failed_reason"));
         if value == "kept" {
-            assert_eq!(house.field(id, field).text(), "kept");
+            assert_eq!(house.field(id, field).as_deref(), Some("kept"));
         }
     }
     house.goes_on("next").await;
@@ -231,10 +227,10 @@ async fn ids_that_are_no_uuids() {
         );
     }
     let invalid = house.job("x", "SELECT 1");
-    house.redis.raw_db(DB, &[&b"LPUSH"[..], b"batch:queue:ann", b"\xff\xfe"]);
+    house.state().foreign().push("ann", b"\xff\xfe");
     invalid.announce();
     rejected(&house, "\u{fffd}\u{fffd}", "ann").await;
-    for id in ["7", "A.b:c_d-1", "..", "drayman:claims", &"x".repeat(128)] {
+    for id in ["7", "A.b:c_d-1", "..", &Piece::Claims.name(), &"x".repeat(128)] {
         house.job(id, "INSERT INTO effects VALUES ('fine')").push();
         assert_eq!(house.ended(id).await.status(), "done", "{id}");
     }
@@ -264,7 +260,7 @@ async fn users_that_no_worker_can_name() {
     }
     house.job("stolen", "INSERT INTO effects VALUES ('odd')").with("user", "bob").of("ann").push();
     assert_eq!(rejected(&house, "stolen", "ann").await, "it belongs to another user than its queue");
-    assert_eq!(house.field("stolen", "status").text(), "pending");
+    assert_eq!(house.field("stolen", "status").as_deref(), Some("pending"));
     assert_eq!((house.effects("odd").await, house.effects("fine").await), (0, 7));
     nothing_is_left(&house).await;
     worker.stop().await;
@@ -306,29 +302,32 @@ async fn an_id_that_is_pushed_again() {
 async fn keys_of_another_type() {
     let house = House::build().await;
     let worker = Running::start(house.config());
-    house.command(&["SET", "batch:queue:ann", "no list"]);
-    house.command(&["SADD", "batch:indexes:queue", "ann"]);
-    house.command(&["PUBLISH", "batch:users", "ann"]);
+    house.state().spoil(Piece::Queue("ann"));
+    house.state().foreign().index("ann");
+    house.state().foreign().publish("ann");
     assert_eq!(rejected(&house, "-", "ann").await, "its queue holds a string, not a list");
     house.goes_on("after-queue").await;
 
     // A job that is to go back to a queue that is none any more.
-    house.command(&["DEL", "batch:queue:ann"]);
+    house.state().lose(Piece::Queue("ann"));
     let gate = house.gate().await;
     house.job("chain", &format!(r#"["SELECT {}", "SELECT 2"]"#, Gate::PASS)).push();
     house.executing("chain", "4711").await;
-    house.command(&["SET", "batch:queue:ann", "no list"]);
+    house.state().spoil(Piece::Queue("ann"));
     gate.open().await;
     assert_eq!(failed(&house, "chain").await, "its queue holds a string, not a list");
 
-    for key in ["batch:wip:user:good", "batch:wip:users", "limits:batch:good"] {
-        house.command(&["DEL", key]);
-        house.command(&["SET", key, "neither list nor set nor hash"]);
-        house.goes_on(&format!("after-{}", key.replace(':', "-"))).await;
-        house.command(&["DEL", key]);
+    for (id, piece) in [
+        ("after-working", Piece::Working("good")),
+        ("after-working-users", Piece::WorkingUsers),
+        ("after-limits-of-another-type", Piece::Limits("good")),
+    ] {
+        house.state().spoil(piece);
+        house.goes_on(id).await;
+        house.state().lose(piece);
     }
-    house.command(&["DEL", "batch:queue:ann"]);
-    house.command(&["HSET", "limits:batch:good", "timeout", "soon", "weight", "nan"]);
+    house.state().lose(Piece::Queue("ann"));
+    house.state().set(Piece::Limits("good"), &[("timeout", "soon"), ("weight", "nan")]);
     house.goes_on("after-limits").await;
     nothing_is_left(&house).await;
     worker.stop().await;

@@ -26,6 +26,7 @@ use queue_core::objects::Objects;
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
 use queue_core::scripts::TABLE;
 use support::{PATIENCE, daemon, ended, job_id};
+use testkit::state::{Piece, State};
 use testkit::{Daemon, Point, Postgres, Proxy, RedisServer, Scratch, Signal, bin, eventually};
 
 const DATABASE: &str = "steps";
@@ -362,8 +363,8 @@ impl Lane {
         daemon(url, &[&SETTINGS[..], &[("DRAYMAN_CONFIG", &config)]].concat())
     }
 
-    fn count(&self, command: &str, key: &str) -> i64 {
-        self.house.redis.raw_db(self.db, &[command, key]).int()
+    fn state(&self) -> State {
+        self.house.redis.state(self.db)
     }
 
     /// Brings one job to its end through a worker of which one call is stopped; what the worker has called by the time
@@ -376,7 +377,7 @@ impl Lane {
         let house = &self.house;
         self.aside.store(case == Case::Leading, Ordering::SeqCst);
         if case == Case::Leading {
-            let none = async || (self.count("EXISTS", "drayman:leader") == 0).then_some(());
+            let none = async || (!self.state().has(Piece::Leader)).then_some(());
             eventually("the lane's leader to stand aside", none).await;
         }
         house.submit(&self.store, case, &id).await;
@@ -437,7 +438,7 @@ impl Lane {
     /// Another worker ends what is left, and then nothing is.
     async fn settle(&self, case: Case, id: &str) {
         // A job that is over at the first look needs nobody any more, unless a part of a batch is left.
-        let left = self.count("HLEN", "drayman:claims") > 0 || !self.is_over(case, id).await;
+        let left = self.state().running() > 0 || !self.is_over(case, id).await;
         let rescuer = left.then(|| self.worker(case, &self.house.redis.url_db(self.db)));
         let view = ended(&self.inspect, id).await;
         let (status, effects) = case.end();
@@ -446,12 +447,9 @@ impl Lane {
         let record = |name: &str| view.text(name);
         let first = [record("status"), record("fallback_status"), record("ended_at"), record("results")];
         eventually(&format!("nothing to be left of {id}"), async || {
-            let left = ["HLEN drayman:claims", "LLEN batch:queue:ann", "SCARD drayman:lines"].map(|ask| {
-                let (command, key) = ask.split_once(' ').expect("two words");
-                self.count(command, key)
-            });
-            let parts = self.house.redis.raw_db(self.db, &["KEYS", "drayman:batch_parts:*"]).texts();
-            (left == [0, 0, 0] && parts.is_empty() && self.is_over(case, id).await).then_some(())
+            let state = self.state();
+            let left = state.has_any(&[Piece::Claims, Piece::Queue("ann"), Piece::QueuesOfTasks]);
+            (!left && state.batches_at_work().is_empty() && self.is_over(case, id).await).then_some(())
         })
         .await;
         if case.is_batch() {
@@ -619,7 +617,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
             Daemon::spawn(bin("drayman"), &args, &[])
         };
         let queued = |id: &str| {
-            let queue = house.redis.raw_db(db, &["LRANGE", "batch:queue:ann", "0", "-1"]).texts();
+            let queue = house.redis.state(db).waiting("ann");
             queue.iter().filter(|queued| *queued == id).count()
         };
         for end in ["killed", "cut"] {
@@ -643,13 +641,13 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
                 _ => &[Some(5)],
             };
             assert!(known.contains(&code), "{id}: {code:?} {}", program.output());
-            let before = house.redis.raw_db(db, &["HGETALL", &format!("batch:jobs:{id}")]);
+            let before = house.redis.state(db).record(&id);
             for _ in 0..2 {
                 assert_eq!(submit(&url, &id).wait().code(), Some(0), "{id}");
                 assert_eq!(queued(&id), 1, "{id}");
             }
             if point != Point::BeforeCall {
-                assert_eq!(house.redis.raw_db(db, &["HGETALL", &format!("batch:jobs:{id}")]), before, "{id}");
+                assert_eq!(house.redis.state(db).record(&id), before, "{id}");
             }
         }
 

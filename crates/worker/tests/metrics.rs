@@ -49,13 +49,8 @@ fn telling(server: &RedisServer, variable: &str, endpoint: &str) -> Daemon {
     daemon(&server.url_db(DB), &[often[0], often[1], (variable, endpoint)])
 }
 
-fn push(server: &RedisServer, id: &str, user: &str, fields: &[&str]) {
-    let mut redis = server.client(DB);
-    let job = format!("batch:jobs:{id}");
-    redis.call(&[&["HSET", &job, "user", user, "status", "pending"], fields].concat());
-    redis.call(&["LPUSH", &format!("batch:queue:{user}"), id]);
-    redis.call(&["SADD", "batch:indexes:queue", user]);
-    redis.call(&["PUBLISH", "batch:users", user]);
+fn push(server: &RedisServer, id: &str, user: &str, fields: &[(&str, &str)]) {
+    server.state(DB).foreign().submit(user, id, &[&[("status", "pending")], fields].concat());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -68,7 +63,13 @@ async fn who_leads_tells_what_nobody_serves_and_that_it_is_over() {
     let other = telling(&server, ENDPOINT, &url_2);
     other.wait_for_line("serving");
 
-    let print = ["kind", "task", "app", "shop", "op", "print", "input", "{}", "created_at", "2024-01-01T00:00:00.000Z"];
+    let print = [
+        ("kind", "task"),
+        ("app", "shop"),
+        ("op", "print"),
+        ("input", "{}"),
+        ("created_at", "2024-01-01T00:00:00.000Z"),
+    ];
     for (id, user) in [("marked-a", "ann-marked"), ("marked-b", "ann-marked"), ("marked-c", "bob-marked")] {
         push(&server, id, user, &print);
     }
@@ -109,7 +110,7 @@ async fn nothing_is_exported_without_an_endpoint_of_ours() {
     let (collector, url) = Collector::start();
     let worker = telling(&server, "OTEL_EXPORTER_OTLP_ENDPOINT", &url);
     // One that is refused, and leaves a span.
-    push(&server, "a", "ann", &["query", "SELECT 1", "host", "192.0.2.1"]);
+    push(&server, "a", "ann", &[("query", "SELECT 1"), ("host", "192.0.2.1")]);
     let inspect = Inspect::new(store(&server).await);
     assert_eq!(ended(&inspect, "a").await.status(), "failed");
     worker.signal(Signal::SIGTERM);

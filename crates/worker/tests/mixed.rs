@@ -18,7 +18,8 @@ use serde::{Deserialize, Serialize};
 use support::handlers::{PYTHON, file};
 use support::{DB, PATIENCE, job_id, store};
 use testkit::chaos::Random;
-use testkit::{Daemon, RawClient, RedisServer, Signal, Value, eventually, eventually_blocking};
+use testkit::state::{Piece, State};
+use testkit::{Daemon, RedisServer, Signal, eventually, eventually_blocking};
 use worker::builder::Worker;
 use worker::config::Config;
 use worker::execute::function::{Application, Context};
@@ -141,15 +142,13 @@ impl Plan {
     }
 
     /// What is not as it must be.
-    fn fault(&self, redis: &mut RawClient) -> Option<String> {
-        let fields = ["status", "failed_reason", "result", "attempts", "result_object", "result_encoding"];
-        let key = format!("batch:jobs:{}", self.id);
-        let Value::Array(values) = redis.call(&[&["HMGET", &key], &fields[..]].concat()) else { unreachable!() };
-        let [status, reason, _, attempts, object, encoding] =
-            [0, 1, 2, 3, 4, 5].map(|at| (!values[at].is_nil()).then(|| values[at].text()));
-        let result = (!values[2].is_nil()).then(|| {
+    fn fault(&self, state: &State) -> Option<String> {
+        let [status, reason, attempts, object, encoding] =
+            ["status", "failed_reason", "attempts", "result_object", "result_encoding"]
+                .map(|name| state.field(&self.id, name));
+        let result = state.field_of(Piece::Job(&self.id), "result").map(|bytes| {
             let encoding = encoding.expect("it is told").parse().expect("it is known");
-            Payload { encoding, bytes: values[2].bytes().to_vec() }.to_json_line().expect("it can be read")
+            Payload { encoding, bytes }.to_json_line().expect("it can be read")
         });
         let begins = |text: &Option<String>, with: Option<&str>| match (text, with) {
             (Some(text), Some(with)) => text.starts_with(with),
@@ -432,11 +431,11 @@ fn ten_thousand_tasks_that_do_whatever_they_like_end_rightly_and_leave_nothing()
         let store = store(&redis).await;
         (store.clone(), Producer::new(store, Limits::default()))
     });
-    let count = |command: &str, key: &str| redis.raw_db(DB, &[command, key]).int();
+    let state = redis.state(DB);
     let finished = |number: u64| {
         eventually_blocking(&format!("{number} tasks to end"), || {
             assert!(worker.try_wait().is_none(), "the worker ended");
-            (count("ZCARD", "drayman:finished") as u64 == number).then_some(())
+            (state.count_finished() == number).then_some(())
         });
     };
 
@@ -453,8 +452,7 @@ fn ten_thousand_tasks_that_do_whatever_they_like_end_rightly_and_leave_nothing()
         measured.push((looks.resident(), looks.files()));
         println!("round {round}: {:.1} s, KiB and open files {:?}", begun.elapsed().as_secs_f64(), measured.last());
     }
-    let mut client = redis.client(DB);
-    let faults: Vec<String> = (0..ALL).filter_map(|number| Plan::of(seed, number).fault(&mut client)).collect();
+    let faults: Vec<String> = (0..ALL).filter_map(|number| Plan::of(seed, number).fault(&state)).collect();
     assert!(faults.is_empty(), "{} of {ALL}:\n{}", faults.len(), faults[..faults.len().min(20)].join("\n"));
     let (first, last) = (measured[0], measured[measured.len() - 1]);
     assert!(last.0 < first.0 + GROWTH, "{measured:?}");
@@ -476,16 +474,13 @@ fn ten_thousand_tasks_that_do_whatever_they_like_end_rightly_and_leave_nothing()
     eventually_blocking("all places to be taken at once", || {
         (0..SLOTS).all(|at| scratch.path().join(format!("up-{at}")).exists()).then_some(())
     });
-    assert_eq!(count("HLEN", "drayman:claims"), SLOTS as i64);
+    assert_eq!(state.running(), SLOTS);
     fs::write(scratch.path().join("open"), "").expect("it can be written");
     finished(ALL + SLOTS as u64);
     looks.settled();
 
     // Nothing is left in Redis, and all that is there agrees.
-    assert_eq!(count("EXISTS", "drayman:claims") + count("EXISTS", "drayman:active"), 0);
-    for lists in ["drayman:work:*", "drayman:tasks:*", "batch:queue:*", "drayman:busy:*"] {
-        assert_eq!(redis.raw_db(DB, &["KEYS", lists]).texts(), Vec::<String>::new());
-    }
+    assert!(state.is_drained());
     let keep = Config::default().retention.finished;
     assert_eq!(runtime.block_on(reconcile::check(&store, keep)).expect("redis answers"), []);
 

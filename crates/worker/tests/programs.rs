@@ -53,11 +53,7 @@ impl House {
 
     /// Waits until a job has been taken, and returns the latest holder's fence.
     async fn taken(&self, id: &str) -> String {
-        let key = format!("batch:jobs:{id}");
-        let fence = async || {
-            let fence = self.redis.raw_db(support::DB, &["HGET", &key, "fence"]);
-            (!fence.is_nil()).then(|| fence.text())
-        };
+        let fence = async || self.redis.state(support::DB).field(id, "fence");
         eventually(&format!("job {id} to be taken"), fence).await
     }
 

@@ -27,18 +27,13 @@ async fn while_leaders_are_killed_and_stopped_each_tick_is_made_once() {
         // Nobody serves it: its jobs stay where they can be counted.
         job: Fields::new().with("query", "select 1").with("database", "nowhere"),
     };
-    let made = || server.raw_db(DB, &["LRANGE", "batch:queue:ana", "0", "-1"]).texts();
+    let made = || server.state(DB).waiting("ana");
     let more = async |what: &str| {
         let before = made().len();
         eventually(what, async || (made().len() >= before + 3).then_some(())).await;
     };
     let leader = async || {
-        let key = ["GET", "drayman:leader"];
-        let text = eventually("somebody to lead", async || {
-            let reply = server.raw_db(DB, &key);
-            (!reply.is_nil()).then(|| reply.text())
-        });
-        let session = text.await;
+        let session = eventually("somebody to lead", async || server.state(DB).leader()).await;
         session.split(':').nth(1).and_then(|pid| pid.parse::<u32>().ok()).expect("a session's name has its pid")
     };
 

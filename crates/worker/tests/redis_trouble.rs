@@ -14,6 +14,7 @@ use queue_core::ids::{JobId, User};
 use queue_core::inspect::{Inspect, JobView};
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
 use support::{DB, running};
+use testkit::state::Piece;
 use testkit::{Daemon, Direction, Proxy, RedisServer, Scratch, Sentinel, Signal, Value, bin, eventually};
 
 const ALWAYS: [(&str, &str); 3] = [("appendonly", "yes"), ("appendfsync", "always"), ("enable-debug-command", "yes")];
@@ -80,8 +81,7 @@ impl Yard {
     /// Submits a job by hand, with nothing but plain commands, as soon as the server answers, and waits for its take.
     async fn resumes(&self, server: &RedisServer, id: &str) {
         push(server, id);
-        let key = format!("batch:jobs:{id}");
-        eventually("a take", async || (!server.raw_db(DB, &["HGET", &key, "started_at"]).is_nil()).then_some(())).await;
+        eventually("a take", async || server.state(DB).field(id, "started_at")).await;
     }
 
     async fn stops(&self) {
@@ -101,13 +101,12 @@ impl Load {
         self.stop.store(true, Ordering::SeqCst);
         let answers = self.task.await.unwrap();
         let acknowledged = || answers.iter().filter(|(_, answer)| answer.is_ok()).map(|(id, _)| id);
-        let mut redis = server.client(DB);
+        let state = server.state(DB);
         eventually("all that was acknowledged to end", async || {
             acknowledged()
                 .all(|id| {
-                    let status = redis.call(&["HGET", &format!("batch:jobs:{id}"), "status"]);
-                    assert!(!status.is_nil(), "{id} was acknowledged and is lost");
-                    status.text() == "done"
+                    let status = state.status(id);
+                    status.unwrap_or_else(|| panic!("{id} was acknowledged and is lost")) == "done"
                 })
                 .then_some(())
         })
@@ -121,14 +120,12 @@ impl Load {
                 Err(EnqueueError::Unknown { .. }) => {}
                 Err(error) => {
                     assert!(!once.contains(id), "{id} was refused for sure: {error}");
-                    let key = format!("batch:jobs:{id}");
-                    assert_eq!(redis.call(&["EXISTS", &key]).int(), 0, "{id} was refused for sure: {error}");
+                    assert!(!state.has(Piece::Job(id)), "{id} was refused for sure: {error}");
                 }
             }
         }
         // What nobody was told of may still run.
-        eventually("all claims to end", async || (redis.call(&["HLEN", "drayman:claims"]).int() == 0).then_some(()))
-            .await;
+        eventually("all claims to end", async || (state.running() == 0).then_some(())).await;
         let count = |kind: fn(&Result<Submitted, EnqueueError>) -> bool| answers.values().filter(|a| kind(a)).count();
         let unknown = count(|answer| matches!(answer, Err(EnqueueError::Unknown { .. })));
         println!("submitted {}: {} acknowledged, {unknown} unknown", answers.len(), count(Result::is_ok));
@@ -147,19 +144,8 @@ fn job_of(id: &str, user: &str, query: &str) -> NewJob {
 
 /// A foreign producer's submission.
 fn push(server: &RedisServer, id: &str) {
-    let mut redis = server.client(DB);
     let sql = format!("INSERT INTO effects VALUES ('{id}')");
-    let hash =
-        ["HSET", &format!("batch:jobs:{id}"), "user", id, "status", "pending", "query", &sql, "database", "main"];
-    for command in [
-        &hash[..],
-        &["LPUSH", &format!("batch:queue:{id}"), id],
-        &["SADD", "batch:indexes:queue", id],
-        &["PUBLISH", "batch:users", id],
-    ] {
-        let reply = redis.call(command);
-        assert!(!matches!(reply, Value::Error(_)), "{command:?}: {reply}");
-    }
+    server.state(DB).foreign().submit(id, id, &[("status", "pending"), ("query", &sql), ("database", "main")]);
 }
 
 /// Trouble of one server: load before, during and after it; then the four promises.
@@ -200,7 +186,7 @@ async fn an_outage_longer_than_a_session_lives_ends_none_and_work_resumes() {
         // Longer than the session's lifetime and than all pauses between attempts grow.
         seconds(8.0).await;
         server.restart();
-        assert_eq!(server.raw_db(DB, &["SCARD", "drayman:sessions"]).int(), 1);
+        assert_eq!(server.state(DB).sessions().len(), 1);
     })
     .await;
 }
@@ -297,9 +283,8 @@ async fn while_memory_is_full_what_waits_is_done_and_nothing_new_is_accepted() {
         eventually("the slow one to end", async || inspect.job("slow").await.unwrap().filter(JobView::is_over)).await;
     assert_eq!((view.status().as_str(), view.text("failed_reason")), ("done", None));
     eventually("all queues to be empty", async || {
-        let left = server.raw_db(DB, &["EVAL", "return #redis.call('KEYS', 'batch:queue:*')", "0"]).int()
-            + server.raw_db(DB, &["HLEN", "drayman:claims"]).int();
-        (left == 0).then_some(())
+        let state = server.state(DB);
+        (state.queues().is_empty() && state.running() == 0).then_some(())
     })
     .await;
     server.raw(&["CONFIG", "SET", "maxmemory", "0"]);
@@ -371,7 +356,7 @@ async fn clients_that_are_killed_and_scripts_that_are_forgotten_come_back() {
 async fn a_clock_of_redis_that_jumps_kills_no_session_and_stops_no_work() {
     let server = RedisServer::with_clock(&[]);
     let yard = Yard::on(server.url_db(DB));
-    let sessions = server.raw_db(DB, &["SMEMBERS", "drayman:sessions"]).texts();
+    let sessions = server.state(DB).sessions();
     let load = yard.produce().await;
     for (round, hours) in [1, -1, 0].into_iter().enumerate() {
         server.shift_clock(hours * 3_600);
@@ -379,7 +364,7 @@ async fn a_clock_of_redis_that_jumps_kills_no_session_and_stops_no_work() {
         // Longer than the leader leads unless it is renewed.
         seconds(6.0).await;
     }
-    assert_eq!(server.raw_db(DB, &["SMEMBERS", "drayman:sessions"]).texts(), sessions);
+    assert_eq!(server.state(DB).sessions(), sessions);
     load.holds(&yard, &server).await;
     yard.stops().await;
 }
@@ -407,11 +392,11 @@ async fn fails_over(down_after: Duration, kill: bool) {
     }
     sentinel.wait_for_primary(second);
     yard.resumes(second, "after").await;
-    let mut redis = second.client(DB);
+    let state = second.state(DB);
     for number in 0..20 {
         eventually("what the replica had to end", async || {
-            let status = redis.call(&["HGET", &format!("batch:jobs:kept-{number}"), "status"]);
-            (status.text() == "done").then_some(())
+            let status = state.status(&format!("kept-{number}")).expect("the replica had it");
+            (status == "done").then_some(())
         })
         .await;
     }

@@ -11,6 +11,7 @@ use serde_json::json;
 use queue_core::inspect::JobView;
 use support::house::{DATABASE, Gate, House};
 use support::*;
+use testkit::state::Piece;
 use testkit::{Scratch, eventually};
 use worker::config::Config;
 use worker::execute::sql::databases::{DatabaseSettings, PostgresSettings, SqliteSettings, TlsMode};
@@ -111,11 +112,11 @@ async fn the_record_tells_when_it_ran_what_it_did_and_is_kept_for_two_hours() {
     assert_eq!(statuses(&view), ["running", "pending"]);
     assert!(view.text("started_at").is_some() && view.text("ended_at").is_none());
     let wip = || {
-        let user = house.command(&["LRANGE", "batch:wip:user:ann", "0", "-1"]).texts();
-        (user, house.command(&["SMEMBERS", "batch:wip:users"]).texts())
+        let user = house.state().foreign().working("ann");
+        (user, house.state().foreign().working_users())
     };
     assert_eq!(wip(), (vec!["record".to_owned()], vec!["ann".to_owned()]));
-    let indexed = || house.command(&["SMEMBERS", "batch:indexes:queue"]).texts();
+    let indexed = || house.state().queued_users();
     assert!(indexed().is_empty(), "nothing waits");
     house.job("behind", "SELECT 1").push();
     assert_eq!(indexed(), ["ann"]);
@@ -130,10 +131,10 @@ async fn the_record_tells_when_it_ran_what_it_did_and_is_kept_for_two_hours() {
     let time = |field: &str| view.time_ms(field).unwrap_or_else(|| panic!("no {field}"));
     assert!(time("started_at") <= time("ended_at"));
     assert!(view.text("ended_at").unwrap().ends_with('Z'));
-    assert!(house.field("record", "pass").is_nil());
+    assert_eq!(house.field("record", "pass"), None);
     assert_eq!((wip(), indexed()), ((vec![], vec![]), vec![]));
-    let ttl = house.command(&["TTL", "batch:jobs:record"]).int();
-    assert!((7100..=7200).contains(&ttl), "{ttl}");
+    let left_ms = house.state().expires_in_ms(Piece::Job("record")).expect("it has an end");
+    assert!((7_100_000..=7_200_000).contains(&left_ms), "{left_ms}");
     worker.stop().await;
 }
 
@@ -175,7 +176,7 @@ async fn users_with_few_jobs_do_not_wait_for_one_with_many() {
             let id = format!("{user}-{n}");
             let view = house.ended(&id).await;
             assert_eq!(view.status(), "done", "{id}");
-            let taken_us = house.field(&id, "fence").text().parse().expect("the moment of the take");
+            let taken_us = house.field(&id, "fence").unwrap().parse().expect("the moment of the take");
             runs.entry(user).or_default().push((taken_us, 1000 * view.time_ms("ended_at").expect("it ended")));
         }
     }
@@ -238,9 +239,9 @@ async fn statements_end_at_the_least_of_their_limits() {
     let worker = Running::start(config);
     let sleep = "SELECT pg_sleep(600)";
     let entry = |timeout: u64| serde_json::json!({ "query": [{ "query": sleep, "timeout": timeout }] }).to_string();
-    house.command(&["HSET", "limits:batch:short", "timeout", "100"]);
-    house.command(&["HSET", "limits:batch:long", "timeout", "3600000"]);
-    house.command(&["HSET", "limits:batch:none", "timeout", "0"]);
+    house.state().set(Piece::Limits("short"), &[("timeout", "100")]);
+    house.state().set(Piece::Limits("long"), &[("timeout", "3600000")]);
+    house.state().set(Piece::Limits("none"), &[("timeout", "0")]);
     // Each statement alone is within the limit, all of them together are not.
     let many = ["SELECT pg_sleep(0.5)"; 10].join("; ");
     let worker_limit = Duration::from_secs(2);
@@ -340,7 +341,7 @@ async fn only_what_did_nothing_is_tried_again_and_only_as_often_as_is_said() {
     // And one that is there when it is tried again.
     house.postgres.kill();
     house.job("patient", &effect("patient")).with("max_attempts", "1000").push();
-    eventually("a first attempt", async || (!house.field("patient", "attempts").is_nil()).then_some(())).await;
+    eventually("a first attempt", async || house.field("patient", "attempts")).await;
     house.postgres.restart();
     assert_eq!(house.ended("patient").await.status(), "done");
     assert_eq!(house.effects("patient").await, 1);
@@ -405,10 +406,9 @@ async fn a_push_is_heard_at_once_and_an_unheard_one_is_found() {
     let mut config = house.config();
     config.worker.scan_interval = Duration::from_secs(3600);
     let deaf_to_time = Running::start(config);
-    eventually("the leader", async || (house.command(&["EXISTS", "drayman:leader"]).int() == 1).then_some(())).await;
+    eventually("the leader", async || (house.state().has(Piece::Leader)).then_some(())).await;
     // The first passes of a new leader are scans; what is pushed after them is not found by one.
-    let listening = || house.command(&["PUBSUB", "NUMSUB", "batch:users"]).to_string();
-    eventually("the leader to listen", async || (!listening().ends_with("0]")).then_some(())).await;
+    eventually("the leader to listen", async || (house.state().foreign().hearers() > 0).then_some(())).await;
     house.goes_on("warm-up").await;
     for n in 0..5 {
         house.goes_on(&format!("heard-{n}")).await;

@@ -11,6 +11,7 @@ use queue_core::model::batch::{Row, RowEnd};
 use queue_core::scripts::{Fields, Finished, Verdict};
 use queue_core::session::{Claim, Fairness, Service, Session};
 use support::*;
+use testkit::state::Piece;
 use testkit::{Postgres, RedisServer};
 use worker::attempt::sql_rows::{Facts, Ran, run};
 use worker::execute::Target;
@@ -61,7 +62,7 @@ impl House {
     }
 
     fn set(&self, field: &str, value: &str) {
-        self.redis.raw_db(DB, &["HSET", "batch:jobs:chunk", field, value]);
+        self.redis.state(DB).set_field("chunk", field, value);
     }
 
     fn facts(&self, port: u16) -> Facts {
@@ -124,7 +125,7 @@ async fn the_answers_of_a_chunk_whose_worker_was_lost_after_its_commit_are_those
     assert_eq!(house.effects().await, 2);
 
     // Were they lost, nobody would say that the rows had failed of something else.
-    house.redis.raw_db(DB, &["HDEL", "batch:jobs:chunk", "noted"]);
+    house.redis.state(DB).unset(Piece::Job("chunk"), "noted");
     assert_eq!(ends(&house.run(&claim).await), ["unknown", "-", "unknown", "unknown"]);
     assert_eq!(house.effects().await, 2);
 }
@@ -157,7 +158,7 @@ async fn a_chunk_that_is_told_to_stop_or_is_another_s_leaves_nothing_but_what_wa
     let stop = Stop::default();
     stop.ask(Cause::SetAside);
     assert_eq!(run(&claim, &house.executor, house.facts(port), rows(), &stop).await, Ran::Stopped);
-    house.redis.raw_db(DB, &["HDEL", "drayman:claims", "chunk"]);
+    house.redis.state(DB).lose_claim("chunk");
     assert_eq!(house.run(&claim).await, Ran::ClaimLost);
     assert_eq!(house.effects().await, 0);
 

@@ -84,7 +84,7 @@ impl House {
     }
 
     fn nothing_runs(&self) {
-        assert_eq!(self.redis.raw_db(DB, &["EXISTS", "drayman:claims", "drayman:active"]).int(), 0);
+        assert!(self.redis.state(DB).is_idle());
     }
 }
 
@@ -678,14 +678,14 @@ async fn an_attempt_goes_on_from_what_an_earlier_one_has_saved() {
     assert_eq!(status, "failed");
     assert!(reason.unwrap().starts_with("its checkpoint has 70002 bytes, at most 65536"));
     // A new run goes on, too, unless it is to begin anew.
-    house.redis.raw_db(DB, &["HSET", "batch:jobs:t1", "checkpoint", "90"]);
+    house.redis.state(DB).set_field("t1", "checkpoint", "90");
     for (from_start, wanted) in [(false, "90"), (true, "50")] {
-        house.redis.raw_db(DB, &["HSET", "batch:jobs:t1", "status", "failed"]);
+        house.redis.state(DB).set_field("t1", "status", "failed");
         let retrier = queue_core::retry::Retrier::new(house.store.clone());
         retrier.from_start(from_start).retry(&[job_id("t1")]).await.unwrap();
         let result = async || Some(house.ended("t1").await.text("result")?).filter(|result| result == wanted);
         eventually(&format!("a last attempt from {wanted}"), result).await;
-        house.redis.raw_db(DB, &["HSET", "batch:jobs:t1", "checkpoint", "90"]);
+        house.redis.state(DB).set_field("t1", "checkpoint", "90");
     }
     worker.stop().await;
     house.nothing_runs();
@@ -715,7 +715,7 @@ async fn what_was_saved_outlives_a_drain() {
     house.submit("t1", "waits", ()).await;
     reached.acquire().await.unwrap().forget();
     first.stop().await;
-    let saved = || house.redis.raw_db(DB, &["HGET", "batch:jobs:t1", "checkpoint"]).text();
+    let saved = || house.redis.state(DB).field("t1", "checkpoint").unwrap();
     assert_eq!(saved(), "1");
     let second = Running::start(house.worker().handler("shop", "waits", waits.clone()));
     reached.acquire().await.unwrap().forget();
@@ -748,14 +748,13 @@ async fn a_task_whose_claim_is_lost_saves_nothing_more_and_hears_of_it() {
     let worker = Running::start(house.worker().handler("shop", "saves", saves));
     house.submit("t1", "saves", ()).await;
     begun.acquire().await.unwrap().forget();
-    let claim = house.redis.raw_db(DB, &["HGET", "drayman:claims", "t1"]).text();
-    let mut parts: Vec<String> = claim.split('\t').map(str::to_owned).collect();
-    parts[1] = (parts[1].parse::<u64>().unwrap() + 1).to_string();
-    house.redis.raw_db(DB, &["HSET", "drayman:claims", "t1", &parts.join("\t")]);
+    let mut claim = house.redis.state(DB).claim("t1").unwrap();
+    claim.fence += 1;
+    house.redis.state(DB).set_claim(&claim);
     go.add_permits(1);
     let mut heard = heard;
     let lost = Err("the task is another worker's by now".to_owned());
     assert_eq!(heard.recv().await, Some((lost, true)));
-    assert_eq!(house.redis.raw_db(DB, &["HEXISTS", "batch:jobs:t1", "checkpoint"]).int(), 0);
+    assert_eq!(house.redis.state(DB).field("t1", "checkpoint"), None);
     worker.stop().await;
 }

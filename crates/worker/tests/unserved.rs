@@ -19,6 +19,7 @@ use serde_json::Value;
 use support::handlers::{PYTHON, example};
 use support::{DB, config, job_id, store};
 use testkit::chaos::Random;
+use testkit::state::Piece;
 use testkit::{RedisServer, Scratch, end_of, eventually};
 use tokio::task::JoinHandle;
 use worker::builder::{Worker, WorkerBuilder};
@@ -122,8 +123,8 @@ async fn however_workers_come_and_go_and_handlers_fail_to_start_no_task_is_faile
     for submitted in producer.enqueue_many(jobs.collect()).await {
         assert!(matches!(submitted, Ok(Submitted::Queued(_))), "{submitted:?}");
     }
-    let ended = || house.redis.raw_db(DB, &["ZCARD", "drayman:finished"]).int() as usize;
-    let field = |id: &str, field: &str| house.redis.raw_db(DB, &["HGET", &format!("batch:jobs:{id}"), field]);
+    let ended = || house.redis.state(DB).finished().len();
+    let field = |id: &str, field: &str| house.redis.state(DB).field(id, field);
 
     // Nobody has the three, and then somebody whose handlers can't start.
     let mut workers = vec![Running::start(house.other())];
@@ -136,7 +137,7 @@ async fn however_workers_come_and_go_and_handlers_fail_to_start_no_task_is_faile
             "rust" => continue,
             _ => "pending",
         };
-        assert_eq!(field(id, "status").text(), expected, "{id}");
+        assert_eq!(field(id, "status").as_deref(), Some(expected), "{id}");
     }
 
     for turn in 0.. {
@@ -169,12 +170,12 @@ async fn however_workers_come_and_go_and_handlers_fail_to_start_no_task_is_faile
         worker.stop().await;
     }
     for (id, _) in &ids {
-        assert_eq!(field(id, "status").text(), "done", "{id}");
+        assert_eq!(field(id, "status").as_deref(), Some("done"), "{id}");
         for never in ["failed_reason", "attempts", "unclean", "history"] {
-            assert!(field(id, never).is_nil(), "{id}: {never} is {}", field(id, never));
+            assert_eq!(field(id, never), None, "{id}: {never}");
         }
     }
-    assert_eq!(house.redis.raw_db(DB, &["EXISTS", "drayman:claims", "drayman:active", "drayman:lines"]).int(), 0);
+    assert!(!house.redis.state(DB).has_any(&[Piece::Claims, Piece::RunningByUser, Piece::QueuesOfTasks]));
     let keep = Config::default().retention.finished;
     assert_eq!(reconcile::check(&house.store, keep).await.expect("redis answers"), []);
 }
@@ -198,24 +199,24 @@ async fn a_command_that_is_away_for_a_while_costs_no_task_an_attempt() {
             assert!(matches!(submitted, Ok(Submitted::Queued(_))), "{submitted:?}");
         }
     };
-    let ended = || house.redis.raw_db(DB, &["ZCARD", "drayman:finished"]).int();
-    let field = |id: &str, field: &str| house.redis.raw_db(DB, &["HGET", &format!("batch:jobs:{id}"), field]);
+    let ended = || house.redis.state(DB).finished().len();
+    let field = |id: &str, field: &str| house.redis.state(DB).field(id, field);
     let worker = Running::start(house.three());
     submit("before").await;
     eventually("all to end while it is there", async || (ended() == 20).then_some(())).await;
     fs::remove_file(&command).expect("it is there");
     submit("after").await;
     eventually("one to be taken and given back", async || {
-        let back = !field("after-0", "fence").is_nil() && field("after-0", "status").text() == "pending";
-        (back && house.redis.raw_db(DB, &["EXISTS", "drayman:claims"]).int() == 0).then_some(())
+        let back = field("after-0", "fence").is_some() && field("after-0", "status").as_deref() == Some("pending");
+        (back && !house.redis.state(DB).has(Piece::Claims)).then_some(())
     })
     .await;
     symlink("/bin/true", &command).expect("a link");
     eventually("all to end", async || (ended() == 40).then_some(())).await;
     for number in 0..20 {
         let id = format!("after-{number}");
-        assert_eq!(field(&id, "status").text(), "done", "{id}");
-        assert!(field(&id, "attempts").is_nil() && field(&id, "unclean").is_nil(), "{id}");
+        assert_eq!(field(&id, "status").as_deref(), Some("done"), "{id}");
+        assert!(field(&id, "attempts").is_none() && field(&id, "unclean").is_none(), "{id}");
     }
     worker.stop().await;
 }

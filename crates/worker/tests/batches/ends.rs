@@ -190,8 +190,7 @@ async fn files_that_can_not_be_stored_for_a_while_are_stored_later_once_and_leav
     assert_eq!((view.status, view.counts), (Status::Running, counts(300, 300, 0, 0)));
     // It was tried, in vain.
     eventually("an attempt at the files", async || {
-        let attempts = house.redis.raw_db(DB, &["HGET", "batch:jobs:b1:files", "attempts"]);
-        (!attempts.is_nil() && attempts.text() != "0").then_some(())
+        house.redis.state(DB).field("b1:files", "attempts").filter(|attempts| attempts != "0")
     })
     .await;
     assert!(!house.view("b1").await.is_over());

@@ -97,9 +97,8 @@ impl House {
     /// Nothing of a batch is left but its record and what belongs to it.
     async fn nothing_runs(&self) {
         eventually("nothing to run", async || {
-            let runs = self.redis.raw_db(DB, &["EXISTS", "drayman:claims", "drayman:active"]).int() > 0;
-            let parts = self.redis.raw_db(DB, &["KEYS", "drayman:batch_parts:*"]).texts();
-            (!runs && parts.is_empty()).then_some(())
+            let state = self.redis.state(DB);
+            (state.is_idle() && state.batches_at_work().is_empty()).then_some(())
         })
         .await;
     }

@@ -3,6 +3,7 @@
 use queue_core::Store;
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::inspect::{Inspect, JobView};
+use testkit::state::State;
 use testkit::{Daemon, Postgres, RedisServer, Value, eventually};
 use tokio_postgres::Client;
 
@@ -129,14 +130,19 @@ impl House {
         self.redis.raw_db(DB, args)
     }
 
-    /// A field of a job's hash, of whatever kind.
-    pub fn field(&self, id: &str, field: &str) -> Value {
-        self.command(&["HGET", &format!("batch:jobs:{id}"), field])
+    /// What Redis holds, in the words of the protocol.
+    pub fn state(&self) -> State {
+        self.redis.state(DB)
+    }
+
+    /// A field of a job's record, of whatever kind.
+    pub fn field(&self, id: &str, field: &str) -> Option<String> {
+        self.state().field(id, field)
     }
 
     /// What is claimed is being worked on.
-    pub fn claims(&self) -> i64 {
-        self.command(&["HLEN", "drayman:claims"]).int()
+    pub fn claims(&self) -> usize {
+        self.state().running()
     }
 }
 
@@ -201,23 +207,20 @@ impl Push<'_> {
     }
 
     pub fn hash(&self) {
-        let mut args: Vec<&[u8]> = vec![b"HSET"];
-        let key = [b"batch:jobs:", &self.id[..]].concat();
-        args.push(&key);
-        if !self.fields.iter().any(|(name, _)| name == "user") {
-            args.extend([&b"user"[..], &self.user]);
+        let mut fields = self.fields.clone();
+        if !fields.iter().any(|(name, _)| name == "user") {
+            fields.push(("user".into(), self.user.clone()));
         }
-        args.extend(self.fields.iter().flat_map(|(name, value)| [name.as_bytes(), value]));
-        self.redis.raw_db(DB, &args);
+        self.redis.state(DB).foreign().write(&self.id, &fields);
     }
 
     pub fn queue(&self) {
-        let queue = [b"batch:queue:", &self.user[..]].concat();
-        self.redis.raw_db(DB, &[b"LPUSH", &queue[..], &self.id]);
-        self.redis.raw_db(DB, &[&b"SADD"[..], b"batch:indexes:queue", &self.user]);
+        let state = self.redis.state(DB);
+        state.foreign().push(&self.user, &self.id);
+        state.foreign().index(&self.user);
     }
 
     pub fn announce(&self) {
-        self.redis.raw_db(DB, &[&b"PUBLISH"[..], b"batch:users", &self.user]);
+        self.redis.state(DB).foreign().publish(&self.user);
     }
 }

@@ -69,36 +69,18 @@ pub struct Target<'a> {
 pub fn push(server: &RedisServer, id: &str, user: &str, query: &str, target: &Target<'_>) {
     let (host, port) = target.postgres.host_port();
     let port = port.to_string();
-    let job = format!("batch:jobs:{id}");
-    let queue = format!("batch:queue:{user}");
-    let mut redis = server.client(DB);
-    redis.call(&[
-        "HSET",
-        &job,
-        "user",
-        user,
-        "status",
-        "pending",
-        "query",
-        query,
-        "host",
-        &host,
-        "port",
-        &port,
-        "dbname",
-        target.dbname,
-        "dbuser",
-        "postgres",
-        "pass",
-        "",
-        "created_at",
-        "2026-01-01T00:00:00.000Z",
-        "updated_at",
-        "2026-01-01T00:00:00.000Z",
-    ]);
-    redis.call(&["LPUSH", &queue, id]);
-    redis.call(&["SADD", "batch:indexes:queue", user]);
-    redis.call(&["PUBLISH", "batch:users", user]);
+    let fields = [
+        ("status", "pending"),
+        ("query", query),
+        ("host", &host),
+        ("port", &port),
+        ("dbname", target.dbname),
+        ("dbuser", "postgres"),
+        ("pass", ""),
+        ("created_at", "2026-01-01T00:00:00.000Z"),
+        ("updated_at", "2026-01-01T00:00:00.000Z"),
+    ];
+    server.state(DB).foreign().submit(user, id, &fields);
 }
 
 pub async fn store(server: &RedisServer) -> Store {
