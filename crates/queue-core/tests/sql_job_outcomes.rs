@@ -1,3 +1,5 @@
+//! Black box: what is compared may not change while the core is rebuilt.
+//!
 //! Recorded outcomes of the system whose SQL jobs these are, replayed without a database.
 
 use queue_core::model::Status;

@@ -66,6 +66,49 @@ fn only_the_door_names_the_redis_client() {
     }
 }
 
+/// Tests that still name keys of Redis, though the keys are not what they test. None may be added.
+const NAME_KEYS: &[&str] = &[
+    "crates/queue-core/tests/protocol/batch.rs",
+    "crates/queue-core/tests/protocol/batch/upkeep.rs",
+    "crates/queue-core/tests/protocol/flow.rs",
+    "crates/queue-core/tests/protocol/foreign.rs",
+    "crates/queue-core/tests/protocol/hostile.rs",
+    "crates/queue-core/tests/protocol/tasks.rs",
+    // The harness looks from outside, and shares no code with what it judges.
+    "crates/testkit/src/chaos/batches.rs",
+    "crates/testkit/src/chaos/flows.rs",
+    "crates/testkit/src/chaos/mod.rs",
+    "crates/testkit/src/chaos/stage.rs",
+    "crates/testkit/src/chaos/verdict.rs",
+    "crates/testkit/src/chaos/watch.rs",
+];
+
+/// Tests that are about the keys themselves say so in their first line, and change with them.
+const ABOUT_KEYS: &str = "//! Layout: ";
+
+/// Whether a line of code holds the beginning of a key.
+fn names_a_key(line: &str) -> bool {
+    let ours = |rest: &str| rest.trim_start_matches('{').starts_with(|first: char| first.is_ascii_lowercase());
+    let published = ["jobs:", "queue:", "queues:", "indexes:", "wip:", "locks:", "rejected", "users"];
+    line.split("drayman:").skip(1).any(ours)
+        || line.split("batch:").skip(1).any(|rest| published.iter().any(|word| rest.starts_with(word)))
+        || line.contains("limits:batch")
+}
+
+#[test]
+fn only_the_facade_of_the_state_names_keys_in_tests() {
+    let this = file!().replace('\\', "/");
+    let is_facade = |name: &str| name.starts_with("crates/testkit/src/state");
+    let is_test = |name: &str| name.contains("/tests/") || name.starts_with("crates/testkit/");
+    let naming: Vec<String> = sources("crates")
+        .into_iter()
+        .filter(|(name, _)| is_test(name) && !is_facade(name) && *name != this)
+        .filter(|(_, text)| !text.starts_with(ABOUT_KEYS) && code(text).any(names_a_key))
+        .map(|(name, _)| name)
+        .collect();
+    assert_eq!(naming, NAME_KEYS, "use testkit::state, or take from the list what names none any more");
+}
+
 #[test]
 fn no_program_is_built_on_another() {
     let programs = ["worker", "canceller", "cli"];
