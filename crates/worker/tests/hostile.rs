@@ -299,6 +299,30 @@ async fn an_id_that_is_pushed_again() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn what_pretends_to_be_a_batch_a_part_of_one_or_a_flow() {
+    let house = House::build().await;
+    let worker = Running::start(house.config());
+    let (batch, part) = ("it is no batch that was handed over as one", "it is no part of a batch that is known");
+    type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
+    let cases: [Case<'_>; 6] = [
+        ("loops", &[("kind", "batch"), ("cursor", "0 0 0 1"), ("loads", "1000000000000")], batch),
+        ("unreadable", &[("kind", "batch"), ("cursor", "99999999999999999999 0 0 1"), ("loads", "1e3")], batch),
+        ("uncounted", &[("kind", "batch"), ("cursor", "0 0 0 1"), ("loads", "1"), ("done", "x"), ("left", "1")], batch),
+        ("allocates", &[("kind", "part"), ("part", "rows unreadable 0.0 0 4000000000"), ("unclean", "19")], part),
+        ("unknown", &[("kind", "unknown"), ("part", "rows unreadable 0.0 0 4000000000")], part),
+        ("flow", &[("kind", "flow"), ("status", "running")], "it is no flow that was launched as one"),
+    ];
+    for (id, fields, reason) in cases {
+        let job = house.job(id, "SELECT 1");
+        fields.iter().fold(job, |job, (field, value)| job.with(field, value)).push();
+        assert_eq!(failed(&house, id).await, reason, "{id}");
+        house.goes_on(&format!("after-{id}")).await;
+    }
+    nothing_is_left(&house).await;
+    worker.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn keys_of_another_type() {
     let house = House::build().await;
     let worker = Running::start(house.config());
