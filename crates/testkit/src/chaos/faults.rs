@@ -53,8 +53,8 @@ pub enum Fault {
     LoseTakes(usize, Duration),
     /// Redis gets a worker's takes and finishes twice, for so long: what was sent again comes in before what was late.
     Double(usize, Duration),
-    /// SIGKILL to a worker whose next finish is on its way and never comes; and when another takes its place. What it has committed
-    /// elsewhere is not recorded.
+    /// SIGKILL to a worker whose next finish of a statement is on its way and never comes; and when another takes its place. What it
+    /// has committed is not recorded.
     KillAtFinish(usize, Duration),
     /// The same, of a job that takes long, and the finish comes when another worker is at work on that job.
     FinishLate(usize, Duration),
@@ -91,6 +91,15 @@ impl Fault {
     }
 }
 
+/// The pause before a fault. Most of it are jobs that come to their ends, so that a slow machine gets no more faults for its work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Pause {
+    /// The least time.
+    pub time: Duration,
+    /// How many jobs end.
+    pub ends: usize,
+}
+
 /// The faults of a seed in their order, each with the pause before it. It never ends.
 #[derive(Debug)]
 pub struct Schedule {
@@ -106,11 +115,15 @@ impl Schedule {
 }
 
 impl Iterator for Schedule {
-    type Item = (Duration, Fault);
+    type Item = (Pause, Fault);
 
     fn next(&mut self) -> Option<Self::Item> {
         let random = &mut self.random;
-        let pause = if random.chance(15) { Duration::ZERO } else { random.ms(100, 1_200) };
+        let pause = if random.chance(15) {
+            Pause { time: Duration::ZERO, ends: 0 }
+        } else {
+            Pause { time: random.ms(100, 700), ends: random.between(0, 4) as usize }
+        };
         let worker = random.between(0, self.workers as u64) as usize;
         let proxy = random.between(0, self.workers as u64 + 1) as usize;
         let direction = if random.chance(50) { Direction::ToServer } else { Direction::ToClient };

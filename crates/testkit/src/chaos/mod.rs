@@ -14,8 +14,11 @@ mod faults;
 mod flows;
 mod random;
 mod report;
+mod rules;
+mod sources;
 mod stage;
 mod state;
+mod trackers;
 mod verdict;
 mod watch;
 mod workload;
@@ -28,11 +31,13 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 pub use batches::Counts as BatchCounts;
-pub use faults::{Fault, Schedule};
+pub use faults::{Fault, Pause, Schedule};
 pub use flows::Counts as FlowCounts;
 pub use random::Random;
 pub use report::Report;
+pub use sources::Counts as SourceCounts;
 pub use state::{KeyRule, LAYOUT};
+pub use trackers::Counts as TrackedCounts;
 pub use verdict::Violation;
 pub use workload::{Handler, Job, Route};
 
@@ -40,6 +45,8 @@ use crate::process::{Daemon, Signal, bin};
 use crate::redis::{RawClient, Value};
 use batches::Batches;
 use flows::Flows;
+use rules::Pauses;
+use sources::Intake;
 use stage::{Stage, ask, connect_to};
 use verdict::{AGREE, STUCK};
 use watch::Watch;
@@ -47,6 +54,10 @@ use workload::{APP, HOSTS};
 
 /// For so long nothing has moved once the faults have ended: then nothing will.
 const STANDSTILL: Duration = Duration::from_secs(90);
+/// A fault comes, also where nothing has ended.
+const LONGEST_PAUSE: Duration = Duration::from_secs(20);
+/// How often whoever waits is told how far it is.
+const TELL_EVERY: Duration = Duration::from_secs(15);
 /// Takes of one job since then: more of them are no progress.
 const TAKES_LIMIT: usize = 60;
 /// How long handing in what was begun may take then.
@@ -89,6 +100,10 @@ struct Run<'a> {
     drained: Mutex<Duration>,
     batches: Batches,
     flows: Flows,
+    pauses: Pauses,
+    intake: Intake,
+    /// Tracked jobs.
+    tracked: Mutex<Vec<String>>,
 }
 
 /// What there is to see of progress.
@@ -123,8 +138,17 @@ pub fn run(options: &Options) -> Report {
         drained: Mutex::default(),
         batches: Batches::default(),
         flows: Flows::default(),
+        pauses: Pauses::default(),
+        intake: Intake::default(),
+        tracked: Mutex::default(),
     };
+    rules::limit_users(&run.stage);
     run.stage.start_workers();
+    // What ends before is not written to the database of what has ended.
+    while !stage::connect(&run.stage.redis).and_then(|mut redis| state::is_exporting(&mut redis)).unwrap_or(false) {
+        run.supervise();
+        thread::sleep(Duration::from_millis(50));
+    }
     thread::scope(|scope| {
         scope.spawn(|| run.watch.run(&run.stage, options.seed, || run.over.load(Ordering::SeqCst)));
         let users: Vec<_> = (0..options.users)
@@ -151,8 +175,14 @@ pub fn run(options: &Options) -> Report {
                 })
             })
             .collect();
+        let others = [
+            scope.spawn(|| run.pauser()),
+            scope.spawn(|| run.tracker_user()),
+            scope.spawn(|| run.scheduler()),
+            scope.spawn(|| run.file_user()),
+        ];
         run.rage();
-        for user in users.into_iter().chain(batch_users).chain(flow_users) {
+        for user in users.into_iter().chain(batch_users).chain(flow_users).chain(others) {
             user.join().expect("a user's thread does not panic");
         }
         run.drain();
@@ -184,12 +214,14 @@ impl Run<'_> {
     fn rage(&self) {
         let mut ends = Vec::new();
         let mut schedule = Schedule::of(self.options.seed, self.options.workers);
-        let (pause, mut next) = schedule.next().expect("it never ends");
+        let (mut pause, mut next) = schedule.next().expect("it never ends");
         // The first workers get to work first.
-        let mut at = Instant::now() + pause + Duration::from_secs(1);
+        let (mut from, mut ended) = (Instant::now() + Duration::from_secs(1), 0);
         let (mut last, mut moved) = ((0, 0), Instant::now());
+        let mut told = Instant::now();
         while !self.is_closed() {
             self.supervise();
+            self.tell(&mut told);
             let progress = (self.to_come.load(Ordering::SeqCst), self.watch.open().len());
             if progress != last {
                 (last, moved) = (progress, Instant::now());
@@ -204,7 +236,9 @@ impl Run<'_> {
             for (_, end) in ends.extract_if(.., due).collect::<Vec<_>>() {
                 self.stage.end(end);
             }
-            if at <= Instant::now() {
+            let paused = Instant::now().saturating_duration_since(from);
+            let is_due = paused >= pause.time && self.watch.ended() - ended >= pause.ends;
+            if is_due || paused >= LONGEST_PAUSE {
                 *self.faults.lock().expect("no thread panics").entry(next.kind()).or_default() += 1;
                 let begin = Instant::now();
                 self.struck.lock().expect("no thread panics").push((begin, next.kind()));
@@ -214,8 +248,8 @@ impl Run<'_> {
                 if next == Fault::RestartDatabase {
                     self.crashes.lock().expect("no thread panics").push((begin, Instant::now()));
                 }
-                let (pause, fault) = schedule.next().expect("it never ends");
-                (at, next) = (Instant::now() + pause, fault);
+                (pause, next) = schedule.next().expect("it never ends");
+                (from, ended) = (Instant::now(), self.watch.ended());
             }
             thread::sleep(Duration::from_millis(10));
         }
@@ -223,6 +257,18 @@ impl Run<'_> {
         self.stage.calm(ends);
         self.supervise();
         self.calm.store(true, Ordering::SeqCst);
+    }
+
+    /// Tells whoever waits how far it is.
+    fn tell(&self, told: &mut Instant) {
+        if told.elapsed() > TELL_EVERY {
+            *told = Instant::now();
+            let (at, left) = (self.stage.begin().elapsed().as_secs(), self.to_come.load(Ordering::SeqCst));
+            eprintln!(
+                "{at:4} s: {left} jobs are to be handed in, {} of the others have not ended",
+                self.watch.open().len()
+            );
+        }
     }
 
     fn supervise(&self) {
@@ -238,9 +284,11 @@ impl Run<'_> {
     /// Waits until all jobs have ended and nothing is left of workers that are gone, or nothing moves any more.
     fn drain(&self) {
         let begin = Instant::now();
-        let (mut last, mut moved) = (None, begin);
+        let (mut last, mut moved, mut told) = (None, begin, begin);
         loop {
             self.supervise();
+            self.supervise_intake(false);
+            self.tell(&mut told);
             let state = self.state();
             if state.as_ref().is_ok_and(|state| state.open.is_empty() && state.leftovers.is_empty()) {
                 break;
@@ -277,16 +325,20 @@ impl Run<'_> {
         let mut open = self.watch.open();
         open.extend(self.batches.open(&self.stage)?);
         open.extend(self.flows.open(&self.stage, None)?);
-        let leftovers = if open.is_empty() { self.leftovers()? } else { Vec::new() };
+        open.extend(self.open_files());
+        open.extend(self.open_of_sources()?);
+        let leftovers = if open.is_empty() { self.leftovers(&self.stage.names())? } else { Vec::new() };
         let leftovers = leftovers.into_iter().map(|violation| violation.found).collect();
         let mut redis = stage::connect(&self.stage.redis)?;
         Ok(State { open, leftovers, books: state::books(&mut redis)?, effects: self.stage.effects_length() })
     }
 
-    fn leftovers(&self) -> io::Result<Vec<Violation>> {
+    /// `workers` are those that may have registrations.
+    fn leftovers(&self, workers: &[String]) -> io::Result<Vec<Violation>> {
         let jobs = self.watch.lives().into_iter().map(|life| life.job.id);
-        let jobs: BTreeSet<String> = jobs.chain(self.batches.ids()).chain(self.flows.ids(&self.stage)?).collect();
-        state::leftovers(&self.stage.redis, &jobs, &self.stage.names())
+        let jobs: BTreeSet<String> =
+            jobs.chain(self.batches.ids()).chain(self.flows.ids(&self.stage)?).chain(self.ids_of_sources()?).collect();
+        state::leftovers(&self.stage.redis, &jobs, workers)
     }
 
     /// What a look at all keys finds out of balance, and what the leaders have found meanwhile.
@@ -308,12 +360,13 @@ impl Run<'_> {
         let mut violations = violations.lock().expect("no thread panics").clone();
         violations.extend(verdict::of_processes(stage));
         // What is still left of workers that run was waited for.
-        violations.extend(self.leftovers().expect("nothing fails any more"));
         let alive = stage.names();
+        violations.extend(self.leftovers(&alive).expect("nothing fails any more"));
+        self.close_folder();
         // Nothing runs while it is judged. Workers that stop in order take their registrations with them.
         stage.stop_workers();
         violations.extend(verdict::of_processes(stage));
-        violations.extend(self.leftovers().expect("nothing fails any more"));
+        violations.extend(self.leftovers(&alive).expect("nothing fails any more"));
         violations.extend(self.disagreements());
         let crashes = crashes.lock().expect("no thread panics").clone();
         // All records once more.
@@ -329,6 +382,11 @@ impl Run<'_> {
         let (found, batches) = self.judge_batches();
         violations.extend(found);
         let (found, flows) = self.judge_flows();
+        violations.extend(found);
+        let (found, tracked) = self.judge_tracked();
+        violations.extend(found);
+        violations.extend(self.judge_rules());
+        let (found, sources) = self.judge_sources().expect("nothing fails any more");
         violations.extend(found);
         let mut concerned: Vec<String> = violations.iter().filter_map(|violation| violation.job.clone()).collect();
         concerned.dedup();
@@ -351,6 +409,8 @@ impl Run<'_> {
             counts,
             batches,
             flows,
+            tracked,
+            sources,
             faults: faults.lock().expect("no thread panics").clone(),
             recoveries: watch.recoveries(),
             violations,
@@ -388,7 +448,11 @@ impl Run<'_> {
             }
             self.watch.with(&job.id, |life| life.acknowledged = Some(Instant::now()));
             if let Some(after) = job.cancel_after {
-                scope.spawn(move || self.cancel(&job.id, after.saturating_sub(begin.elapsed())));
+                let after = after.saturating_sub(begin.elapsed());
+                scope.spawn(move || {
+                    self.wait(after);
+                    if job.cancelled_plainly { self.cancel_plainly(&job.id) } else { self.cancel(&job.id) }
+                });
             }
         }
     }
@@ -516,6 +580,9 @@ impl Run<'_> {
         for (name, text) in job.fields() {
             args.extend([format!("--{name}"), text]);
         }
+        if let Some((key, scope)) = &job.unique {
+            args.extend(["--unique".into(), format!("{key}={scope}")]);
+        }
         if let Some(attempts) = job.max_attempts {
             args.extend(["--max-attempts".into(), attempts.to_string()]);
         }
@@ -528,6 +595,11 @@ impl Run<'_> {
         let status = self.until_it_ends(&program, self.stage.take_kill(1));
         match status {
             Some(0) => return true,
+            // Another job holds its key: it is none.
+            Some(4) if job.unique.is_some() => {
+                self.watch.forget(&job.id);
+                return true;
+            }
             // 5: Redis does not answer, or nobody knows. 4: the queue is full.
             None | Some(5 | 4) => {}
             Some(code) => self.complain(Violation {
@@ -540,8 +612,28 @@ impl Run<'_> {
         false
     }
 
-    fn cancel(&self, id: &str, after: Duration) {
-        self.wait(after);
+    /// What a foreign canceller does, and one that makes sure that the job has not ended meanwhile.
+    fn cancel_plainly(&self, id: &str) {
+        let key = state::job(id);
+        let cancel = || -> io::Result<bool> {
+            let mut redis = connect_to(self.stage.proxies[self.options.workers].addr())?;
+            ask(&mut redis, &["WATCH", &key])?;
+            let status = state::status(&mut redis, id)?;
+            if !matches!(status.as_deref(), Some("pending" | "running")) {
+                return Ok(false);
+            }
+            ask(&mut redis, &["MULTI"])?;
+            ask(&mut redis, &["HSET", &key, "status", "cancelled", "updated_at", "2026-01-01T00:00:00.000Z"])?;
+            Ok(!ask(&mut redis, &["EXEC"])?.is_nil())
+        };
+        let cancelled = cancel();
+        self.watch.note(id, format!("a foreign canceller: {cancelled:?}"));
+        if cancelled.unwrap_or(false) {
+            self.watch.with(id, |life| life.told_cancelled = true);
+        }
+    }
+
+    fn cancel(&self, id: &str) {
         let args = ["--redis-url", &self.stage.clients_url(), "--wait", "5s", id];
         let env = [("DRAYMAN_REDIS__COMMAND_TIMEOUT", "2s"), ("DRAYMAN_REDIS__CONNECT_TIMEOUT", "2s")];
         let program = Daemon::spawn(bin("drayman-canceller"), &args, &env);

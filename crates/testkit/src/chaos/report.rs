@@ -24,6 +24,10 @@ pub struct Report {
     pub batches: super::BatchCounts,
     /// What was counted of flows.
     pub flows: super::FlowCounts,
+    /// What was counted of tracked jobs.
+    pub tracked: super::TrackedCounts,
+    /// What was counted of ticks, files and exported rows.
+    pub sources: super::SourceCounts,
     /// Faults by kind.
     pub faults: BTreeMap<&'static str, usize>,
     /// From a worker's death to its job being taken again.
@@ -93,6 +97,10 @@ impl fmt::Display for Report {
             flows.steps,
             flows.failed_by_faults
         )?;
+        let tracked = &self.tracked;
+        writeln!(f, "tracked jobs {}, {} attempts at them lost", tracked.jobs, tracked.lost)?;
+        let sources = &self.sources;
+        writeln!(f, "ticks {}, files {}, rows of what has ended {}", sources.ticks, sources.files, sources.exported)?;
         let faults: usize = self.faults.values().sum();
         let kinds = list(&mut self.faults.iter().map(|(what, count)| (what.to_string(), *count)));
         writeln!(f, "faults {faults} ({kinds})")?;

@@ -25,14 +25,16 @@ use crate::scratch::Scratch;
 pub const DB: u8 = 5;
 /// The database of PostgreSQL in which the jobs run.
 pub const DATABASE: &str = "chaos";
-/// How long a silent worker keeps its jobs: short, so that a run sees many that lose theirs.
-pub const SESSION_LIFETIME: Duration = Duration::from_secs(3);
+/// How long a silent worker keeps its jobs where the machine does nothing else: short, so that a run sees many that lose theirs.
+const SESSION_LIFETIME: Duration = Duration::from_secs(3);
+/// How long a program takes there from its start to its end.
+const PROGRAM_TIME: Duration = Duration::from_millis(30);
 /// Where the workers' handlers find the file that their tasks write to. Processes that have it are theirs.
 const EFFECTS_VARIABLE: &str = "CHAOS_EFFECTS";
 /// How many workers may be lost with a job before it is set aside.
 pub const MAX_UNCLEAN: usize = 5;
-/// When a finish that is late comes in: another worker has the job by then.
-const LATE: Duration = SESSION_LIFETIME.saturating_add(Duration::from_secs(2));
+/// How long after the end of its sender's session a late finish comes in: another worker has the job by then.
+const LATE: Duration = Duration::from_secs(2);
 /// How long a worker has until the call comes at which it is to be killed.
 const AIM: Duration = Duration::from_secs(6);
 /// How soon a supervisor starts a program again that has ended by itself.
@@ -54,6 +56,8 @@ pub struct Stage {
     scratch: Scratch,
     /// The command line of a worker.
     worker: Vec<String>,
+    /// How long a silent worker keeps its jobs.
+    lifetime: Duration,
     /// Milliseconds after which the next canceller, the next producer is killed.
     pub kill_next: [Mutex<Option<Duration>>; 2],
     /// What ended workers have said, by their names.
@@ -110,6 +114,7 @@ impl Stage {
             slots,
             scratch,
             worker,
+            lifetime: Duration::from_millis((SESSION_LIFETIME.as_millis() as f64 * slowness()) as u64),
             kill_next: Default::default(),
             past: Mutex::default(),
             names: Mutex::default(),
@@ -154,7 +159,7 @@ impl Stage {
         slot.generation += 1;
         (slot.told, slot.start_at, slot.resume_at) = (false, None, None);
         let (name, capacity) = (format!("w{at}.{}", slot.generation), CAPACITY.to_string());
-        let lifetime = humantime::format_duration(SESSION_LIFETIME).to_string();
+        let lifetime = humantime::format_duration(self.lifetime).to_string();
         let env = [
             ("DRAYMAN_WORKER__NAME", name.as_str()),
             ("DRAYMAN_WORKER__SESSION_LIFETIME", &lifetime),
@@ -379,7 +384,10 @@ impl Stage {
             Fault::KillAtFinish(worker, down) => {
                 let (doomed, mut is_doomed) = (Arc::clone(&self.doomed), false);
                 self.gate(worker, at(AIM), ends, move |call| {
-                    let Call::Finish { .. } = call else { return None };
+                    let Call::Finish { is_statement, .. } = call else { return None };
+                    if !is_statement && !is_doomed {
+                        return None;
+                    }
                     if !std::mem::replace(&mut is_doomed, true) {
                         lock(&doomed).push((worker, down));
                     }
@@ -387,14 +395,14 @@ impl Stage {
                 });
             }
             Fault::FinishLate(worker, down) => {
-                let (doomed, mut is_doomed) = (Arc::clone(&self.doomed), false);
+                let (doomed, mut is_doomed, late) = (Arc::clone(&self.doomed), false, self.lifetime + LATE);
                 self.gate(worker, at(AIM), ends, move |call| match call {
                     // It is sent again, and so may others be, until the worker is dead.
                     Call::Finish { .. } if is_doomed => Some(Point::BeforeCall),
-                    Call::Finish { job } if workload::is_long(job) => {
+                    Call::Finish { job, .. } if workload::is_long(job) => {
                         is_doomed = true;
                         lock(&doomed).push((worker, down));
-                        Some(Point::Late(LATE))
+                        Some(Point::Late(late))
                     }
                     _ => None,
                 });
@@ -548,6 +556,16 @@ impl Stage {
     }
 }
 
+/// How many times slower than one that does nothing else the machine is. Workers that it does not let beat in time would lose their
+/// jobs for ever.
+fn slowness() -> f64 {
+    let begin = Instant::now();
+    for _ in 0..3 {
+        Daemon::spawn(bin("drayman"), &["--help"], &[]).wait();
+    }
+    (begin.elapsed().as_secs_f64() / 3.0 / PROGRAM_TIME.as_secs_f64()).clamp(1.0, 10.0)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poison| poison.into_inner())
 }
@@ -569,7 +587,7 @@ fn handlers(scratch: &Scratch, database: SocketAddr) -> String {
     let common = format!("app = '{APP}'\nenv = ['PATH', '{EFFECTS_VARIABLE}']\nkill_grace = '100ms'");
     let (flows, host, port) = (super::flows::DATABASE, database.ip(), database.port());
     format!(
-        "[chunks]\nserve = true\n\n[databases.{flows}]\nkind = 'postgres'\nhost = '{host}'\nport = {port}\n\
+        "{}[chunks]\nserve = true\n\n[databases.{flows}]\nkind = 'postgres'\nhost = '{host}'\nport = {port}\n\
          dbname = '{DATABASE}'\nuser = 'postgres'\ntls = 'disable'\n\n\
          [[handlers]]\n{common}\nop = 'program'\nkind = 'program'\ncommand = [{python}]\nsize = 2\n\
          cancel_grace = '100ms'\n\n\
@@ -577,7 +595,8 @@ fn handlers(scratch: &Scratch, database: SocketAddr) -> String {
          cancel_grace = '100ms'\nrows = 50\nmark_done = true\n\n\
          [[handlers]]\n{common}\nop = 'command'\nkind = 'command'\n\
          command = [{python}, '{{job}}', '{{attempt}}', \
-         '{{{{\"deed\":\"{{input.deed}}\",\"ms\":{{input.ms}},\"most\":{{input.most}}}}}}']\n"
+         '{{{{\"deed\":\"{{input.deed}}\",\"ms\":{{input.ms}},\"most\":{{input.most}}}}}}']\n",
+        super::sources::export()
     )
 }
 

@@ -3,7 +3,9 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 
+use super::rules::LIMITED_USERS;
 use super::stage::{ask, connect};
+use super::trackers::TRACKER;
 use super::verdict::{KEYS, Violation};
 use super::workload::{APP, HOSTS, Handler};
 use crate::redis::{RawClient, RedisServer, Value};
@@ -54,6 +56,18 @@ pub fn jobs_of(redis: &mut RawClient, prefix: &str) -> io::Result<Vec<String>> {
     Ok(keys.into_iter().filter_map(|key| Some(key.strip_prefix(JOBS)?.to_owned())).collect())
 }
 
+/// The batches that were files, with the names of these.
+pub fn batches_of_files(redis: &mut RawClient) -> io::Result<Vec<(String, String)>> {
+    let mut batches = Vec::new();
+    // A batch of a file has an id as programs make them.
+    for id in jobs_of(redis, "????????-????-????-????-????????????")?.into_iter().filter(|id| !id.contains(':')) {
+        if let Some(source) = field(redis, &id, "source")? {
+            batches.push((id, source));
+        }
+    }
+    Ok(batches)
+}
+
 /// Whether a job was taken, or waits where its producer pushed it.
 pub fn is_queued(redis: &mut RawClient, user: &str, id: &str) -> io::Result<bool> {
     Ok(field(redis, id, "fence")?.is_some()
@@ -67,23 +81,73 @@ pub fn leader(redis: &mut RawClient) -> io::Result<Option<String>> {
     Ok((!leader.is_nil()).then(|| leader.text().split('\t').next().unwrap_or_default().to_owned()))
 }
 
-/// Id, session and fence of every claim.
-pub fn claims(redis: &mut RawClient) -> io::Result<Vec<(String, String, u64)>> {
+/// A session's right to end a job.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Claim {
+    /// The job.
+    pub job: String,
+    /// Who has it.
+    pub session: String,
+    /// When it was taken, in µs since 1970 by the clock of Redis.
+    pub fence: u64,
+    /// Where it runs.
+    pub pool: String,
+    /// Whose it is.
+    pub user: String,
+}
+
+/// All claims at one moment.
+pub fn claims(redis: &mut RawClient) -> io::Result<Vec<Claim>> {
     let claims = ask(redis, &["HGETALL", CLAIMS])?.map();
-    let claim = |(id, text): (String, String)| {
-        let mut words = text.split('\t');
-        Some((id, words.next()?.to_owned(), words.next()?.parse().ok()?))
+    let claim = |(job, text): (String, String)| {
+        let mut words = text.split('\t').map(str::to_owned);
+        let (session, fence) = (words.next()?, words.next()?.parse().ok()?);
+        Some(Claim { job, session, fence, pool: words.next()?, user: words.next()? })
     };
     Ok(claims.into_iter().filter_map(claim).collect())
+}
+
+/// What time it is, in µs since 1970 by the clock of Redis.
+pub fn time(redis: &mut RawClient) -> io::Result<u64> {
+    let time = ask(redis, &["TIME"])?.texts();
+    let number = |at: usize| time.get(at).and_then(|text| text.parse::<u64>().ok()).unwrap_or_default();
+    Ok(number(0) * 1_000_000 + number(1))
+}
+
+/// What the record of a tracked job says.
+#[derive(Debug)]
+pub struct Tracked {
+    /// How it stands.
+    pub status: String,
+    /// The fence of its last start.
+    pub fence: u64,
+    /// Of each attempt that has ended its fence and its outcome.
+    pub attempts: Vec<(u64, String)>,
+}
+
+/// The record of a tracked job, if there is one.
+pub fn tracked(redis: &mut RawClient, tracker: &str, id: &str) -> io::Result<Option<Tracked>> {
+    let record = ask(redis, &["HGETALL", &format!("drayman:track:{tracker}:{id}")])?.map();
+    let text = |name: &str| record.get(name).cloned().unwrap_or_default();
+    let attempt = |line: &str| {
+        let attempt: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+        let fence = attempt["fence"].as_str().and_then(|fence| fence.parse().ok()).unwrap_or_default();
+        (fence, attempt["outcome"].as_str().unwrap_or_default().to_owned())
+    };
+    let attempts = text("history").lines().map(attempt).collect();
+    let tracked = Tracked { status: text("status"), fence: text("fence").parse().unwrap_or_default(), attempts };
+    Ok((!record.is_empty()).then_some(tracked))
 }
 
 /// A call of a worker, as the harness tells them apart on the wire.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Call<'a> {
+    /// It ends an attempt at a tracked job.
+    TrackerEnd,
     /// It asks for jobs. Asked again after a lost reply it has the same number.
     Take { number: &'a [u8] },
     /// It ends its claim on this job, and perhaps on others.
-    Finish { job: &'a [u8] },
+    Finish { job: &'a [u8], is_statement: bool },
 }
 
 /// What a command calls, if it is one of these.
@@ -94,10 +158,20 @@ pub fn call(words: &[Vec<u8>]) -> Option<Call<'_>> {
     }
     let arg = |at: usize| args.get(at).map_or(&[][..], Vec::as_slice);
     match (arg(4), arg(5)) {
-        (b"final" | b"next" | b"back" | b"later" | b"part", _) => Some(Call::Finish { job: arg(2) }),
+        (b"succeeded" | b"failed", _) if args.len() == 8 => Some(Call::TrackerEnd),
+        (b"final" | b"next" | b"back" | b"later" | b"part", _) => Some(Call::Finish {
+            job: arg(2),
+            // Its trace has served its purpose then.
+            is_statement: args.iter().any(|arg| arg == b"trace"),
+        }),
         (_, b"jobs" | b"time") => Some(Call::Take { number: arg(2) }),
         _ => None,
     }
+}
+
+/// Whether what ends is entered for the database of what has ended: from when a worker first leads.
+pub fn is_exporting(redis: &mut RawClient) -> io::Result<bool> {
+    Ok(ask(redis, &["EXISTS", "drayman:exporting"])?.int() == 1)
 }
 
 /// What is claimed, and how many have ended: it changes while there is progress.
@@ -245,6 +319,12 @@ pub fn leftovers(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String
             | "drayman:batch_blocks:{}"
             | "drayman:batch_results:{}"
             | "drayman:flow_steps:{}" => jobs.contains(parameter),
+            "limits:batch:{}" => LIMITED_USERS.contains(&parameter),
+            "drayman:starts:{}" => lives_ms > 0,
+            // What waits to be written to the database.
+            "drayman:export" => ask(&mut redis, &["XLEN", &key])?.int() == 0,
+            "drayman:exporting" => true,
+            "drayman:track:{}" | "drayman:track_status:{}" => parameter.starts_with(TRACKER),
             "drayman:debt:{}" => pools.contains(parameter),
             "drayman:parked:{}" => {
                 let parked = ask(&mut redis, &["ZRANGE", &key, "0", "-1"])?.texts();

@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use serde_json::Value as Json;
 
 use super::faults::HANDLERS_KILLED;
+use super::rules;
 use super::stage::{MAX_UNCLEAN, Stage, connect};
 use super::state::{Hash, hash};
 use super::watch::{Life, Watch};
@@ -220,6 +221,7 @@ pub fn of_jobs(watch: &Watch, seen: &Seen<'_>) -> io::Result<(Vec<Violation>, Co
             }
         }
     }
+    violations.extend(rules::unique_keys(&mut redis, &lives)?);
     for (name, others) in &effects.crowds {
         let committed = |name: &String| effects.by_step.values().any(|names| names.contains(name));
         if committed(name) && others.iter().all(committed) {
@@ -404,6 +406,8 @@ fn of_statements(
         let allowed = match status.as_str() {
             "done" if !bare => 1..=1,
             "unknown" => 0..=1,
+            // It may have been committed before its worker heard of that.
+            "cancelled" if life.job.cancelled_plainly && life.told_cancelled => 0..=1,
             _ => 0..=0,
         };
         if !allowed.contains(&count) {

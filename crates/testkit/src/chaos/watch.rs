@@ -1,13 +1,14 @@
 //! What can be seen of the jobs from outside while they run.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::io;
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use super::random::Random;
+use super::rules;
 use super::stage::{Stage, connect};
-use super::state;
+use super::state::{self, Claim};
 use super::workload::Job;
 use crate::redis::{RawClient, Value};
 
@@ -51,6 +52,10 @@ struct State {
     orphans: HashMap<String, Orphan>,
     recoveries: Vec<Duration>,
     changed: Vec<String>,
+    /// All claims that were ever seen.
+    starts: BTreeSet<Claim>,
+    /// More at once than may be.
+    crowds: BTreeSet<String>,
 }
 
 /// The book of all jobs.
@@ -102,6 +107,11 @@ impl Watch {
         self.state().open.clone()
     }
 
+    /// How many jobs have ended.
+    pub fn ended(&self) -> usize {
+        self.state().over.len()
+    }
+
     /// All jobs.
     pub fn lives(&self) -> Vec<Life> {
         self.state().lives.values().cloned().collect()
@@ -110,6 +120,19 @@ impl Watch {
     /// Final records that changed: ids with what they were and became.
     pub fn changed(&self) -> Vec<String> {
         self.state().changed.clone()
+    }
+
+    /// All claims that were seen, and where there were more at once than may be.
+    pub fn starts_and_crowds(&self) -> (Vec<Claim>, Vec<String>) {
+        let state = self.state();
+        (state.starts.iter().cloned().collect(), state.crowds.iter().cloned().collect())
+    }
+
+    /// A job that was refused: it is none.
+    pub fn forget(&self, id: &str) {
+        let mut state = self.state();
+        state.lives.remove(id);
+        state.open.retain(|open| open != id);
     }
 
     /// How long it took until jobs of killed workers were taken again.
@@ -158,7 +181,9 @@ impl Watch {
         let seen = Instant::now();
         {
             let mut state = self.state();
-            for (id, session, fence) in claims {
+            state.crowds.extend(rules::crowds(&claims));
+            state.starts.extend(claims.iter().cloned());
+            for Claim { job: id, session, fence, .. } in claims {
                 if let Some(orphan) = state.orphans.remove(&id) {
                     if fence > orphan.fence {
                         state.recoveries.push(seen - orphan.since);
@@ -209,6 +234,10 @@ impl Watch {
         let over = is_over(&record);
         let Some(life) = state.lives.get_mut(id) else { return };
         match &life.ended {
+            // Whoever cancels by plain commands does not say when it ended.
+            Some(([status, fallback, None], at)) if [status, fallback] == [&record[0], &record[1]] => {
+                life.ended = Some((record, *at));
+            }
             Some((earlier, at)) if *earlier != record => {
                 let text =
                     format!("{id}: {earlier:?}, seen {:.1} s ago, is now {record:?}", at.elapsed().as_secs_f64());

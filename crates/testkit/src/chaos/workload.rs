@@ -125,6 +125,10 @@ pub struct Job {
     pub max_attempts: Option<u32>,
     /// When after its submission somebody cancels it.
     pub cancel_after: Option<Duration>,
+    /// Whether that is done by plain commands.
+    pub cancelled_plainly: bool,
+    /// A key that no other job may hold, and until when this one does: it is queued, or done. Native jobs only.
+    pub unique: Option<(String, &'static str)>,
     entries: Vec<Entry>,
     onsuccess: Option<Step>,
     onerror: Option<Step>,
@@ -146,7 +150,10 @@ impl Job {
             _ => Route::Native,
         };
         let handler = handlers[random.between(0, handlers.len() as u64) as usize];
-        let form = [Form::Single, Form::List, Form::Fallback, Form::Task(handler)][random.weighted(&[5, 3, 3, 9])];
+        let forms = [Form::Single, Form::List, Form::Fallback, Form::Task(handler)];
+        // Each run has one, however short it is.
+        let is_poison = (user, number) == (0, 2);
+        let form = forms[if is_poison { 3 } else { random.weighted(&[5, 3, 3, 9]) }];
         let count = if matches!(form, Form::Single | Form::Task(_)) { 1 } else { random.between(1, 4) };
         let fallbacks = form == Form::Fallback;
         let entries: Vec<Entry> = (0..count)
@@ -170,14 +177,17 @@ impl Job {
             proxied: random.chance(50),
             delay: (route == Route::Native && random.chance(20)).then(|| random.ms(100, 3_000)),
             max_attempts: random.chance(60).then_some(12),
-            cancel_after: random.chance(12).then(|| random.ms(0, 2_500)),
+            cancel_after: random.chance(15).then(|| random.ms(0, 2_500)),
+            cancelled_plainly: random.chance(40),
+            unique: (route == Route::Native && random.chance(30))
+                .then(|| (format!("key-{}", random.between(0, 4)), if random.chance(50) { "queued" } else { "done" })),
             entries,
             onsuccess,
             onerror,
         };
         if job.task().is_some() {
             // Longer than most statements: a task has nothing but its time in which faults can meet it.
-            job.entries[0].main.deed = match random.weighted(&[52, 10, 20, 16, 2]) {
+            job.entries[0].main.deed = match if is_poison { 4 } else { random.weighted(&[52, 10, 20, 17, 1]) } {
                 0 => Deed::Work(random.ms(0, 600)),
                 1 => Deed::Fail,
                 2 => Deed::FailOnce,
