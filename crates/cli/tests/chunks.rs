@@ -403,9 +403,7 @@ fn a_file_that_can_not_be_read_whole_is_refused_by_its_line_by_chunk_and_batch_s
         ("csv", "n,do\n1,\n2,\"\n3,\n4,\n", "line 3: a quote is not closed"),
         ("csv", "n,do\n1,\"\n2,\"x\"\n3,\n", "line 2: text follows a closing quote"),
         ("csv", "n,do,n\n1,,2\n", "line 1: the header names \"n\" twice"),
-        ("csv", "n,\n1,\n", "line 1: field 2 of the header has no name"),
         ("csv", "", "line 1: there is no header"),
-        ("csv", "n\0,d\0o\0\n", "line 1: the header can't be used: it has a NUL byte"),
     ]
     .into_iter()
     .enumerate()
@@ -495,21 +493,12 @@ fn a_step_goes_on_only_in_the_file_that_it_has_read_and_says_so_otherwise() {
     };
     let count = || -> i64 { house.sqlite().query_row("SELECT count(*) FROM squares", [], |row| row.get(0)).unwrap() };
     let same = step("numbers.csv", BOTH);
-    for (id, now) in [
-        ("edited", vec![1, 2, 3, 8, 5, 6, 7]),
-        ("longer", vec![1, 2, 33, 4, 5, 6, 7]),
-        ("swapped", vec![2, 1, 3, 4, 5, 6, 7]),
-    ] {
-        house.file("numbers.csv", &rows(&now));
-        refused(id, &same, "the first 17 bytes of \"numbers.csv\" are not what they were");
-    }
+    house.file("numbers.csv", &rows(&[1, 2, 3, 8, 5, 6, 7]));
+    refused("edited", &same, "the first 17 bytes of \"numbers.csv\" are not what they were");
     house.file("numbers.csv", &rows(&[1, 2]));
     refused("shorter", &same, "\"numbers.csv\" has 11 bytes, and had at least 17 before");
     house.file("numbers.csv", &rows(&[1, 2, 3, 4, 5, 6, 7]));
     refused("other", &step("other.csv", BOTH), "its reader's file was \"numbers.csv\", and is \"other.csv\" now");
-    refused("query", &step("numbers.csv", ":n, 0"), "its writer's statement is another one than before");
-    let lines = same.replace("kind = 'csv'", "kind = 'json-lines'");
-    refused("lines", &lines, "its reader was csv, and is json-lines now");
     let file = "writer = { kind = 'json-lines', file = 'squares.jsonl' }\n";
     let into_file = format!("{}{file}", same.split("writer").next().unwrap());
     refused("file", &into_file, "its writer was sql, and is json-lines now");

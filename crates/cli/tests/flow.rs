@@ -364,7 +364,7 @@ fn a_program_saves_how_far_it_has_come_and_goes_on_from_there() {
     let text = fs::read_to_string(&file).unwrap();
     for (id, from, to, wanted) in [
         ("i1", "do = 'count'", "do = 'count', file = 'b.csv'", "its handler's input is another one than before"),
-        ("i2", "op = 'step'", "op = 'other'", "its handler was etl.step, and is etl.other now"),
+        ("i2", "op = 'step'", "op = 'write'", "its handler was etl.step, and is etl.write now"),
     ] {
         assert!(text.contains(from), "{text}");
         let other = house.file("other.toml", &text.replace(from, to));

@@ -1,10 +1,11 @@
-//! Reads rows out of what people hand over: CSV with a header, lines of JSON, or plain lines. One row is in memory at a time, and
-//! none is longer than the reader was told to allow.
+//! Reads rows out of what people hand over: CSV with a header, lines of JSON, or plain lines. One row is in memory at a
+//! time, and none is longer than the reader was told to allow.
 //!
-//! The number of a row is that of the line in the file on which it begins, whatever stands before it: blank lines, rows of several
-//! lines, and rows that are bad.
+//! The number of a row is that of the line in the file on which it begins, whatever stands before it: blank lines, rows
+//! of several lines, and rows that are bad.
 //!
-//! No byte of a file is lost without a word: what can't stand in a row is refused with its line. `docs/batches.md` lists it.
+//! No byte of a file is lost without a word: what can't stand in a row is refused with its line. `docs/batches.md`
+//! lists it.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -60,8 +61,8 @@ pub enum RowError {
     /// This row is bad. What follows it can be read.
     #[error(transparent)]
     Bad(BadLine),
-    /// It is bad, and nobody knows where the next one begins: a header that names nothing, or quotes that span lines. Who passed over it
-    /// would lose rows. Nothing more is read.
+    /// It is bad, and nobody knows where the next one begins: a header that names nothing, or quotes that span lines.
+    /// Who passed over it would lose rows. Nothing more is read.
     #[error(transparent)]
     Lost(BadLine),
     /// Nothing more can be read.
@@ -217,7 +218,8 @@ impl<R: BufRead> RowSource<R> {
         &self.csv.names
     }
 
-    /// Reads the next record of CSV, for those who want its [`fields`](Self::fields) rather than an object. Says on which line it begins.
+    /// Reads the next record of CSV, for those who want its [`fields`](Self::fields) rather than an object. Says on
+    /// which line it begins.
     pub fn next_record(&mut self) -> Option<Result<u64, RowError>> {
         if self.is_over {
             return None;
@@ -431,8 +433,8 @@ impl<R: BufRead> RowSource<R> {
         })
     }
 
-    /// Whether text stands between a closing quote and the end of its field. The reader would add it to the field: it is the trace of a
-    /// quote that is missing before.
+    /// Whether text stands between a closing quote and the end of its field. The reader would add it to the field: it
+    /// is the trace of a quote that is missing before.
     fn goes_on_behind_a_quote(&self) -> bool {
         let Format::Csv { delimiter } = self.format else { return false };
         if !self.csv.has_quote {
@@ -519,7 +521,8 @@ impl<R: BufRead> Iterator for RowSource<R> {
 /// Some rows, or why there is none here. Behind a bad line more may follow.
 pub type Piece = Result<Vec<Row>, RowError>;
 
-/// Reads in a thread of its own, for a file may block for as long as it likes. The reading ends with the rows, or with the receiver.
+/// Reads in a thread of its own, for a file may block for as long as it likes. The reading ends with the rows, or with
+/// the receiver.
 pub fn pieces<R: BufRead + Send + 'static>(
     open: impl FnOnce() -> Result<RowSource<R>, RowError> + Send + 'static,
 ) -> mpsc::Receiver<Piece> {
@@ -563,8 +566,8 @@ fn json_text(text: &str) -> Vec<u8> {
     serde_json::to_vec(text).expect("a text can be written to memory")
 }
 
-/// What is wrong with the text of a JSON value: none at all, nested too deep, or an object that has a name twice, of which whoever reads it
-/// would keep one value and lose the other.
+/// What is wrong with the text of a JSON value: none at all, nested too deep, or an object that has a name twice, of
+/// which whoever reads it would keep one value and lose the other.
 fn json_fault(text: &str, depth: usize) -> Option<String> {
     let no_json = |error: serde_json::Error| Some(format!("it is no JSON: {}", without_line(&error)));
     match text.as_bytes().first() {
@@ -667,8 +670,8 @@ mod tests {
 
     const CSV: Format = Format::Csv { delimiter: b',' };
 
-    /// What is read, with a buffer of so many bytes: `line input`, or `line! reason` of a bad row, or `line!! reason` of one behind which
-    /// nothing is read.
+    /// What is read, with a buffer of so many bytes: `line input`, or `line! reason` of a bad row, or `line!! reason`
+    /// of one behind which nothing is read.
     fn read_with(buffer: usize, format: Format, text: &[u8], most: usize) -> Vec<String> {
         let told = |row: Result<Row, RowError>| match row {
             Ok(row) => format!("{} {}", row.line, String::from_utf8(row.input).unwrap()),

@@ -1,10 +1,11 @@
 //! Tasks that work on many items in chunks: read, process, write, and save behind each chunk how far they have come.
 //!
-//! Another attempt goes on behind the last chunk that was committed: after an error, the loss of the worker, a drain, or in a later
-//! execution of its flow. A chunk whose writing was not followed by its checkpoint is undone by a writer that can (a file is
-//! shortened), or was committed together with it (a database); any other writer sees it again.
+//! Another attempt goes on behind the last chunk that was committed: after an error, the loss of the worker, a drain,
+//! or in a later execution of its flow. A chunk whose writing was not followed by its checkpoint is undone by a writer
+//! that can (a file is shortened), or was committed together with it (a database); any other writer sees it again.
 //!
-//! All this is code that blocks: it belongs into a [`blocking_handler`](super::function::Application::blocking_handler).
+//! All this is code that blocks: it belongs into a
+//! [`blocking_handler`](super::function::Application::blocking_handler).
 
 use std::num::NonZeroUsize;
 use std::thread;
@@ -85,17 +86,20 @@ pub trait Reader {
     /// An item.
     type Item;
 
-    /// What it reads and how: all that its items depend on, but for the content. An attempt that is to go on with another one fails.
+    /// What it reads and how: all that its items depend on, but for the content. An attempt that is to go on with
+    /// another one fails.
     fn source(&self) -> Identity;
 
     /// How it counts what its positions have before them: `bytes`, `rows`.
     fn unit(&self) -> &'static str;
 
-    /// Begins at the beginning, or behind a position. It goes there by reading again all that lies before, if there is so much: what
-    /// [`position`](Reader::position) says then is compared with where it was to go, and if they differ the attempt fails.
+    /// Begins at the beginning, or behind a position. It goes there by reading again all that lies before, if there is
+    /// so much: what [`position`](Reader::position) says then is compared with where it was to go, and if they differ
+    /// the attempt fails.
     fn open(&mut self, behind: Option<&Position>) -> Result<(), Problem>;
 
-    /// The next item; none at the end. An error that is no wish to retry is of this one item: the next call goes on behind it.
+    /// The next item; none at the end. An error that is no wish to retry is of this one item: the next call goes on
+    /// behind it.
     fn read(&mut self) -> Option<Result<Self::Item, Problem>>;
 
     /// The position behind the items that were read.
@@ -107,16 +111,16 @@ pub trait Writer {
     /// An item.
     type Item;
 
-    /// What it writes to and how. An attempt that is to go on with another one fails. `None`: each attempt begins anew, for it writes all or
-    /// nothing.
+    /// What it writes to and how. An attempt that is to go on with another one fails. `None`: each attempt begins anew,
+    /// for it writes all or nothing.
     fn target(&self) -> Option<Identity>;
 
-    /// Begins behind what was committed. A writer that keeps checkpoints beside its items hands back its own: it may be later. One that
-    /// keeps what it has written elsewhere finds out whether that is what it was.
+    /// Begins behind what was committed. A writer that keeps checkpoints beside its items hands back its own: it may be
+    /// later. One that keeps what it has written elsewhere finds out whether that is what it was.
     fn open(&mut self, committed: &Checkpoint) -> Result<Option<Checkpoint>, Problem>;
 
-    /// Writes a chunk: all of it, or after an error nothing. `checkpoint` is what is saved behind it; the writer says in it behind what it
-    /// goes on.
+    /// Writes a chunk: all of it, or after an error nothing. `checkpoint` is what is saved behind it; the writer says
+    /// in it behind what it goes on.
     fn write(&mut self, items: &[Self::Item], checkpoint: &mut Checkpoint) -> Result<(), Problem>;
 }
 
@@ -175,8 +179,8 @@ impl Chunks {
         Self { size, skip_limit: 0, item_attempts: 1, pause: Duration::ZERO }
     }
 
-    /// With so many items that may be passed over. One more fails the task. What is passed over is kept with its error; where a chunk
-    /// can't be written, its halves are, and the halves of those, to find out which.
+    /// With so many items that may be passed over. One more fails the task. What is passed over is kept with its error;
+    /// where a chunk can't be written, its halves are, and the halves of those, to find out which.
     #[must_use]
     pub fn skip_limit(self, skip_limit: u64) -> Self {
         Self { skip_limit, ..self }
@@ -188,7 +192,8 @@ impl Chunks {
         Self { item_attempts: item_attempts.max(1), pause, ..self }
     }
 
-    /// Works through all items, and says what was done over all attempts. The processor hands back nothing for what is not to be written.
+    /// Works through all items, and says what was done over all attempts. The processor hands back nothing for what is
+    /// not to be written.
     pub fn run<R, W>(
         &self,
         context: &Context,
@@ -343,8 +348,8 @@ impl Chunks {
         }
     }
 
-    /// Writes the halves of a chunk that was undone, and of those that are undone the halves again, down to the items that can't be
-    /// written: they are passed over.
+    /// Writes the halves of a chunk that was undone, and of those that are undone the halves again, down to the items
+    /// that can't be written: they are passed over.
     fn commit_in_parts<W: Writer>(
         &self,
         context: &Context,
@@ -505,8 +510,8 @@ fn undone(context: &Context, mut saved: Checkpoint, problem: Problem) -> Problem
     problem
 }
 
-/// Reads what a function makes anew each time, in the same order: a list, a stream. Who goes on passes over what was read, and compares it as
-/// JSON.
+/// Reads what a function makes anew each time, in the same order: a list, a stream. Who goes on passes over what was
+/// read, and compares it as JSON.
 pub fn items<I>(make: impl Fn() -> I) -> impl Reader<Item = I::Item>
 where
     I: Iterator,
@@ -598,8 +603,8 @@ impl<T, F: FnMut(&[T]) -> Result<(), Problem>> Writer for Call<F, T> {
 /// Most bytes of the items of a list, as JSON.
 const LIST_MAX_BYTES: usize = 48 << 10;
 
-/// Keeps items in the checkpoint, for few and small ones: each is there once, whatever happens. A step that is declared so has them as its
-/// result.
+/// Keeps items in the checkpoint, for few and small ones: each is there once, whatever happens. A step that is declared
+/// so has them as its result.
 pub fn list_to<T: Serialize>() -> impl Writer<Item = T> {
     List(std::marker::PhantomData)
 }

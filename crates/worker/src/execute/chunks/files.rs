@@ -1,4 +1,5 @@
-//! Items in files: CSV with a header, and JSON values on lines. They are read as rows of batches are, by the rules of `rows`.
+//! Items in files: CSV with a header, and JSON values on lines. They are read as rows of batches are, by the rules of
+//! `rows`.
 
 use std::collections::HashMap;
 use std::fs::{self, File, OpenOptions};
@@ -55,7 +56,8 @@ pub fn json_lines<T: DeserializeOwned>(path: impl Into<PathBuf>) -> impl Reader<
     json_items(path.display().to_string(), path)
 }
 
-/// The records of a CSV file in the workers' folder as objects of texts. `name` is the same on all workers, wherever the folder is.
+/// The records of a CSV file in the workers' folder as objects of texts. `name` is the same on all workers, wherever
+/// the folder is.
 pub(super) fn csv_objects(path: PathBuf, name: &str) -> impl Reader<Item = Box<RawValue>> + use<> {
     FileReader { path, name: name.to_owned(), format: CSV, open: None, scratch: (), item: json_item }
 }
@@ -128,9 +130,9 @@ where
         if let Some(behind) = behind {
             let begun = rows.input().seen().length();
             rows.pass_over(behind.length.saturating_sub(begun)).map_err(|error| wrong(&error))?;
-            if rows.input_mut().is_within_a_line().map_err(|error| wrong(&error))? {
-                let line = rows.lines_ended() + 1;
-                let name = &self.name;
+            // All of it is as it was, but where the file ended a line goes on.
+            if position_of(&rows) == *behind && rows.input_mut().is_within_a_line().map_err(|error| wrong(&error))? {
+                let (line, name) = (rows.lines_ended() + 1, &self.name);
                 return Err(disagreement(format_args!("line {line} of {name:?} was the last, and is longer now")));
             }
         }
@@ -148,12 +150,16 @@ where
     }
 
     fn position(&self) -> Position {
-        let seen = |rows: &Rows| rows.input().seen().position(rows.lines_ended().into());
-        self.open.as_ref().map_or_else(|| Seen::default().position(Value::Null), seen)
+        self.open.as_ref().map_or_else(|| Seen::default().position(Value::Null), position_of)
     }
 }
 
-/// Writes each item as JSON on a line of a file that is this task's alone. What was not committed is cut off when it is opened again.
+fn position_of(rows: &Rows) -> Position {
+    rows.input().seen().position(rows.lines_ended().into())
+}
+
+/// Writes each item as JSON on a line of a file that is this task's alone. What was not committed is cut off when it is
+/// opened again.
 pub fn json_lines_to<T: Serialize>(path: impl Into<PathBuf>) -> impl Writer<Item = T> {
     let path = path.into();
     file_writer(path.display().to_string(), path, JsonForm)
@@ -164,15 +170,15 @@ pub(super) fn json_values_to(path: PathBuf, name: &str) -> impl Writer<Item = Bo
     file_writer(name.to_owned(), path, JsonForm)
 }
 
-/// Writes each item as a record of a CSV file that is this task's alone; the names of its fields are the header. What was not committed is
-/// cut off when it is opened again.
+/// Writes each item as a record of a CSV file that is this task's alone; the names of its fields are the header. What
+/// was not committed is cut off when it is opened again.
 pub fn csv_to<T: Serialize>(path: impl Into<PathBuf>) -> impl Writer<Item = T> {
     let path = path.into();
     file_writer(path.display().to_string(), path, RecordForm)
 }
 
-/// Writes objects, texts in JSON, as records of a CSV file in the workers' folder that is this task's alone: these of their fields, in this
-/// order. What was not committed is cut off when it is opened again.
+/// Writes objects, texts in JSON, as records of a CSV file in the workers' folder that is this task's alone: these of
+/// their fields, in this order. What was not committed is cut off when it is opened again.
 pub(super) fn columns_to(path: PathBuf, name: &str, columns: Vec<String>) -> impl Writer<Item = Box<RawValue>> + use<> {
     file_writer(name.to_owned(), path, ColumnsForm(columns))
 }

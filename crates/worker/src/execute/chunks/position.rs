@@ -1,8 +1,9 @@
 //! How far a task has come in what it reads and writes, and whether what it comes back to is still the same.
 //!
-//! A position alone says nothing: in another file, or in one that was edited, it is the middle of something else. So what is saved names
-//! its source and its target, and has the length and a digest of all that lies before it. Who goes on goes through that again, and
-//! compares: [`agree`] and [`same`] are the only places that decide, for every reader and every writer.
+//! A position alone says nothing: in another file, or in one that was edited, it is the middle of something else. So
+//! what is saved names its source and its target, and has the length and a digest of all that lies before it. Who goes
+//! on goes through that again, and compares: [`agree`] and [`same`] are the only places that decide, for every reader
+//! and every writer.
 
 use std::fmt;
 use std::io::{self, BufRead, Read};
@@ -22,7 +23,8 @@ const DIGEST_BYTES: usize = 16;
 const REMEDY: &str = "Put back what it began with; or begin anew: take back what it has written, then launch the flow with --force, \
     or retry a task of its own with --from-start";
 
-/// What a reader reads and how, or what a writer writes to and how: part by part, so that it can be said which one differs.
+/// What a reader reads and how, or what a writer writes to and how: part by part, so that it can be said which one
+/// differs.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Identity(Map<String, Value>);
@@ -133,7 +135,8 @@ pub(crate) fn same(whose: &str, now: &Identity, was: &Identity) -> Result<(), Pr
     now.difference(whose, was).map_or(Ok(()), |difference| Err(disagreement(difference)))
 }
 
-/// Whether what lies before a position is what lay there when it was saved. `now` is where one has come who went there again.
+/// Whether what lies before a position is what lay there when it was saved. `now` is where one has come who went there
+/// again.
 pub(super) fn agree(whose: &str, unit: &str, now: &Position, was: &Position) -> Result<(), Problem> {
     let Position { length, .. } = was;
     if now.length < *length {

@@ -1,5 +1,5 @@
-//! Whatever happens to a source or a target between two attempts: the second one ends with what a whole run would have written, or fails
-//! and says that its checkpoint does not agree. Never is it done with anything else.
+//! Whatever happens to a source or a target between two attempts: the second one ends with what a whole run would have
+//! written, or fails and says that its checkpoint does not agree. Never is it done with anything else.
 
 use std::cell::RefCell;
 use std::path::{Path, PathBuf};
@@ -154,7 +154,8 @@ impl Edit {
     }
 }
 
-/// The second attempt is as a whole run over what it found, or says that it can't go on. What a whole run refuses, it does too.
+/// The second attempt is as a whole run over what it found, or says that it can't go on. What a whole run refuses, it
+/// does too.
 fn assert_whole_or_refused<T: PartialEq + std::fmt::Debug>(
     second: Result<T, Problem>,
     whole: Result<T, Problem>,

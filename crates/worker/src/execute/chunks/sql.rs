@@ -19,9 +19,10 @@ use crate::execute::task::Problem;
 /// What others see of our connections to PostgreSQL.
 const NAME: &str = "drayman:chunks";
 
-/// Reads what a query returns, in the order of a key: columns that together tell its rows apart and are never null. The query has no order
-/// and no limit of its own. It is asked for some hundred rows at a time, each time for those behind the last: an index on the key makes
-/// that cheap, and a row that comes meanwhile is read if its key is greater. `stop` interrupts what is under way.
+/// Reads what a query returns, in the order of a key: columns that together tell its rows apart and are never null. The
+/// query has no order and no limit of its own. It is asked for some hundred rows at a time, each time for those behind
+/// the last: an index on the key makes that cheap, and a row that comes meanwhile is read if its key is greater. `stop`
+/// interrupts what is under way.
 pub fn sql_query<T: DeserializeOwned>(
     database: &Database,
     query: &str,
@@ -58,7 +59,8 @@ struct Reading {
 }
 
 impl<T> SqlReader<T> {
-    /// Goes on behind the last key without reading again what lies before it: for a query whose rows may change or go once they are read.
+    /// Goes on behind the last key without reading again what lies before it: for a query whose rows may change or go
+    /// once they are read.
     #[must_use]
     pub fn uncompared(self) -> Self {
         Self { is_compared: false, ..self }
@@ -71,7 +73,8 @@ impl<T> SqlReader<T> {
                 open.behind = Some(self.query.key_of(last)?);
             }
             let behind = open.behind.as_ref().map(|key| self.query.in_sql(key)).transpose()?;
-            // One more than is handed out: so it is seen, also where a page ends, that the key does not tell rows apart.
+            // One more than is handed out: so it is seen, also where a page ends, that the key does not tell rows
+            // apart.
             let mut page = open.connection.page(&self.query, behind.as_deref())?;
             self.query.tells_apart(&page)?;
             open.is_last = page.len() <= PAGE;
@@ -151,8 +154,9 @@ impl<T: DeserializeOwned> Reader for SqlReader<T> {
     }
 }
 
-/// Runs a statement for each item, which it names as `:field`; a chunk is one transaction, in which the table `drayman_checkpoints` of the
-/// same database says how far the task has come. Its row is kept for 90 days. `stop` interrupts what is under way.
+/// Runs a statement for each item, which it names as `:field`; a chunk is one transaction, in which the table
+/// `drayman_checkpoints` of the same database says how far the task has come. Its row is kept for 90 days. `stop`
+/// interrupts what is under way.
 pub fn sql_to<T: Serialize>(database: &Database, sql: &str, stop: CancellationToken) -> impl Writer<Item = T> + use<T> {
     SqlWriter { database: database.clone(), sql: sql.to_owned(), stop, open: None, of: PhantomData }
 }
