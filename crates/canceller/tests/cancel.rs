@@ -89,7 +89,7 @@ async fn lost_messages_only_cost_time() {
     let session = worker(&store).await;
     submit(&server, "a", "ana");
     let claim = take_one(&store, &session).await;
-    let running = program(&server).start(&["a", "--wait", "20s"]);
+    let running = program(&server).start(&["a", "--wait", "10m"]);
     is_asked(&session).await;
     server.raw(&["CLIENT", "KILL", "TYPE", "pubsub"]);
     finish(claim, "cancelled").await;
@@ -104,7 +104,7 @@ async fn a_job_whose_worker_is_gone_is_cancelled_in_its_queue() {
     let session = worker(&store).await;
     submit(&server, "a", "ana");
     let claim = take_one(&store, &session).await;
-    let running = program(&server).start(&["a", "--wait", "20s"]);
+    let running = program(&server).start(&["a", "--wait", "10m"]);
     is_asked(&session).await;
     session.close().await.unwrap();
     let ran = blocking(|| running.end()).await;

@@ -280,7 +280,7 @@ fn a_held_batch_is_appended_to_and_released_and_takes_no_more_then() {
 fn rows_are_worked_on_watched_and_read_in_pages() {
     let house = House::build();
     let _worker = house.worker();
-    let ran = house.submit_with(&["--id", "b", "--format", "jsonl", "--wait=60s"], lines(1..=250));
+    let ran = house.submit_with(&["--id", "b", "--format", "jsonl", "--wait=10m"], lines(1..=250));
     assert_eq!((ran.code, ran.out.as_str()), (1, "b\n"), "some rows failed: {ran:?}");
     assert!(ran.err.ends_with("b failed: 250 rows, 225 done, 25 failed\n"), "{ran:?}");
 
@@ -335,7 +335,7 @@ fn ten_thousand_rows_come_out_as_they_went_in() {
     let rows: String =
         (1..=10_000).map(|n| format!("{{\"n\":{},\"text\":\"row, \\\"{n}\\\"\"}}\n", 10 * n + 1)).collect();
     let path = house.file("rows.jsonl", rows);
-    let ran = house.submit(&["--id", "b", "--wait=120s", "--json", &path]);
+    let ran = house.submit(&["--id", "b", "--wait=10m", "--json", &path]);
     assert_eq!((ran.code, &ran.json()[1]["counts"]["done"]), (0, &json!(10_000)), "{ran:?}");
     let wanted = |n: u64| json!({ "n": 10 * n + 1, "text": format!("row, \"{n}\"") });
     let exported = house.ok(&["batch", "export", "b"]).json();

@@ -178,12 +178,12 @@ fn the_samples_of_steps_failures_retries_and_parameters() {
     let worker = house.worker();
     // Two steps.
     let sample = house.calls("SampleJob", &["first", "second"]);
-    let ran = house.launch(&sample, &["--id", "sample", "--wait=30s"]);
+    let ran = house.launch(&sample, &["--id", "sample", "--wait=10m"]);
     assert_eq!((ran.code, ran.out.as_str()), (0, "sample\n"), "{ran:?}");
     assert_eq!(house.ran(), ["first", "second"]);
     // One that fails says why, and what follows does not run.
     let failing = house.calls("FailingJob", &["breaks fail", "never"]);
-    let ran = house.launch(&failing, &["--id", "failing", "--wait=30s"]);
+    let ran = house.launch(&failing, &["--id", "failing", "--wait=10m"]);
     assert_eq!(ran.code, 1);
     assert!(ran.err.ends_with("failing failed: step breaks failed: no such file: prices.csv\n"), "{}", ran.err);
     let steps = house.ok(&["steps", "failing", "--json"]).json();
@@ -193,7 +193,7 @@ fn the_samples_of_steps_failures_retries_and_parameters() {
     let step = "[[steps]]\nname = 'flaky'\nkind = 'task'\napp = 'etl'\nop = 'step'\ninput = { do = 'flaky' }\n\
                 max_attempts = 3\nretry_delay = '10ms'\n";
     let flaky = house.file("retry.toml", &format!("name = 'RetryJob'\n{step}"));
-    assert_eq!(house.launch(&flaky, &["--id", "flaky", "--wait=30s"]).code, 0);
+    assert_eq!(house.launch(&flaky, &["--id", "flaky", "--wait=10m"]).code, 0);
     let steps = house.ok(&["steps", "flaky", "--json"]).json();
     let errors: Vec<&str> =
         steps[0]["attempts"].as_array().unwrap().iter().map(|one| one["error"].as_str().unwrap()).collect();
@@ -202,7 +202,7 @@ fn the_samples_of_steps_failures_retries_and_parameters() {
     let step = "[[steps]]\nname = 'p'\nkind = 'task'\napp = 'etl'\nop = 'step'\n";
     let params = house.file("params.toml", &format!("name = 'ParameterizedJob'\nany_params = true\n{step}"));
     let given = r#"{"name": "x", "count": 3, "rate": 1.5, "on": true, "day": "2026-03-01T00:00:00Z"}"#;
-    assert_eq!(house.launch(&params, &["--id", "params", "--params-json", given, "--wait=30s"]).code, 0);
+    assert_eq!(house.launch(&params, &["--id", "params", "--params-json", given, "--wait=10m"]).code, 0);
     let stored = house.ok(&["params", "params", "--json"]).json().remove(0);
     let kinds = ["count", "day", "name", "on", "rate"].map(|name| stored[name]["type"].as_str().unwrap().to_owned());
     assert_eq!(kinds, ["integer", "date-time", "string", "boolean", "float"]);
@@ -271,10 +271,10 @@ fn after_a_failure_is_mended_a_launch_repeats_nothing_that_is_done() {
     "#;
     let file = house.file("nightly.toml", text);
     let day = ["-p", "day=2026-03-01T04:00:00Z"];
-    let first = house.launch(&file, &[&day[..], &["--id", "n1", "--wait=30s"]].concat());
+    let first = house.launch(&file, &[&day[..], &["--id", "n1", "--wait=10m"]].concat());
     assert_eq!(first.code, 1, "{first:?}");
     fs::write(house.path("mended"), "").unwrap();
-    let second = house.launch(&file, &[&day[..], &["--id", "n2", "--wait=30s"]].concat());
+    let second = house.launch(&file, &[&day[..], &["--id", "n2", "--wait=10m"]].concat());
     assert_eq!(second.code, 0, "{second:?}");
     assert!(second.err.contains("goes on from n1"), "{}", second.err);
     assert_eq!(house.ran(), ["load", "alarm", "load", "alarm"], "what follows any end follows each");
@@ -332,17 +332,17 @@ fn an_execution_is_stopped_restarted_and_abandoned() {
     let wanted = [("one", "done"), ("two", "done"), ("three", "waiting")];
     assert_eq!(house.steps("s1"), wanted.map(|(name, status)| (name.to_owned(), status.to_owned())));
     assert_eq!(house.run(&["stop", "s1"]).code, 4);
-    let ran = house.ok(&["restart", "s1", "--id", "s2", "--wait=30s"]);
+    let ran = house.ok(&["restart", "s1", "--id", "s2", "--wait=10m"]);
     assert_eq!(ran.out, "s2\n");
     assert_eq!(house.ran(), ["one", "two", "three"]);
     assert_eq!(house.run(&["restart", "s1"]).code, 4, "it is done");
 
     let failing = house.calls("broken", &["breaks fail"]);
-    assert_eq!(house.launch(&failing, &["--id", "b1", "--wait=30s"]).code, 1);
+    assert_eq!(house.launch(&failing, &["--id", "b1", "--wait=10m"]).code, 1);
     assert_eq!(house.ok(&["abandon", "b1"]).out, "b1 abandoned: step breaks failed: no such file: prices.csv\n");
     let again = house.launch(&failing, &[]);
     assert_eq!((again.code, again.err.contains("b1 of the instance was abandoned")), (4, true), "{again:?}");
-    assert_eq!(house.launch(&failing, &["--force", "--wait=30s"]).code, 1);
+    assert_eq!(house.launch(&failing, &["--force", "--wait=10m"]).code, 1);
     for command in ["steps", "params", "show", "stop", "abandon", "restart"] {
         assert_eq!(house.run(&[command, "nobody"]).code, 3, "{command}");
     }
@@ -354,7 +354,7 @@ fn a_program_saves_how_far_it_has_come_and_goes_on_from_there() {
     let house = House::build();
     let worker = house.worker();
     let file = house.calls("counts", &["counts count"]);
-    let failed = house.launch(&file, &["--id", "c1", "--wait=30s"]);
+    let failed = house.launch(&file, &["--id", "c1", "--wait=10m"]);
     assert_eq!(failed.code, 1);
     assert!(failed.err.contains("the program ended with exit code 1 before it had answered"), "{}", failed.err);
     assert_eq!(house.ok(&["steps", "c1", "--json"]).json()[0]["checkpoint"], json!({ "at": 20 }));
@@ -368,12 +368,12 @@ fn a_program_saves_how_far_it_has_come_and_goes_on_from_there() {
     ] {
         assert!(text.contains(from), "{text}");
         let other = house.file("other.toml", &text.replace(from, to));
-        assert_eq!(house.launch(&other, &["--id", id, "--wait=30s"]).code, 1, "{id}");
+        assert_eq!(house.launch(&other, &["--id", id, "--wait=10m"]).code, 1, "{id}");
         let error = house.ok(&["steps", id, "--json"]).json()[0]["error"].as_str().unwrap().to_owned();
         assert!(error.starts_with(&format!("it can't go on from its checkpoint: {wanted}. Put back")), "{error}");
     }
     assert_eq!(fs::read_to_string(house.path("counted")).unwrap(), counted, "it was not begun");
-    assert_eq!(house.launch(&file, &["--id", "c2", "--wait=30s"]).code, 0);
+    assert_eq!(house.launch(&file, &["--id", "c2", "--wait=10m"]).code, 0);
     let counted = fs::read_to_string(house.path("counted")).unwrap();
     let wanted: String = (0..25).chain(20..50).map(|n| format!("{n}\n")).collect();
     assert_eq!(counted, wanted);
@@ -382,7 +382,7 @@ fn a_program_saves_how_far_it_has_come_and_goes_on_from_there() {
     let step = "[[steps]]\nname = 'quits'\nkind = 'task'\napp = 'etl'\nop = 'step'\ninput = { do = 'quit' }\n\
                 max_attempts = 3\nretry_delay = '10ms'\n";
     let quits = house.file("quits.toml", &format!("name = 'quits'\n{step}"));
-    assert_eq!(house.launch(&quits, &["--id", "q1", "--wait=30s"]).code, 1);
+    assert_eq!(house.launch(&quits, &["--id", "q1", "--wait=10m"]).code, 1);
     let step = house.ok(&["steps", "q1", "--json"]).json().remove(0);
     assert_eq!((step["attempts"].as_array().unwrap().len(), &step["checkpoint"]), (3, &json!(3)), "{step}");
     house.stop(&worker);
