@@ -18,8 +18,6 @@ use crate::ports::Port;
 use crate::resp;
 use crate::wait::eventually;
 
-/// A process that is started at the moment when a listener closes keeps it open until it becomes another program.
-
 /// A way through the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Direction {
