@@ -442,21 +442,21 @@ async fn what_others_made_of_the_keys_keeps_no_other_schedule_waiting() {
     let rig = Rig::start().await;
     let leadership = rig.lead().await;
     let good = hourly(&rig, Missed::Skip).await;
-    let spoiled: [(&str, &[(&[u8], &[u8])]); 9] = [
-        ("cron", &[(b"cron", b"61 * * * *")]),
-        ("zone", &[(b"zone", b"Mars/Olympus")]),
-        ("utf8", &[(b"user", b"\xff")]),
-        ("user", &[(b"user", b"")]),
-        ("grace", &[(b"grace", b"-1")]),
-        ("missed", &[(b"missed", b"never")]),
-        ("due", &[(b"due", b"soon")]),
-        ("field", &[(b"job.\xff", b"x")]),
-        ("misses", &[(b"misses", b"many")]),
+    let spoiled: [(&str, &[u8], &[u8]); 9] = [
+        ("cron", b"cron", b"61 * * * *"),
+        ("zone", b"zone", b"Mars/Olympus"),
+        ("utf8", b"user", b"\xff"),
+        ("user", b"user", b""),
+        ("grace", b"grace", b"-1"),
+        ("missed", b"missed", b"never"),
+        ("due", b"due", b"soon"),
+        ("field", b"job.\xff", b"x"),
+        ("misses", b"misses", b"many"),
     ];
-    for (text, fields) in spoiled {
+    for (text, field, value) in spoiled {
         put(&rig, text, &good).await;
         stand(&rig, text, now_ms(&rig).await - HOUR_MS).await;
-        rig.state().set(Piece::Schedule(text), fields);
+        rig.state().set(Piece::Schedule(text), &[(field, value)]);
     }
     rig.state().spoil(Piece::Schedule("string"));
     rig.state().set(Piece::Schedule("huge"), &[("cron", &"x".repeat(5 << 20))]);
@@ -482,7 +482,7 @@ async fn what_others_made_of_the_keys_keeps_no_other_schedule_waiting() {
     let listed = Schedules::new(rig.store.clone()).list().await.unwrap();
     assert_eq!(listed.len(), spoiled.len() + 3, "{listed:?}");
     // Defined again, each is as any other.
-    for (text, _) in spoiled {
+    for (text, ..) in spoiled {
         put(&rig, text, &good).await;
         assert_eq!(get(&rig, text).await.definition.as_ref(), Ok(&good), "{text}");
     }
