@@ -200,12 +200,12 @@ fn files<R: Reader<Item = Order>>(bytes: fn(&[Order]) -> Vec<u8>, alphabet: &'st
 
 #[test]
 fn a_csv_file_that_was_edited_is_read_as_a_whole_run_would_or_refused() {
-    files(csv_of, "1,\"\nx\r", |path| csv(path));
+    files(csv_of, "1,\"\nx\r", csv);
 }
 
 #[test]
 fn lines_of_json_that_were_edited_are_read_as_a_whole_run_would_or_refused() {
-    files(lines_of, "1{}\":\nx", |path| json_lines(path));
+    files(lines_of, "1{}\":\nx", json_lines);
 }
 
 #[test]
@@ -327,8 +327,8 @@ fn targets<W: Writer<Item = Order>>(alphabet: &'static str, writer: fn(PathBuf) 
 
 #[test]
 fn a_file_that_was_edited_while_it_was_written_is_whole_or_refused() {
-    targets("1,\"\nx\r", |path| csv_to(path));
-    targets("1{}\":\nx", |path| json_lines_to(path));
+    targets("1,\"\nx\r", csv_to);
+    targets("1{}\":\nx", json_lines_to);
 }
 
 #[test]
