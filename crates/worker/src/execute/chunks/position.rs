@@ -2,7 +2,7 @@
 //!
 //! A position alone says nothing: in another file, or in one that was edited, it is the middle of something else. So
 //! what is saved names its source and its target, and has the length and a digest of all that lies before it. Who goes
-//! on goes through that again, and compares: [`agree`] and [`same`] are the only places that decide, for every reader
+//! on goes through that again, and compares: `agree` and `same` are the only places that decide, for every reader
 //! and every writer.
 
 use std::fmt;
