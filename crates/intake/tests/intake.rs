@@ -59,7 +59,7 @@ impl House {
     fn config(&self, folders: &[&str]) -> PathBuf {
         let path = self.folder.path().join("intake.toml");
         let mut text = format!(
-            "[redis]\nurl = '{}'\ncommand_timeout = '300ms'\n[intake]\npoll_interval = '50ms'\n[objects]\nurl = 'file://{}/objects'\n",
+            "[redis]\nurl = '{}'\ncommand_timeout = '5s'\n[intake]\npoll_interval = '50ms'\n[objects]\nurl = 'file://{}/objects'\n",
             self.redis.url_db(DB),
             self.folder.path().display()
         );

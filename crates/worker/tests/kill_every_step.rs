@@ -301,16 +301,17 @@ impl House {
         text.lines().count()
     }
 
-    /// What took effect. Of a task or a row, which may be run more than once, what any run did.
-    async fn effects(&self, case: Case, id: &str) -> Vec<String> {
+    /// What took effect. Of a task or a row, which is run again when it has lost its worker, what any run did; `lost` is how
+    /// often the record says that it has.
+    async fn effects(&self, case: Case, id: &str, lost: usize) -> Vec<String> {
         if case == Case::Declared {
             let sql = format!("SELECT count(*) || ' ' || count(DISTINCT step) FROM effects WHERE job = '{id}'");
             return self.postgres.query(DATABASE, &sql).await.remove(0).into_iter().flatten().collect();
         }
         if let Ok(text) = std::fs::read_to_string(self.scratch.path().join(id)) {
             let lines: BTreeSet<&str> = text.lines().collect();
-            // No worker is killed but one.
-            assert!(text.lines().count() <= 2 * lines.len(), "{id}: {text}");
+            // One worker is killed. On a busy machine others may be taken for lost, and the record tells of each.
+            assert!(text.lines().count() <= (1 + lost.max(1)) * lines.len(), "{id}, lost {lost} times: {text}");
             return lines.into_iter().map(str::to_owned).collect();
         }
         let database = self.scratch.path().join(format!("{id}.db"));
@@ -435,6 +436,11 @@ impl Lane {
         view.is_over() && (case != Case::Rows || self.house.told(id) > 0)
     }
 
+    /// How often a job's record says that it has lost its worker.
+    fn lost(&self, id: &str) -> usize {
+        self.state().field(id, "unclean").map_or(0, |times| times.parse().expect("a number"))
+    }
+
     /// Another worker ends what is left, and then nothing is.
     async fn settle(&self, case: Case, id: &str) {
         // A job that is over at the first look needs nobody any more, unless a part of a batch is left.
@@ -443,7 +449,7 @@ impl Lane {
         let view = ended(&self.inspect, id).await;
         let (status, effects) = case.end();
         assert_eq!(view.status(), status, "{id}: {:?}", view.text("failed_reason"));
-        assert_eq!(self.house.effects(case, id).await, effects, "{id}");
+        assert_eq!(self.house.effects(case, id, self.lost(id)).await, effects, "{id}");
         let record = |name: &str| view.text(name);
         let first = [record("status"), record("fallback_status"), record("ended_at"), record("results")];
         eventually(&format!("nothing to be left of {id}"), async || {
@@ -463,7 +469,8 @@ impl Lane {
             assert_eq!(steps[1].rows, Some(Counts { rows: 3, done: 3, ..Counts::default() }), "{id}");
         }
         if case == Case::Flow {
-            assert_eq!(self.house.effects(case, &format!("{id}:task")).await, ["0"], "{id}");
+            let task = format!("{id}:task");
+            assert_eq!(self.house.effects(case, &task, self.lost(&task)).await, ["0"], "{id}");
             let steps = Flows::new(self.store.clone()).steps(&job_id(id)).await.expect("they are kept");
             let stand: Vec<StepStatus> = steps.into_iter().map(|step| step.status).collect();
             assert_eq!(stand, [StepStatus::Done, StepStatus::Done, StepStatus::Skipped], "{id}");
@@ -678,7 +685,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
         let worker = lane.worker(Case::Simple, &url);
         for id in [format!("killed-{point:?}"), format!("cut-{point:?}"), id] {
             assert_eq!(ended(&lane.inspect, &id).await.status(), "done");
-            assert_eq!(house.effects(Case::Simple, &id).await, ["0"], "{id}");
+            assert_eq!(house.effects(Case::Simple, &id, 0).await, ["0"], "{id}");
         }
         worker.signal(Signal::SIGTERM);
         assert!(worker.wait().success());
