@@ -482,7 +482,10 @@ fn a_step_goes_on_only_in_the_file_that_it_has_read_and_says_so_otherwise() {
     house.file("numbers.csv", &rows(&[1, 2, 3, 4, 5, 6, 7]));
     house.file("other.csv", &rows(&[1, 2, 3, 4, 5, 6, 7]));
     assert_eq!(house.launch("first", &step("numbers.csv", BOTH), &["--wait"]).code, 1);
-    assert_eq!(house.step("first", "load")["checkpoint"]["write_count"], 4);
+    let saved = house.step("first", "load")["checkpoint"].clone();
+    let (written, read) = (saved["write_count"].as_i64().unwrap(), saved["reader"]["length"].as_u64().unwrap());
+    // The row before the bad one is a chunk of its own where the attempt lost its claim at it.
+    assert!([4, 5].contains(&written), "{saved}");
     fs::write(house.path("mended"), "").unwrap();
     let refused = |id: &str, step: &str, wanted: &str| {
         assert_eq!(house.launch(id, step, &["--wait"]).code, 1, "{id}");
@@ -494,24 +497,24 @@ fn a_step_goes_on_only_in_the_file_that_it_has_read_and_says_so_otherwise() {
     let count = || -> i64 { house.sqlite().query_row("SELECT count(*) FROM squares", [], |row| row.get(0)).unwrap() };
     let same = step("numbers.csv", BOTH);
     house.file("numbers.csv", &rows(&[1, 2, 3, 8, 5, 6, 7]));
-    refused("edited", &same, "the first 17 bytes of \"numbers.csv\" are not what they were");
+    refused("edited", &same, &format!("the first {read} bytes of \"numbers.csv\" are not what they were"));
     house.file("numbers.csv", &rows(&[1, 2]));
-    refused("shorter", &same, "\"numbers.csv\" has 11 bytes, and had at least 17 before");
+    refused("shorter", &same, &format!("\"numbers.csv\" has 11 bytes, and had at least {read} before"));
     house.file("numbers.csv", &rows(&[1, 2, 3, 4, 5, 6, 7]));
     refused("other", &step("other.csv", BOTH), "its reader's file was \"numbers.csv\", and is \"other.csv\" now");
     let file = "writer = { kind = 'json-lines', file = 'squares.jsonl' }\n";
     let into_file = format!("{}{file}", same.split("writer").next().unwrap());
     refused("file", &into_file, "its writer was sql, and is json-lines now");
-    assert_eq!(count(), 4, "nothing was written meanwhile");
+    assert_eq!(count(), written, "nothing was written meanwhile");
     // What lies behind may change as it likes.
-    house.file("numbers.csv", &rows(&[1, 2, 3, 4, 50, 6, 7, 8]));
+    house.file("numbers.csv", &rows(&[1, 2, 3, 4, 5, 60, 7, 8]));
     assert_eq!(house.launch("mended", &same, &["--wait"]).code, 0, "{:?}", house.step("mended", "load"));
     let written: Vec<i64> = {
         let open = house.sqlite();
         let mut query = open.prepare("SELECT n FROM squares ORDER BY rowid").unwrap();
         query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect()
     };
-    assert_eq!(written, [1, 2, 3, 4, 50, 6, 7, 8]);
+    assert_eq!(written, [1, 2, 3, 4, 5, 60, 7, 8]);
     house.stop(&worker);
 }
 
