@@ -1,4 +1,4 @@
-//! Random work under random faults: a few hundred jobs here, and as many as wanted by
+//! Random work under random faults: a hundred jobs here, and as many as wanted by
 //! `cargo run -p testkit --bin chaos -- --jobs 10000`, or with handlers in Rust besides by
 //! `DRAYMAN_CHAOS_JOBS=10000 cargo test -p worker --test chaos`.
 
@@ -18,7 +18,7 @@ use worker::execute::task::Problem;
 use worker::shutdown::Shutdown;
 
 /// About a minute of them, on a machine that does nothing else.
-const JOBS: usize = 250;
+const JOBS: usize = 120;
 
 /// What a task is to do.
 #[derive(Deserialize)]
