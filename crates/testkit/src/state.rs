@@ -7,6 +7,7 @@ mod books;
 mod foreign;
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::{Mutex, MutexGuard};
 
 pub use books::RowEnds;
@@ -32,85 +33,103 @@ pub struct State {
     client: Mutex<RawClient>,
 }
 
-/// A piece of the state, for tests that look whether one is there, lose one, spoil one, or set its fields by hand.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Piece<'a> {
+/// Declares [`Piece`]: what each piece is, and the keys in which it stands.
+macro_rules! pieces {
+    ($($(#[$doc:meta])* $name:ident $(($($of:ident: $type:ty),+))? = $($key:literal),+;)+) => {
+        /// A piece of the state, for tests that look whether one is there, lose one, spoil one, or set its fields
+        /// by hand.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Piece<'a> {
+            $($(#[$doc])* $name $(($($type),+))?,)+
+        }
+
+        impl Piece<'_> {
+            fn keys(self) -> Vec<String> {
+                match self {
+                    $(Piece::$name $(($($of),+))? => vec![$(format!($key)),+],)+
+                }
+            }
+        }
+    };
+}
+
+pieces! {
     /// A job's record.
-    Job(&'a str),
+    Job(id: &'a str) = "batch:jobs:{id}";
     /// What a user has waiting where any producer may push it.
-    Queue(&'a str),
+    Queue(user: &'a str) = "batch:queue:{user}";
     /// The index of users who have something waiting there.
-    QueuedUsers,
+    QueuedUsers = "batch:indexes:queue";
     /// What foreign readers see of a user's running jobs.
-    Working(&'a str),
+    Working(user: &'a str) = "batch:wip:user:{user}";
     /// The index of users who have running jobs, for foreign readers.
-    WorkingUsers,
+    WorkingUsers = "batch:wip:users";
     /// The limits that operators set for a user.
-    Limits(&'a str),
+    Limits(user: &'a str) = "limits:batch:{user}";
     /// What was set aside because no job could be made of it.
-    Rejected,
+    Rejected = "batch:rejected";
     /// A user's waiting tasks of one handler (`<app>.<op>`).
-    Tasks(&'a str, &'a str, Priority),
+    Tasks(user: &'a str, pool: &'a str, priority: Priority) = "drayman:{priority}:{pool}:{user}";
     /// The index of users and handlers with waiting tasks.
-    QueuesOfTasks,
+    QueuesOfTasks = "drayman:lines";
     /// Whose turn it is among the priorities of a queue.
-    PriorityTurns,
+    PriorityTurns = "drayman:bands";
     /// Ids that were pushed and have no record yet.
-    Missing,
+    Missing = "drayman:missing";
     /// The running jobs.
-    Claims,
+    Claims = "drayman:claims";
     /// How many jobs each user has running.
-    RunningByUser,
+    RunningByUser = "drayman:active";
     /// A pool with its numbers.
-    Pool(&'a str),
+    Pool(pool: &'a str) = "drayman:pool:{pool}";
     /// The pools that may have something to take.
-    Pools,
+    Pools = "drayman:pools";
     /// The users of a pool who have something to take.
-    Ready(&'a str),
+    Ready(pool: &'a str) = "drayman:ready:{pool}";
     /// What a user's limits keep from its turn.
-    Limited(&'a str),
+    Limited(user: &'a str) = "drayman:barred:{user}";
     /// What a rate keeps from its turn.
-    RateLimited,
+    RateLimited = "drayman:throttled";
     /// That nothing is to be taken at all.
-    PausedAll,
+    PausedAll = "drayman:paused";
     /// The jobs that wait for a time.
-    Scheduled,
+    Scheduled = "drayman:due";
     /// How many jobs that wait for a time were submitted so by each user, and which.
-    ScheduledByUser,
+    ScheduledByUser = "drayman:delays", "drayman:delayed";
     /// The ended jobs.
-    Finished,
+    Finished = "drayman:finished";
     /// Who holds a unique key.
-    Unique(&'a str),
+    Unique(key: &'a str) = "drayman:unique:{key}";
     /// A session.
-    Session(&'a str),
+    Session(id: &'a str) = "drayman:session:{id}";
     /// The index of sessions.
-    Sessions,
+    Sessions = "drayman:sessions";
     /// The sessions that wait for work of these pools.
-    Parked(&'a str),
+    Parked(pools: &'a str) = "drayman:parked:{pools}";
     /// The index of pools that sessions may wait for.
-    Services,
+    Services = "drayman:services";
     /// Who leads.
-    Leader,
+    Leader = "drayman:leader";
     /// The version of the protocol.
-    Version,
+    Version = "drayman:version";
     /// The leader's word that memory is nearly full.
-    NoRoom,
+    NoRoom = "drayman:full";
     /// A schedule.
-    Schedule(&'a str),
+    Schedule(name: &'a str) = "drayman:schedule:{name}";
     /// The order of the schedules.
-    Schedules,
+    Schedules = "drayman:schedules";
     /// The record of a tracker's job.
-    Tracked(&'a str, &'a str),
+    Tracked(tracker: &'a str, id: &'a str) = "drayman:track:{tracker}:{id}";
     /// A tracker's jobs that have a status.
-    TrackedByStatus(&'a str, &'a str),
+    TrackedByStatus(tracker: &'a str, status: &'a str) = "drayman:track_status:{tracker}:{status}";
     /// A tracker's jobs that are locked.
-    TrackedLocks(&'a str),
+    TrackedLocks(tracker: &'a str) = "drayman:track_locks:{tracker}";
     /// A tracker's jobs of which the records expire.
-    TrackedExpiring(&'a str),
+    TrackedExpiring(tracker: &'a str) = "drayman:track_expiring:{tracker}";
     /// What has ended and is to be exported.
-    Feed,
+    Feed = "drayman:export";
     /// That somebody exports.
-    FeedOn,
+    FeedOn = "drayman:exporting";
 }
 
 /// A job's priority in its queue.
@@ -124,13 +143,14 @@ pub enum Priority {
     Low,
 }
 
-impl Priority {
-    fn list(self) -> &'static str {
-        match self {
+/// As its list is called.
+impl fmt::Display for Priority {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
             Priority::High => "high",
             Priority::Normal => "tasks",
             Priority::Low => "low",
-        }
+        })
     }
 }
 
@@ -138,50 +158,6 @@ impl Piece<'_> {
     /// What a program says where it tells of this piece: the name of its first key.
     pub fn name(self) -> String {
         self.keys().remove(0)
-    }
-
-    fn keys(self) -> Vec<String> {
-        let key = match self {
-            Piece::Job(id) => format!("batch:jobs:{id}"),
-            Piece::Queue(user) => format!("batch:queue:{user}"),
-            Piece::QueuedUsers => "batch:indexes:queue".into(),
-            Piece::Working(user) => format!("batch:wip:user:{user}"),
-            Piece::WorkingUsers => "batch:wip:users".into(),
-            Piece::Limits(user) => format!("limits:batch:{user}"),
-            Piece::Rejected => "batch:rejected".into(),
-            Piece::Tasks(user, pool, priority) => format!("drayman:{}:{pool}:{user}", priority.list()),
-            Piece::QueuesOfTasks => "drayman:lines".into(),
-            Piece::PriorityTurns => "drayman:bands".into(),
-            Piece::Missing => "drayman:missing".into(),
-            Piece::Claims => "drayman:claims".into(),
-            Piece::RunningByUser => "drayman:active".into(),
-            Piece::Pool(pool) => format!("drayman:pool:{pool}"),
-            Piece::Pools => "drayman:pools".into(),
-            Piece::Ready(pool) => format!("drayman:ready:{pool}"),
-            Piece::Limited(user) => format!("drayman:barred:{user}"),
-            Piece::RateLimited => "drayman:throttled".into(),
-            Piece::PausedAll => "drayman:paused".into(),
-            Piece::Scheduled => "drayman:due".into(),
-            Piece::ScheduledByUser => return vec!["drayman:delays".into(), "drayman:delayed".into()],
-            Piece::Finished => "drayman:finished".into(),
-            Piece::Unique(key) => format!("drayman:unique:{key}"),
-            Piece::Session(id) => format!("drayman:session:{id}"),
-            Piece::Sessions => "drayman:sessions".into(),
-            Piece::Parked(pools) => format!("drayman:parked:{pools}"),
-            Piece::Services => "drayman:services".into(),
-            Piece::Leader => "drayman:leader".into(),
-            Piece::Version => "drayman:version".into(),
-            Piece::NoRoom => "drayman:full".into(),
-            Piece::Schedule(name) => format!("drayman:schedule:{name}"),
-            Piece::Schedules => "drayman:schedules".into(),
-            Piece::Tracked(tracker, id) => format!("drayman:track:{tracker}:{id}"),
-            Piece::TrackedByStatus(tracker, status) => format!("drayman:track_status:{tracker}:{status}"),
-            Piece::TrackedLocks(tracker) => format!("drayman:track_locks:{tracker}"),
-            Piece::TrackedExpiring(tracker) => format!("drayman:track_expiring:{tracker}"),
-            Piece::Feed => "drayman:export".into(),
-            Piece::FeedOn => "drayman:exporting".into(),
-        };
-        vec![key]
     }
 
     /// Whether it is a text, so that another text would not spoil it.
