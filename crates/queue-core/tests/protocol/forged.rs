@@ -6,15 +6,16 @@ use std::time::Duration;
 use queue_core::batch::{BatchError, Batches, NewBatch};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
-use queue_core::flow::{Flows, FlowsError, LaunchOptions, Launched};
+use queue_core::flow::{FlowStatus, Flows, FlowsError, LaunchOptions, Launched, StepStatus};
 use queue_core::ids::{App, JobId, Op, User};
 use queue_core::model::Status;
 use queue_core::model::batch::{Part, Row, RowEnd, RowResult};
 use queue_core::model::flow::{Flow, Step};
 use queue_core::reconcile;
-use queue_core::scripts::{TakeReply, Verdict};
+use queue_core::scripts::{Finished, TakeReply, Verdict};
 use queue_core::session::{Claim, Session};
 
+use crate::flow;
 use crate::support::*;
 
 const KEEP: Duration = Duration::from_secs(7_200);
@@ -253,6 +254,44 @@ async fn nobody_takes_part_in_anothers_batch_or_flow_by_its_ids() {
     for id in ["b:0.0:10", "b", "f:one"] {
         assert_ne!(rig.status_or_none(id).as_deref(), Some("failed"), "{id}");
     }
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_hash_that_claims_to_be_a_step_of_anothers_flow_moves_nothing() {
+    let rig = Rig::start().await;
+    let flows = Flows::new(rig.store.clone());
+    let session = rig.session("etl.* sql:*", 8).await;
+    // Somebody has taken the id of the second step.
+    rig.submit("eve", "f1:two", "h");
+    flow::launch(&flows, &flow::flow(&["one", "two"]), "f1").await.unwrap();
+    for id in ["x:y", "f1:onex", "eve"] {
+        rig.submit("eve", id, "h");
+        edit(&rig, id, &[("flow", "f1"), ("flow_step", "1")]);
+    }
+    rig.notice(&["eve"]).await;
+    // A flow in a queue is nothing to run, and nothing to fail.
+    rig.state().foreign().push_first("ann", "f1");
+    rig.notice(&["ann"]).await;
+    let mut ours = Vec::new();
+    loop {
+        let claims = take(&session, 8).await;
+        if claims.is_empty() {
+            break;
+        }
+        for claim in claims {
+            match id(&claim) {
+                "f1:one" => ours.push(claim),
+                _ => assert_eq!(end(claim, "done").await, Finished::Ended),
+            }
+        }
+    }
+    assert_eq!(flow::view(&flows, "f1").await.status, FlowStatus::Running);
+    let wanted = [("one".to_owned(), StepStatus::Running), ("two".to_owned(), StepStatus::Waiting)];
+    assert_eq!(flow::steps(&flows, "f1").await, wanted.into());
+    flow::finish(ours.remove(0), false).await;
+    assert_eq!(flow::work(&session, &[]).await, ["two"]);
+    assert_eq!(flow::view(&flows, "f1").await.status, FlowStatus::Done);
     rig.balanced();
 }
 
