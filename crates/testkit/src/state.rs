@@ -78,6 +78,8 @@ pieces! {
     Missing = "drayman:missing";
     /// The running jobs.
     Claims = "drayman:claims";
+    /// What a session has running.
+    HeldBy(session: &'a str) = "drayman:work:{session}";
     /// How many jobs each user has running.
     RunningByUser = "drayman:active";
     /// A pool with its numbers.
@@ -98,6 +100,8 @@ pieces! {
     ScheduledByUser = "drayman:delays", "drayman:delayed";
     /// The ended jobs.
     Finished = "drayman:finished";
+    /// When their records expire, and what these occupy.
+    FinishedBooks = "drayman:expiring", "drayman:kept";
     /// Who holds a unique key.
     Unique(key: &'a str) = "drayman:unique:{key}";
     /// A session.
@@ -126,6 +130,18 @@ pieces! {
     TrackedLocks(tracker: &'a str) = "drayman:track_locks:{tracker}";
     /// A tracker's jobs of which the records expire.
     TrackedExpiring(tracker: &'a str) = "drayman:track_expiring:{tracker}";
+    /// The index of batches.
+    Batches = "drayman:batches";
+    /// What a batch counts, and how far its rows are dealt.
+    Batch(id: &'a str) = "drayman:batch:{id}";
+    /// A batch's rows.
+    BatchRows(id: &'a str) = "drayman:batch_rows:{id}";
+    /// The blocks in which a batch's rows came.
+    BatchBlocks(id: &'a str) = "drayman:batch_blocks:{id}";
+    /// What became of a batch's rows.
+    BatchResults(id: &'a str) = "drayman:batch_results:{id}";
+    /// The parts of a batch that were dealt and have not ended.
+    BatchParts(id: &'a str) = "drayman:batch_parts:{id}";
     /// What has ended and is to be exported.
     Feed = "drayman:export";
     /// That somebody exports.
@@ -636,7 +652,7 @@ impl State {
     pub fn lose_claim_and_holder(&self, id: &str) {
         let claim = self.claim(id).unwrap_or_else(|| panic!("{id} does not run"));
         self.lose_claim(id);
-        self.ask(&["HDEL", &format!("drayman:work:{}", claim.session), id]);
+        self.unset(Piece::HeldBy(&claim.session), id);
     }
 
     /// Puts another claim in the place of a job's.
@@ -648,7 +664,7 @@ impl State {
     /// Has a session's list of its jobs name one that does not run.
     #[track_caller]
     pub fn list_unclaimed(&self, session: &str, id: &str) {
-        self.ask(&["HSET", &format!("drayman:work:{session}"), id, "1"]);
+        self.set(Piece::HeldBy(session), &[(id, "1")]);
     }
 
     /// How many jobs each user has running in a pool, by the pool's count.
@@ -878,16 +894,46 @@ impl State {
 
     // Batches.
 
+    /// All batches, the one that was made first first.
+    #[track_caller]
+    pub fn batches(&self) -> Vec<String> {
+        self.ordered(Piece::Batches)
+    }
+
     /// The batches that have parts which were dealt and have not ended.
     #[track_caller]
     pub fn batches_at_work(&self) -> Vec<String> {
-        self.named("drayman:batch_parts:")
+        self.named(&Piece::BatchParts("").name())
     }
 
     /// The batches of which rows are kept.
     #[track_caller]
     pub fn batches_with_rows(&self) -> Vec<String> {
-        self.named("drayman:batch_rows:")
+        self.named(&Piece::BatchRows("").name())
+    }
+
+    /// Whether a batch has rows that are still to be dealt.
+    #[track_caller]
+    pub fn has_rows_to_deal(&self, batch: &str) -> bool {
+        self.field_of(Piece::Batch(batch), "cursor").is_some()
+    }
+
+    /// All that there is of a batch and of its parts, by what a program calls it, with the ms after which it goes by
+    /// itself; nothing for what stays.
+    #[track_caller]
+    pub fn left_of_batch(&self, batch: &str) -> BTreeMap<String, Option<u64>> {
+        let mut keys = self.ask(&["KEYS", "drayman:batch*"]).texts();
+        keys.extend(self.ask(&["KEYS", &Piece::Job("*").name()]).texts());
+        keys.retain(|key| key.split(':').any(|word| word == batch));
+        let expires = |key: &str| self.ask(&["PTTL", key]).int().try_into().ok();
+        keys.into_iter().map(|key| (key.clone(), expires(&key))).collect()
+    }
+
+    /// How many bytes all that there is of a batch and of its parts occupies by what Redis says.
+    #[track_caller]
+    pub fn occupied_by_batch(&self, batch: &str) -> u64 {
+        let bytes = |key: &String| self.ask(&["MEMORY", "USAGE", key, "SAMPLES", "0"]).int() as u64;
+        self.left_of_batch(batch).keys().map(bytes).sum()
     }
 
     // What these have in common.

@@ -165,11 +165,11 @@ async fn work_off(session: &Session) -> Vec<String> {
 
 /// Nothing of any batch is left but its record and what belongs to it.
 fn nothing_is_left(rig: &Rig) {
-    for pattern in ["drayman:batch_parts:*", "drayman:low:*", "drayman:high:*", "drayman:tasks:*"] {
-        assert_eq!(rig.redis(&["KEYS", pattern]).texts(), [""; 0]);
-    }
-    for key in rig.redis(&["KEYS", "batch:jobs:*"]).texts() {
-        assert!(rig.redis(&["PTTL", &key]).int() > 0, "{key} stays for ever");
+    let state = rig.state();
+    assert_eq!(state.batches_at_work(), [""; 0]);
+    assert!(!state.is_any_waiting(), "{:?}", state.digest());
+    for id in state.jobs() {
+        assert!(state.expires_in_ms(Piece::Job(&id)).is_some(), "{id} stays for ever");
     }
 }
 
@@ -484,8 +484,7 @@ async fn an_abort_in_any_state_leaves_counts_that_are_the_rows_and_its_end_is_to
     let wanted = counts(60, 0, ended_before + count - 1, 1, left);
     assert_eq!((view.status, view.counts), (Status::Cancelled, wanted), "aborted outranks failed");
     rig.balanced();
-    let names = rig.redis(&["SMEMBERS", &format!("drayman:cancels:{}", session.id())]).texts();
-    assert_eq!(names, [id(&at_work)], "its worker is told");
+    assert_eq!(rig.state().asked_to_cancel(session.id().as_str()), [id(&at_work)], "its worker is told");
     // What comes late does not count.
     assert_eq!(all_ended(at_work, RowEnd::Done).await, Finished::Ended);
     assert_eq!(abort("running").await, view, "again, it changes nothing");
@@ -551,7 +550,7 @@ async fn rows_that_ended_keep_their_ends_while_others_of_their_chunk_are_tried_a
         later(claim, &ends).await;
         rig.balanced();
         let again = if is_due {
-            rig.redis(&["ZADD", "drayman:due", "XX", "1", &name]);
+            rig.state().make_due(&name);
             let again = take_one(&session).await;
             assert_eq!((self::id(&again), chunk(&again).has_partial), (name.as_str(), true));
             Some(again)
@@ -623,7 +622,7 @@ async fn rows_that_are_cut_off_are_another_chunk_with_what_became_of_them_and_wh
     let mut ends = vec![None; chunk(&claim).count];
     (ends[1], ends[4]) = (Some(RowEnd::Failed), Some(RowEnd::Skipped));
     later(claim, &ends).await;
-    rig.redis(&["ZADD", "drayman:due", "XX", "1", &name]);
+    rig.state().make_due(&name);
     let claim = take_one(&session).await;
     let whole = chunk(&claim);
     let pen = claim.pen();
@@ -650,7 +649,7 @@ async fn rows_that_are_cut_off_are_another_chunk_with_what_became_of_them_and_wh
 }
 
 async fn lose(rig: &Rig, leadership: &Leadership, session: &Session) {
-    let beat: u64 = rig.redis(&["HGET", &format!("drayman:session:{}", session.id()), "beat"]).text().parse().unwrap();
+    let beat = rig.state().beat(session.id().as_str());
     let leader = SessionId::new("leader:1:a").unwrap();
     let ended = rig.store.session_reclaim(session.id().as_str(), beat, &leader, leadership.term()).await.unwrap();
     ended.expect("the leader leads");
@@ -1114,9 +1113,8 @@ impl Play<'_> {
     }
 
     fn all_due(&self) {
-        for id in self.rig.redis(&["ZRANGE", "drayman:due", "0", "-1"]).texts() {
-            self.rig.redis(&["ZADD", "drayman:due", "XX", "1", &id]);
-        }
+        let state = self.rig.state();
+        state.scheduled().iter().for_each(|id| state.make_due(id));
     }
 
     async fn end(&mut self, claim: Claim) {
@@ -1243,7 +1241,7 @@ async fn no_order_of_releases_appends_aborts_and_ends_leaves_a_batch_that_nobody
             for at in 0..2 {
                 claims.extend(take(&play.sessions[at].0, 8).await);
             }
-            if claims.is_empty() && rig.redis(&["EXISTS", "drayman:due"]).int() == 0 {
+            if claims.is_empty() && !rig.state().has(Piece::Scheduled) {
                 break;
             }
             for claim in claims {

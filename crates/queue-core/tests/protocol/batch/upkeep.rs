@@ -1,4 +1,5 @@
-//! Batches that nobody looks after: records that were kept long enough, loads that were never finished, keys that disagree.
+//! Batches that nobody looks after: records that were kept long enough, loads that were never finished, state
+//! that disagrees.
 
 use std::collections::BTreeSet;
 
@@ -9,13 +10,6 @@ use queue_core::scripts::Budget;
 use super::*;
 
 const HOUR: Duration = Duration::from_secs(3_600);
-
-fn of_batch(rig: &Rig, id: &str) -> BTreeSet<String> {
-    let mut keys: BTreeSet<String> = rig.redis(&["KEYS", "drayman:batch*"]).texts().into_iter().collect();
-    keys.extend(rig.redis(&["KEYS", "batch:jobs:*"]).texts());
-    keys.retain(|key| key.split(':').any(|word| word == id));
-    keys
-}
 
 /// A batch that is over, with results, and with an end that was heard.
 async fn over(batches: &Batches, session: &Session, batch: NewBatch, rows: Vec<Row>) {
@@ -35,25 +29,25 @@ async fn nothing_is_left_of_a_batch_that_was_kept_long_enough() {
     over(&batches, &session, new("usual"), rows(1..=40)).await;
     over(&batches, &session, NewBatch { keep: Some(HOUR), ..new("short") }, rows(1..=40)).await;
     for (id, keep) in [("usual", KEEP), ("short", HOUR)] {
-        let mut keys = of_batch(&rig, id);
-        assert!(keys.remove(&job_key(&format!("{id}:done"))), "{keys:?}");
-        let wanted =
-            ["batch", "batch_blocks", "batch_results", "batch_rows"].map(|what| format!("drayman:{what}:{id}"));
-        assert_eq!(keys, wanted.into_iter().chain([job_key(id)]).collect());
-        for key in keys {
-            let left = rig.redis(&["PTTL", &key]).int() as u128;
-            assert!((keep.as_millis() - 60_000..=keep.as_millis()).contains(&left), "{key} stays {left} ms");
+        let mut left = rig.state().left_of_batch(id);
+        assert!(left.remove(&Piece::Job(&format!("{id}:done")).name()).is_some(), "{left:?}");
+        let its = [Piece::Batch, Piece::BatchBlocks, Piece::BatchResults, Piece::BatchRows, Piece::Job];
+        assert_eq!(left.keys().cloned().collect::<BTreeSet<_>>(), its.map(|piece| piece(id).name()).into());
+        let kept = keep.as_millis() as u64;
+        for (name, ms) in left {
+            assert!(ms.is_some_and(|ms| (kept - 60_000..=kept).contains(&ms)), "{name} stays {ms:?} ms");
         }
     }
     let clean = async |hours: i64, stay: &[&str]| {
         rig.server.shift_clock(hours * 3_600);
         let leadership = rig.lead().await;
         leadership.upkeep(KEEP).await.unwrap().unwrap();
-        assert_eq!(rig.redis(&["ZRANGE", "drayman:batches", "0", "-1"]).texts(), stay);
+        assert_eq!(rig.state().batches(), stay);
         let listed = batches.list(&Default::default(), 10).await.unwrap();
         assert_eq!(listed.iter().rev().map(|view| view.id.as_str()).collect::<Vec<_>>(), stay);
         for id in ["usual", "short"] {
-            assert_eq!(of_batch(&rig, id).is_empty(), !stay.contains(&id), "{id}: {:?}", of_batch(&rig, id));
+            let left = rig.state().left_of_batch(id);
+            assert_eq!(left.is_empty(), !stay.contains(&id), "{id}: {left:?}");
             let found = batches.view(&job_id(id)).await;
             assert_eq!(matches!(found, Err(BatchError::NotFound(_))), !stay.contains(&id), "{found:?}");
         }
@@ -61,10 +55,10 @@ async fn nothing_is_left_of_a_batch_that_was_kept_long_enough() {
     drop(leadership);
     clean(0, &["usual", "short"]).await;
     // The word to the application of the short one is kept as long as any job.
-    rig.redis(&["DEL", &job_key("short:done")]);
+    rig.state().lose(Piece::Job("short:done"));
     clean(1, &["usual"]).await;
     clean(2, &[]).await;
-    assert_eq!(rig.redis(&["EXISTS", "drayman:kept", "drayman:finished", "drayman:expiring"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Finished, Piece::FinishedBooks]));
 }
 
 #[tokio::test]
@@ -77,22 +71,20 @@ async fn of_more_batches_than_may_be_kept_the_oldest_go_with_their_rows_and_thei
     for (at, id) in ["b1", "b2", "b3"].into_iter().enumerate() {
         over(&batches, &session, new(id), large(50)).await;
         for (id, at) in [(id.to_owned(), at), (format!("{id}:done"), at + 10)] {
-            rig.redis(&["ZADD", "drayman:finished", "XX", &format!("{}", 4_000_000_000_000_u64 + at as u64), &id]);
+            rig.state().move_end(&id, 4_000_000_000_000 + at as u64);
         }
-        let booked: u64 = rig.redis(&["HGET", "drayman:kept", id]).text().parse().unwrap();
-        let held: i64 =
-            of_batch(&rig, id).iter().map(|key| rig.redis(&["MEMORY", "USAGE", key, "SAMPLES", "0"]).int()).sum();
-        assert!((50_000..=held as u64 + 1_000).contains(&booked), "{booked} of {held}");
+        let (booked, held) = (rig.state().booked_bytes(id).unwrap(), rig.state().occupied_by_batch(id));
+        assert!((50_000..=held + 1_000).contains(&booked), "{booked} of {held}");
     }
     let budget = Budget { retention_ms: HOUR.as_millis() as u64, bytes: 130_000, ..Budget::default() };
     assert_eq!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted, 1);
-    let left = |id: &str| of_batch(&rig, id).len();
+    let left = |id: &str| rig.state().left_of_batch(id).len();
     assert_eq!(["b1", "b2", "b3"].map(left), [1, 6, 6], "of the first, only what was told");
     let budget = Budget { count: 4, ..budget };
     assert_eq!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted, 1);
     assert_eq!(["b1", "b2", "b3"].map(left), [1, 1, 6]);
     assert_eq!(statuses(&batches, "b3").await.len(), 50);
-    assert_eq!(rig.redis(&["ZRANGE", "drayman:batches", "0", "-1"]).texts(), ["b3"]);
+    assert_eq!(rig.state().batches(), ["b3"]);
     rig.balanced();
 }
 
@@ -109,26 +101,26 @@ async fn a_load_that_nobody_finished_goes_once_nobody_has_touched_it_for_long_an
         loader.push(Row { line, input: vec![b'1'; 1_000] }).await.unwrap();
     }
     drop(loader);
-    assert!(rig.redis(&["HLEN", "drayman:batch_rows:left"]).int() > 0);
+    assert!(rig.state().has(Piece::BatchRows("left")));
     assert_eq!((view(&batches, "left").await.status, view(&batches, "left").await.counts.rows), (Status::Held, 0));
     batches.submit(held("held"), rows(1..=3)).await.unwrap();
     batches.submit(new("waits"), rows(1..=40)).await.unwrap();
     let session = rig.session(POOL, 8).await;
     let mut claims = Vec::new();
-    while rig.redis(&["HEXISTS", "drayman:batch:waits", "cursor"]).int() == 1 {
+    while rig.state().has_rows_to_deal("waits") {
         claims.extend(take(&session, 8).await);
     }
     assert_eq!(leadership.sweep(untouched).await.unwrap(), Ok(0));
     rig.age();
-    rig.redis(&["HSET", &job_key("held"), "updated_at", "2999-01-01T00:00:00.000Z"]);
-    rig.idle(&job_key("held"), 100);
+    rig.state().set_field("held", "updated_at", "2999-01-01T00:00:00.000Z");
+    rig.state().leave_untouched(Piece::Job("held"), 100);
     assert_eq!(leadership.sweep(untouched).await.unwrap(), Ok(1));
-    assert_eq!(of_batch(&rig, "left"), BTreeSet::new());
+    assert_eq!(rig.state().left_of_batch("left"), BTreeMap::new());
     assert_eq!(statuses(&batches, "held").await.len(), 3);
     // One that was held for so long is nobody's, too.
     rig.age();
     assert_eq!(leadership.sweep(untouched).await.unwrap(), Ok(1));
-    assert_eq!(of_batch(&rig, "held"), BTreeSet::new());
+    assert_eq!(rig.state().left_of_batch("held"), BTreeMap::new());
     for claim in claims {
         all_ended(claim, RowEnd::Done).await;
     }
@@ -173,6 +165,14 @@ impl Scene {
         Self { rig, batches, one, leadership, claims }
     }
 
+    /// Loses pieces of which one was there at least.
+    #[track_caller]
+    fn lose(&self, pieces: &[Piece<'_>]) {
+        let state = self.rig.state();
+        assert!(state.has_any(pieces), "{pieces:?}: {:?}", state.digest());
+        pieces.iter().for_each(|piece| state.lose(*piece));
+    }
+
     /// What is found, and whether it was repaired.
     async fn found(&self, repair: bool) -> BTreeSet<(Kind, bool)> {
         self.rig.age();
@@ -197,36 +197,37 @@ impl Scene {
 
 #[tokio::test]
 async fn what_disagrees_about_batches_is_found_and_repaired_and_each_row_ends_once() {
-    let cases: &[(&[Kind], &str)] = &[
-        (
-            &[Kind::BatchLost, Kind::PendingLost],
-            "DEL drayman:low:bank.post:ann drayman:high:bank.post:ann drayman:tasks:bank.post:ann",
-        ),
-        (&[Kind::PendingLost], "DEL drayman:high:bank.post:eve"),
-        (&[Kind::BatchUnsettled], "DEL batch:jobs:files:files"),
-        (&[Kind::BatchUnsettled], "DEL batch:jobs:files:files drayman:batch_parts:files"),
-        (&[Kind::RunningLost, Kind::PoolMiscount, Kind::UserMiscount], "DEL drayman:claims drayman:work:{one}"),
-        (&[Kind::WorkUnclaimed, Kind::RunningLost, Kind::PoolMiscount, Kind::UserMiscount], "DEL drayman:claims"),
-        (&[Kind::SessionGone, Kind::ClaimOrphaned, Kind::ParkedStray], "DEL drayman:session:{one}"),
-        (&[Kind::ClaimUnlisted], "DEL drayman:work:{one}"),
+    // What goes, by the name of the session at work.
+    type Lost = fn(&str) -> Vec<Piece<'_>>;
+    let all_bands: Lost =
+        |_| [Priority::Low, Priority::High, Priority::Normal].map(|band| Piece::Tasks("ann", POOL, band)).into();
+    let cases: &[(&[Kind], Lost)] = &[
+        (&[Kind::BatchLost, Kind::PendingLost], all_bands),
+        (&[Kind::PendingLost], |_| vec![Piece::Tasks("eve", POOL, Priority::High)]),
+        (&[Kind::BatchUnsettled], |_| vec![Piece::Job("files:files")]),
+        (&[Kind::BatchUnsettled], |_| vec![Piece::Job("files:files"), Piece::BatchParts("files")]),
+        (&[Kind::RunningLost, Kind::PoolMiscount, Kind::UserMiscount], |one| vec![Piece::Claims, Piece::HeldBy(one)]),
+        (&[Kind::WorkUnclaimed, Kind::RunningLost, Kind::PoolMiscount, Kind::UserMiscount], |_| vec![Piece::Claims]),
+        (&[Kind::SessionGone, Kind::ClaimOrphaned, Kind::ParkedStray], |one| vec![Piece::Session(one)]),
+        (&[Kind::ClaimUnlisted], |one| vec![Piece::HeldBy(one)]),
     ];
-    for (kinds, command) in cases {
+    for (kinds, lost) in cases {
         let mut scene = Scene::start().await;
         assert_eq!(scene.found(false).await, BTreeSet::new());
-        let words = command.replace("{one}", scene.one.id().as_str());
-        let removed = scene.rig.redis(&words.split(' ').collect::<Vec<_>>()).int();
-        assert!(removed > 0, "{command}: {:?}", scene.rig.dump());
+        let one = scene.one.id().to_string();
+        let lost = lost(&one);
+        scene.lose(&lost);
         let found: BTreeSet<Kind> = scene.found(false).await.into_iter().map(|(kind, _)| kind).collect();
         let wanted: BTreeSet<Kind> = kinds.iter().copied().collect();
-        assert!(!found.is_empty() && found.is_subset(&wanted), "{command}: {found:?}");
+        assert!(!found.is_empty() && found.is_subset(&wanted), "{lost:?}: {found:?}");
         let repaired = scene.found(true).await;
-        assert!(repaired.iter().all(|(_, repaired)| *repaired), "{command}: {repaired:?}");
-        assert_eq!(scene.found(false).await, BTreeSet::new(), "{command}");
+        assert!(repaired.iter().all(|(_, repaired)| *repaired), "{lost:?}: {repaired:?}");
+        assert_eq!(scene.found(false).await, BTreeSet::new(), "{lost:?}");
         scene.rig.balanced();
         scene.end().await;
         for (id, rows) in [("files", 1), ("dealt", 10), ("some", 40)] {
             let view = view(&scene.batches, id).await;
-            assert_eq!((view.status, view.counts), (Status::Done, counts(rows, 0, rows, 0, 0)), "{command}: {id}");
+            assert_eq!((view.status, view.counts), (Status::Done, counts(rows, 0, rows, 0, 0)), "{lost:?}: {id}");
         }
         nothing_is_left(&scene.rig);
     }
@@ -234,9 +235,10 @@ async fn what_disagrees_about_batches_is_found_and_repaired_and_each_row_ends_on
 
 #[tokio::test]
 async fn rows_that_nobody_has_any_more_are_reported_and_an_abort_ends_their_batch() {
-    for command in ["DEL drayman:batch_parts:dealt", "DEL batch:jobs:dealt:0.0:0 drayman:batch_parts:dealt"] {
+    let parts = Piece::BatchParts("dealt");
+    for lost in [&[parts][..], &[Piece::Job("dealt:0.0:0"), parts]] {
         let mut scene = Scene::start().await;
-        scene.rig.redis(&command.split(' ').collect::<Vec<_>>());
+        scene.lose(lost);
         // Whoever works on them writes down nothing, for want of what would say of which rows.
         let at = scene.claims.iter().position(|claim| id(claim) == "dealt:0.0:0").unwrap();
         let claim = scene.claims.remove(at);
@@ -244,11 +246,11 @@ async fn rows_that_nobody_has_any_more_are_reported_and_an_abort_ends_their_batc
         let _ = claim.finish(part_verdict(), Duration::ZERO, end_fields(&ends), false).await;
         for _ in 0..2 {
             let found = scene.found(true).await;
-            assert!(found.contains(&(Kind::BatchPartsLost, false)), "{command}: {found:?}");
+            assert!(found.contains(&(Kind::BatchPartsLost, false)), "{lost:?}: {found:?}");
         }
         let view = scene.batches.abort(&job_id("dealt")).await.unwrap();
-        assert_eq!((view.status, view.counts), (Status::Cancelled, counts(10, 0, 0, 0, 10)), "{command}");
-        assert_eq!(scene.found(false).await, BTreeSet::new(), "{command}");
+        assert_eq!((view.status, view.counts), (Status::Cancelled, counts(10, 0, 0, 0, 10)), "{lost:?}");
+        assert_eq!(scene.found(false).await, BTreeSet::new(), "{lost:?}");
         scene.end().await;
         nothing_is_left(&scene.rig);
     }
