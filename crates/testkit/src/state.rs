@@ -142,6 +142,10 @@ pieces! {
     BatchResults(id: &'a str) = "drayman:batch_results:{id}";
     /// The parts of a batch that were dealt and have not ended.
     BatchParts(id: &'a str) = "drayman:batch_parts:{id}";
+    /// The index of executions of flows.
+    Flows = "drayman:flows";
+    /// The steps of an execution of a flow.
+    FlowSteps(id: &'a str) = "drayman:flow_steps:{id}";
     /// What has ended and is to be exported.
     Feed = "drayman:export";
     /// That somebody exports.
@@ -892,7 +896,7 @@ impl State {
         self.ask(&["XLEN", &Piece::Feed.name()]).int() as usize
     }
 
-    // Batches.
+    // Batches and flows.
 
     /// All batches, the one that was made first first.
     #[track_caller]
@@ -934,6 +938,18 @@ impl State {
     pub fn occupied_by_batch(&self, batch: &str) -> u64 {
         let bytes = |key: &String| self.ask(&["MEMORY", "USAGE", key, "SAMPLES", "0"]).int() as u64;
         self.left_of_batch(batch).keys().map(bytes).sum()
+    }
+
+    /// All executions of flows, the one that was launched first first.
+    #[track_caller]
+    pub fn flows(&self) -> Vec<String> {
+        self.ordered(Piece::Flows)
+    }
+
+    /// All that there is of flows beside records of jobs, by what a program calls it.
+    #[track_caller]
+    pub fn left_of_flows(&self) -> Vec<String> {
+        self.ask(&["KEYS", "drayman:flow*"]).texts()
     }
 
     // What these have in common.

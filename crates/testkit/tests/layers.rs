@@ -68,7 +68,6 @@ fn only_the_door_names_the_redis_client() {
 
 /// Tests that still name keys of Redis, though the keys are not what they test. None may be added.
 const NAME_KEYS: &[&str] = &[
-    "crates/queue-core/tests/protocol/flow.rs",
     "crates/queue-core/tests/protocol/foreign.rs",
     "crates/queue-core/tests/protocol/forged.rs",
     "crates/queue-core/tests/protocol/generated.rs",

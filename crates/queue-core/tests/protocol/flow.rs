@@ -18,6 +18,8 @@ use serde_json::{Map, Value, json};
 use crate::support::*;
 
 const POOL: &str = "etl.step";
+/// Where the steps wait.
+const QUEUE: Piece<'_> = Piece::Tasks("ann", POOL, Priority::Normal);
 const KEEP: Duration = Duration::from_secs(7_200);
 
 fn user(name: &str) -> User {
@@ -289,8 +291,7 @@ async fn a_cancel_of_a_flow_is_one_of_its_steps_and_an_abandoned_one_is_not_gone
     launch(&flows, &shape, "f1").await.unwrap();
     let running = take_one(&session).await;
     assert_eq!(canceller.cancel(&job_id("f1")).await.unwrap(), Cancelled::Requested);
-    let cancels = rig.redis(&["SMEMBERS", &format!("drayman:cancels:{}", session.id())]).texts();
-    assert_eq!(cancels, ["f1:one"]);
+    assert_eq!(rig.state().asked_to_cancel(session.id().as_str()), ["f1:one"]);
     assert_eq!(end(running, "cancelled").await, Finished::Ended);
     assert_eq!(view(&flows, "f1").await.status, FlowStatus::Stopped);
     assert!(matches!(canceller.cancel(&job_id("f1")).await.unwrap(), Cancelled::TooLate(_)));
@@ -321,7 +322,7 @@ async fn a_lost_worker_and_a_retry_are_no_end_of_a_step() {
     let (lost, other) = (rig.session(POOL, 1).await, rig.session(POOL, 8).await);
     launch(&flows, &flow(&["one", "two"]), "f1").await.unwrap();
     let stale = take_one(&lost).await;
-    let beat: u64 = rig.redis(&["HGET", &format!("drayman:session:{}", lost.id()), "beat"]).text().parse().unwrap();
+    let beat = rig.state().beat(lost.id().as_str());
     let leader = SessionId::new("leader:1:a").unwrap();
     rig.store.session_reclaim(lost.id().as_str(), beat, &leader, leadership.term()).await.unwrap().unwrap();
     assert_eq!(steps(&flows, "f1").await["one"], StepStatus::Pending);
@@ -348,8 +349,8 @@ async fn a_step_whose_job_others_run_again_has_ended_once() {
     launch(&flows, &flow(&["one", "two", "three"]), "f1").await.unwrap();
     finish(take_one(&session).await, false).await;
     let two = take_one(&session).await;
-    rig.redis(&["HSET", &job_key("f1:one"), "status", "pending"]);
-    rig.redis(&["LPUSH", &queue_key("ann"), "f1:one"]);
+    rig.state().foreign().write("f1:one", &[("status", "pending")]);
+    rig.state().foreign().push("ann", "f1:one");
     rig.notice(&["ann"]).await;
     let again = take_one(&session).await;
     assert_eq!(id(&again), "f1:one");
@@ -382,7 +383,7 @@ async fn a_step_that_was_not_done_goes_on_from_what_it_has_saved_in_whatever_exe
     assert_eq!(saved(&claim).as_deref(), Some(r#"{"at":5}"#));
     save(&claim, r#"{"at":9}"#).await;
     flows.stop(&job_id("f2")).await.unwrap();
-    assert_eq!(rig.redis(&["SMEMBERS", &format!("drayman:cancels:{}", session.id())]).texts(), ["f2:one"]);
+    assert_eq!(rig.state().asked_to_cancel(session.id().as_str()), ["f2:one"]);
     assert_eq!(end(claim, "cancelled").await, Finished::Ended);
     assert_eq!(view(&flows, "f2").await.status, FlowStatus::Stopped);
     // Where its turn did not come, it is kept for the next one.
@@ -425,23 +426,22 @@ async fn nothing_is_left_of_a_flow_that_was_kept_long_enough() {
     rig.lead().await.upkeep(KEEP).await.unwrap().unwrap();
     rig.balanced();
     // The jobs of its steps are gone before it, and it tells what became of them.
-    assert_eq!(rig.redis(&["EXISTS", "batch:jobs:f2:one", "batch:jobs:f2:two"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Job("f2:one"), Piece::Job("f2:two")]));
     assert_eq!(steps(&flows, "f2").await["two"], StepStatus::Failed);
     assert_eq!(flows.list(&FlowFilter::default(), 10).await.unwrap().len(), 2);
     rig.server.shift_clock(5 * 3_600);
     rig.lead().await.upkeep(KEEP).await.unwrap().unwrap();
     assert!(matches!(flows.view(&job_id("f1")).await, Err(FlowsError::NotFound(_))));
-    assert_eq!(rig.redis(&["ZRANGE", "drayman:flows", "0", "-1"]).texts(), ["f2"]);
-    assert_eq!(rig.redis(&["KEYS", "drayman:flow_*"]).texts().len(), 2);
+    assert_eq!(rig.state().flows(), ["f2"]);
+    let left = rig.state().left_of_flows();
+    assert_eq!(left.len(), 3, "the index, its steps and its instance: {left:?}");
     // What it goes on from is remembered as long.
     let session = rig.session(POOL, 8).await;
     launch(&flows, &flow(&["one", "two"]), "f3").await.unwrap();
     assert_eq!(work(&session, &[]).await, ["two"]);
     rig.server.shift_clock(31 * 86_400);
     rig.lead().await.upkeep(KEEP).await.unwrap().unwrap();
-    for pattern in ["drayman:flow*", "batch:jobs:*"] {
-        assert_eq!(rig.redis(&["KEYS", pattern]).texts(), [""; 0]);
-    }
+    assert_eq!((rig.state().left_of_flows(), rig.state().jobs()), (vec![], vec![]));
 }
 
 #[tokio::test]
@@ -454,7 +454,7 @@ async fn records_of_flows_are_removed_whole_and_a_running_flow_is_nobodys_litter
     work(&session, &[]).await;
     let budget = Budget { retention_ms: 3_600_000, bytes: 1, ..Budget::default() };
     assert!(leadership.upkeep_within(&budget).await.unwrap().unwrap().evicted > 0);
-    assert_eq!(rig.redis(&["EXISTS", "batch:jobs:f1", "drayman:flow_steps:f1", "drayman:flows"]).int(), 0);
+    assert!(!rig.state().has_any(&[Piece::Job("f1"), Piece::FlowSteps("f1"), Piece::Flows]));
     // Whoever launches it again begins anew: nobody knows what was done.
     launch(&flows, &flow(&["one"]), "f2").await.unwrap();
     rig.age();
@@ -466,35 +466,36 @@ async fn records_of_flows_are_removed_whole_and_a_running_flow_is_nobodys_litter
 
 #[tokio::test]
 async fn a_flow_that_missed_the_end_of_a_step_is_found_and_goes_on() {
-    let cases: [(&str, FlowStatus, &[&str]); 3] = [
+    let cases: [(Option<&str>, FlowStatus, &[&str]); 3] = [
         // The job is gone: nobody knows how it ended.
-        ("DEL batch:jobs:f1:one drayman:tasks:etl.step:ann", FlowStatus::Failed, &[]),
+        (None, FlowStatus::Failed, &[]),
         // It ended, and the flow was not told.
-        ("HSET batch:jobs:f1:one status done", FlowStatus::Done, &["two"]),
-        ("HSET batch:jobs:f1:one status failed", FlowStatus::Failed, &[]),
+        (Some("done"), FlowStatus::Done, &["two"]),
+        (Some("failed"), FlowStatus::Failed, &[]),
     ];
-    for (command, status, ran) in cases {
+    for (end, status, ran) in cases {
         let rig = Rig::start().await;
         let flows = Flows::new(rig.store.clone());
         let session = rig.session(POOL, 8).await;
         launch(&flows, &flow(&["one", "two"]), "f1").await.unwrap();
         rig.age();
         assert_eq!(reconcile::check(&rig.store, KEEP).await.unwrap(), []);
-        rig.redis(&command.split(' ').collect::<Vec<_>>());
-        if command.starts_with("HSET") {
-            rig.redis(&["DEL", "drayman:tasks:etl.step:ann"]);
+        match end {
+            None => rig.state().lose(Piece::Job("f1:one")),
+            Some(end) => rig.state().set_field("f1:one", "status", end),
         }
+        rig.state().lose(QUEUE);
         for _ in 0..2 {
             rig.age();
             let found = reconcile::check(&rig.store, KEEP).await.unwrap();
-            assert!(found.iter().any(|finding| finding.kind == Kind::FlowStuck), "{command}: {found:?}");
+            assert!(found.iter().any(|finding| finding.kind == Kind::FlowStuck), "{end:?}: {found:?}");
         }
         rig.age();
         reconcile::repair(&rig.store, KEEP).await.unwrap();
-        assert_eq!(work(&session, &[]).await, ran, "{command}");
-        assert_eq!(view(&flows, "f1").await.status, status, "{command}");
+        assert_eq!(work(&session, &[]).await, ran, "{end:?}");
+        assert_eq!(view(&flows, "f1").await.status, status, "{end:?}");
         rig.age();
-        assert_eq!(reconcile::check(&rig.store, KEEP).await.unwrap(), [], "{command}");
+        assert_eq!(reconcile::check(&rig.store, KEEP).await.unwrap(), [], "{end:?}");
         rig.balanced();
     }
 }
@@ -506,12 +507,12 @@ async fn a_step_that_cannot_be_queued_fails_its_flow() {
     let session = rig.session(POOL, 8).await;
     launch(&flows, &flow(&["one", "two"]), "f1").await.unwrap();
     let claim = take_one(&session).await;
-    rig.redis(&["SET", "drayman:tasks:etl.step:ann", "x"]);
+    rig.state().spoil(QUEUE);
     finish(claim, false).await;
     let over = view(&flows, "f1").await;
     assert_eq!(over.status, FlowStatus::Failed);
     assert_eq!(over.reason.as_deref(), Some("step two failed: its queue holds a string, not a list"));
-    rig.redis(&["DEL", "drayman:tasks:etl.step:ann"]);
+    rig.state().lose(QUEUE);
     launch(&flows, &flow(&["one", "two"]), "f2").await.unwrap();
     assert_eq!(work(&session, &[]).await, ["two"]);
 }
