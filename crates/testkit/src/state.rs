@@ -800,6 +800,18 @@ impl State {
         self.ask(&["ZADD", &Piece::Parked(pools).name(), "XX", "9e15", session]);
     }
 
+    /// The pools (patterns) for which any session waits now.
+    #[track_caller]
+    pub fn awaited(&self) -> Vec<String> {
+        self.named(&Piece::Parked("").name())
+    }
+
+    /// The pools (patterns) that sessions may wait for.
+    #[track_caller]
+    pub fn services(&self) -> Vec<String> {
+        self.members(Piece::Services)
+    }
+
     /// The session that leads.
     #[track_caller]
     pub fn leader(&self) -> Option<String> {

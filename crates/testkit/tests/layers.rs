@@ -72,7 +72,6 @@ const NAME_KEYS: &[&str] = &[
     "crates/queue-core/tests/protocol/forged.rs",
     "crates/queue-core/tests/protocol/generated.rs",
     "crates/queue-core/tests/protocol/hostile.rs",
-    "crates/queue-core/tests/protocol/tasks.rs",
     // The harness looks from outside, and shares no code with what it judges: this is its one place that names keys.
     "crates/testkit/src/chaos/state.rs",
 ];

@@ -23,9 +23,7 @@ fn producer(rig: &Rig) -> Producer {
 /// What a foreign producer writes.
 fn push(rig: &Rig, user: &str, id: &str, app: &str, op: &str) {
     let input = format!("\"{id}\"");
-    rig.redis(&["HSET", &job_key(id), "user", user, "kind", "task", "app", app, "op", op, "input", &input]);
-    rig.redis(&["LPUSH", &queue_key(user), id]);
-    rig.redis(&["SADD", "batch:indexes:queue", user]);
+    rig.state().foreign().submit(user, id, &[("kind", "task"), ("app", app), ("op", op), ("input", &input)]);
 }
 
 #[tokio::test]
@@ -50,8 +48,8 @@ async fn a_task_is_taken_by_who_serves_its_handler_and_by_nobody_else() {
     }
     let all = rig.session("*", 8).await;
     end(take_one(&all).await, "done").await;
-    assert_eq!(rig.redis(&["KEYS", "drayman:tasks:*"]).texts(), Vec::<String>::new());
-    assert_eq!(rig.redis(&["EXISTS", "drayman:lines", "drayman:active"]).int(), 0);
+    let state = rig.state();
+    assert!(!state.is_any_waiting() && !state.has_any(&[Piece::QueuesOfTasks, Piece::RunningByUser]));
     rig.balanced();
 }
 
@@ -91,8 +89,7 @@ async fn a_task_that_names_no_handler_is_set_aside_with_its_reason() {
     for (number, (app, op)) in names.iter().enumerate() {
         push(&rig, "ann", &format!("t{number}"), app, op);
     }
-    rig.redis(&["HSET", &job_key("odd"), "user", "ann", "kind", "dream"]);
-    rig.redis(&["LPUSH", &queue_key("ann"), "odd"]);
+    rig.state().foreign().submit("ann", "odd", &[("kind", "dream")]);
     push(&rig, "ann", "good", "bank", "pay");
     rig.notice(&["ann"]).await;
     let session = rig.session("*", 8).await;
@@ -146,7 +143,7 @@ async fn a_session_takes_no_more_of_a_pool_than_it_has_room_for_and_others_hear_
     assert_eq!(ids(&first), ["a1", "b1"]);
     // Full now: it is parked for the other pool alone.
     assert!(within(0).await.is_empty());
-    assert_eq!(rig.redis(&["SMEMBERS", "drayman:services"]).texts(), ["shop.buy"]);
+    assert_eq!(rig.state().services(), ["shop.buy"]);
     assert_eq!(ids(&take(&large, 1).await), ["a2"]);
     assert_eq!(ids(&take(&large, 8).await), ["b2", "a3"]);
     assert!(take(&large, 8).await.is_empty(), "it is parked");
@@ -157,15 +154,15 @@ async fn a_session_takes_no_more_of_a_pool_than_it_has_room_for_and_others_hear_
     let third = take(&large, 8).await;
     assert_eq!(ids(&third), ["c1"]);
     assert!(within(2).await.is_empty());
-    let services = rig.redis(&["SMEMBERS", "drayman:services"]).texts();
+    let services = rig.state().services();
     assert!(
         services.contains(&"bank.pay shop.buy".to_owned()) && !services.contains(&"shop.buy".to_owned()),
         "{services:?}"
     );
     small.close().await.unwrap();
     large.close().await.unwrap();
-    assert_eq!(rig.redis(&["KEYS", "drayman:parked:*"]).texts(), [""; 0]);
-    assert_eq!(rig.redis(&["SMEMBERS", "drayman:services"]).texts(), [""; 0], "nobody is left who could be woken");
+    assert_eq!(rig.state().awaited(), [""; 0]);
+    assert_eq!(rig.state().services(), [""; 0], "nobody is left who could be woken");
     rig.balanced();
 }
 
