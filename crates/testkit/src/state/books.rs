@@ -117,9 +117,12 @@ impl State {
 
         let index_kind = self.ask(&["TYPE", "batch:indexes:queue"]).text();
         if index_kind != "string" {
-            let queued: BTreeSet<String> = (self.keys("batch:queue:*").into_iter())
-                .filter(|(_, kind)| kind == "list")
-                .map(|(key, _)| key["batch:queue:".len()..].to_owned())
+            // A queue has its bands beside it.
+            let queued: BTreeSet<String> = ["batch:queue:", "drayman:high:sql:", "drayman:low:sql:"]
+                .into_iter()
+                .flat_map(|stem| self.keys(&format!("{stem}*")).into_iter().map(move |found| (stem, found)))
+                .filter(|(_, (_, kind))| kind == "list")
+                .map(|(stem, (key, _))| key[stem.len()..].to_owned())
                 .collect();
             let indexed = self.ask(&["SMEMBERS", "batch:indexes:queue"]).texts().into_iter().collect();
             assert_eq!(queued, indexed, "the index and the queues that are not empty");
