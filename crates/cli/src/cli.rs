@@ -77,6 +77,8 @@ pub enum Command {
     Track(crate::track::args::Track),
     /// Show the state of server, workers and work, and find what is wrong with it
     Doctor(DoctorArgs),
+    /// Show which library of functions Redis has, or load this program's
+    Library(LibraryArgs),
     /// Show and change what limits users and pools, while everything runs
     Limits(LimitsArgs),
     /// Start nothing more of a user, a pool, or at all; what runs goes on
@@ -407,6 +409,24 @@ pub struct ResumeArgs {
     /// What is resumed
     #[command(flatten)]
     pub target: Target,
+}
+
+/// `drayman library`
+#[derive(Debug, Args)]
+#[command(after_help = EXIT_CODES)]
+pub struct LibraryArgs {
+    /// What to do [default: show]
+    #[command(subcommand)]
+    pub command: Option<LibraryCommand>,
+}
+
+/// `drayman library …`
+#[derive(Debug, Clone, Copy, Subcommand)]
+pub enum LibraryCommand {
+    /// Show the version that Redis has, and that of this program
+    Show,
+    /// Load this program's, unless Redis has a later one; workers do so when they start
+    Load,
 }
 
 /// `drayman doctor`

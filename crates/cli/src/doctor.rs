@@ -76,6 +76,7 @@ fn show(overview: &Overview, out: &mut Out) {
             count(server.replicas),
         ),
     );
+    line("library", server.library.clone().unwrap_or_else(|| "none".into()));
     line(
         "clock",
         match server.clock_ahead_ms {

@@ -11,6 +11,7 @@ mod cron;
 mod doctor;
 mod flow;
 mod follow;
+mod library;
 mod limits;
 mod list;
 mod result;
@@ -38,6 +39,7 @@ async fn run(cli: cli::Cli) -> Result<u8, Failure> {
         cli::Command::Flow(args) => flow::run(&cli.common, args).await,
         cli::Command::Track(args) => track::run(&cli.common, args).await,
         cli::Command::Doctor(args) => doctor::run(&cli.common, args).await,
+        cli::Command::Library(args) => library::run(&cli.common, args).await,
         cli::Command::Limits(args) => limits::run(&cli.common, args).await,
         cli::Command::Pause(args) => limits::pause(&cli.common, args).await,
         cli::Command::Resume(args) => limits::resume(&cli.common, args).await,

@@ -125,7 +125,7 @@ async fn a_user_who_may_only_read_sees_what_it_may() {
         Program::at(PROGRAM, &url)
     };
     // All that it needs.
-    let full = ["+@read", "+@connection", "+eval_ro", "+evalsha_ro", "+info", "+time", "+config|get"];
+    let full = ["+@read", "+@connection", "+fcall_ro", "+info", "+time", "+config|get"];
     let ran = as_user("looker", &full).run(&["doctor"]);
     assert_eq!((ran.code, ran.out.contains("not seen"), ran.out.contains("all agree")), (0, false, true), "{ran:?}");
     let ran = as_user("looker", &full).run(&["doctor", "--repair"]);

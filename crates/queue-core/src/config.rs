@@ -79,6 +79,8 @@ pub struct RedisConfig {
     /// How long to wait for a connection.
     #[serde(with = "humantime_serde")]
     pub connect_timeout: Duration,
+    /// Whether the server has functions. Where it has none, or forbids them, each call is a script of its own.
+    pub functions: bool,
 }
 
 impl Default for RedisConfig {
@@ -91,6 +93,7 @@ impl Default for RedisConfig {
             tls_ca_file: None,
             command_timeout: Duration::from_secs(5),
             connect_timeout: Duration::from_secs(2),
+            functions: true,
         }
     }
 }

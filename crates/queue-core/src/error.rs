@@ -9,7 +9,7 @@ pub enum Error {
     /// The configuration is wrong.
     #[error("{0}")]
     Config(#[from] crate::config::Fault),
-    /// Redis can't be reached or does not serve now. Whether the command ran is unknown: every script is safe to send again.
+    /// Redis can't be reached or does not serve now. Whether the command ran is unknown: every call is safe to send again.
     #[error("redis does not answer: {0}")]
     Unavailable(String),
     /// There is no connection to Redis, and nothing was sent.
@@ -26,10 +26,20 @@ pub enum Error {
         /// What this program speaks.
         ours: String,
     },
-    /// A reply that the protocol does not know: a bug, here or in a script.
+    /// The library in Redis is older than what this program calls. Nothing was done.
+    #[error(
+        "the library in Redis is {found}, this program needs {ours}: start the workers' new version first, or run `drayman library load`"
+    )]
+    Library {
+        /// That of the server.
+        found: crate::library::Version,
+        /// That of this program.
+        ours: crate::library::Version,
+    },
+    /// A reply that the protocol does not know: a bug, here or in the library.
     #[error("unexpected reply from {script}: {reply}")]
     Reply {
-        /// The script or command that was called.
+        /// The function or command that was called.
         script: &'static str,
         /// What came back, cut short.
         reply: String,
@@ -42,8 +52,8 @@ impl Error {
         matches!(self, Error::Refused(text) if text.starts_with("WRONGTYPE"))
     }
 
-    /// Whether the command may have run all the same: there was no answer, or one that nobody can read, or a script broke
-    /// off, which keeps what it wrote before. What the state of the server forbids is forbidden at a script's first write.
+    /// Whether the command may have run all the same: there was no answer, or one that nobody can read, or a function broke
+    /// off, which keeps what it wrote before. What the state of the server forbids is forbidden before it begins, or at its first write.
     pub fn is_outcome_unknown(&self) -> bool {
         match self {
             Error::Unavailable(_) | Error::Reply { .. } => true,
@@ -71,7 +81,11 @@ impl Error {
             ]
             .iter()
             .any(|word| text.starts_with(word)),
-            Error::Request(_) | Error::Config(_) | Error::Version { .. } | Error::Reply { .. } => false,
+            Error::Request(_)
+            | Error::Config(_)
+            | Error::Version { .. }
+            | Error::Library { .. }
+            | Error::Reply { .. } => false,
         }
     }
 }

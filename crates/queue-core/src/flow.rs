@@ -1,6 +1,6 @@
 //! Launching flows, stopping them, and asking how they stand.
 //!
-//! An execution of a flow is a job of its own kind that is never claimed. Its steps are ordinary jobs of its user, and the script that
+//! An execution of a flow is a job of its own kind that is never claimed. Its steps are ordinary jobs of its user, and the function that
 //! ends one queues those that follow it in the same step. So a flow is run by no process of its own, and survives any.
 
 use std::time::{Duration, SystemTime};

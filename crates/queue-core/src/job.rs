@@ -12,7 +12,7 @@ pub enum Of {
 }
 
 impl Of {
-    /// The word for it in scripts.
+    /// The word for it in Lua.
     pub const fn as_str(self) -> &'static str {
         match self {
             Of::Both => "both",
@@ -119,5 +119,5 @@ pub const MISSING_MS: u64 = 60_000;
 /// How long the hash of a job that was set aside is kept, in ms.
 pub const REJECTED_MS: u64 = 2 * 3_600_000;
 
-/// Most jobs in one call of a script.
+/// Most jobs in one call of a function.
 pub const CALL_MAX: usize = 100;

@@ -1,7 +1,7 @@
 //! Every key and channel: one constructor, its Redis type, its owner and its lifetime.
 //!
-//! The table below is the only place where a key's text stands. Rust code builds keys through [`Keys`]; scripts build them
-//! through the functions that [`Keys::prelude`] renders from the same table, so the two can't differ.
+//! The table below is the only place where a key's text stands. Rust code builds keys through [`Keys`]; Lua code builds them
+//! through the functions that `Keys::lua` renders from the same table, so the two can't differ.
 //!
 //! Keys that begin with `batch:` or `limits:` are the layout that foreign producers write and foreign readers read. All others
 //! begin with `drayman:` and may carry a hash tag, `drayman:{tag}:…`, so that a partition of the keyspace can live on one
@@ -187,7 +187,7 @@ keys! {
     schedules = "drayman:{tag}schedules", SortedSet;
     /// All batches, by when they were made, in ms. Removed with their records.
     batches = "drayman:{tag}batches", SortedSet;
-    /// What a batch is, as our scripts alone say it: that it is here shows that one was handed over under this id. `user`, `keep` in ms, how
+    /// What a batch is, as our functions alone say it: that it is here shows that one was handed over under this id. `user`, `keep` in ms, how
     /// many `loads` it had, the counts that its record shows too, how far its rows are dealt (`cursor`: `<load> <place> <row> <rows of this
     /// block>`, absent once all are dealt and while it is held), the µs that a row takes (`pace`), and that it is `over`.
     batch(batch) = "drayman:{tag}batch:{}", Hash;
@@ -221,7 +221,7 @@ keys! {
     /// A mark that stands in the stream to the replicas behind all that was written before it. Lives for a minute.
     confirming = "drayman:{tag}confirming", String;
     /// A job that an application runs itself, by `tracker:id`: `status` and `code`, `codes`, `keep_ms`, `create_at`, `update_at`, `lock`,
-    /// `lock_at`, `lock_until` in ms, `fence`, `retry`, `max_retry`, `data`, `errors`, `history`. Written by the tracker's scripts. Kept for
+    /// `lock_at`, `lock_until` in ms, `fence`, `retry`, `max_retry`, `data`, `errors`, `history`. Written by the tracker's functions. Kept for
     /// ever, but where `keep_ms` says how long after its end.
     track(record) = "drayman:{tag}track:{}", Hash;
     /// Ids of a tracker that have a status, by `tracker:status` and when they came to it, in µs. An id enters and leaves with its
@@ -267,17 +267,20 @@ impl Keys {
         }
     }
 
-    /// The same constructors as Lua functions in a table `K`, to stand before a script's text.
-    pub fn prelude(&self) -> String {
+    /// The same constructors as Lua functions in a table `K`. What begins our keys, the library is told at each call.
+    pub(crate) fn lua() -> String {
         let mut lua = String::from("local K = {}\n");
         for key in TABLE {
-            let text = key.template.replace("{tag}", &self.tag_text());
-            let line = match text.split_once("{}") {
-                Some((before, "")) => {
-                    format!("function K.{}(x) return '{before}' .. x end", key.name)
+            let (prefix, rest) = match key.template.strip_prefix("drayman:{tag}") {
+                Some(rest) => ("this.prefix .. ", rest),
+                None => ("", key.template),
+            };
+            let line = match rest.split_once("{}") {
+                Some((before, "")) => format!("function K.{}(x) return {prefix}'{before}' .. x end", key.name),
+                Some((before, after)) => {
+                    format!("function K.{}(x) return {prefix}'{before}' .. x .. '{after}' end", key.name)
                 }
-                Some((before, after)) => format!("function K.{}(x) return '{before}' .. x .. '{after}' end", key.name),
-                None => format!("function K.{}() return '{text}' end", key.name),
+                None => format!("function K.{}() return {prefix}'{rest}' end", key.name),
             };
             writeln!(lua, "{line}").expect("writing to a String can't fail");
         }
@@ -297,7 +300,9 @@ mod tests {
         assert_eq!(tagged.job("x"), "batch:jobs:x");
         assert_eq!(plain.ready("sql:h"), "drayman:ready:sql:h");
         assert_eq!(tagged.ready("sql:h"), "drayman:{p3}:ready:sql:h");
-        assert!(tagged.prelude().contains("function K.ready(x) return 'drayman:{p3}:ready:' .. x end"));
+        assert_eq!(tagged.prefix(), "drayman:{p3}:");
+        assert!(Keys::lua().contains("function K.ready(x) return this.prefix .. 'ready:' .. x end"));
+        assert!(Keys::lua().contains("function K.job(x) return 'batch:jobs:' .. x end"));
     }
 
     #[test]

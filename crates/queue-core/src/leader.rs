@@ -1,5 +1,5 @@
 //! The maintenance that one worker at a time does for all. Every task takes no input but the leadership itself, may be
-//! repeated, is bounded, and does no harm if two believe that they lead: the scripts compare the term first.
+//! repeated, is bounded, and does no harm if two believe that they lead: the functions compare the term first.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

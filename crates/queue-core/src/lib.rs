@@ -1,6 +1,7 @@
 //! Drayman's protocol on Redis, in reading order: words, the door, verbs.
 //!
-//! The one crate that knows Redis. A job's state changes only inside a script; only the holder of a claim ends a run.
+//! The one crate that knows Redis. A job's state changes only inside a function of
+//! the library; only the holder of a claim ends a run.
 
 // Words: no I/O.
 pub mod config;
@@ -12,6 +13,7 @@ pub mod model;
 
 // The door.
 pub mod group;
+pub mod library;
 pub mod objects;
 pub mod reply;
 pub mod scripts;

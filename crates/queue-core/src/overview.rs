@@ -8,10 +8,11 @@ use serde::Serialize;
 
 use crate::error::Error;
 use crate::ids::{Pool, PoolPattern};
+use crate::library::Version;
 use crate::limits::{InForce, Limits};
 use crate::reply::{Reply, info_field};
 use crate::scripts::Line;
-use crate::store::Store;
+use crate::store::{NO_FUNCTIONS, Store};
 
 /// Clocks that differ by more than this are told.
 const CLOCKS_DIFFER: Duration = Duration::from_secs(1);
@@ -70,6 +71,8 @@ pub struct Server {
     pub maxmemory: Option<u64>,
     /// How far its clock is ahead of ours, in ms.
     pub clock_ahead_ms: Option<i64>,
+    /// The version of the library of functions; `None` if there is none, or calls go as scripts.
+    pub library: Option<String>,
 }
 
 /// Who leads.
@@ -178,6 +181,7 @@ pub async fn look(store: &Store) -> Result<Overview, Error> {
     let mut looker = Looker { store, overview: Overview::default() };
     let now_ms = looker.clock().await?;
     looker.server().await?;
+    looker.library().await?;
     looker.leader().await?;
     looker.sessions(now_ms).await?;
     let queues = looker.queues().await?;
@@ -351,6 +355,27 @@ impl Looker<'_> {
                 .push(format!("{used} of {most} bytes of memory are in use: writes will be refused when it is full"));
         }
         self.overview.warnings.extend(warnings);
+        Ok(())
+    }
+
+    async fn library(&mut self) -> Result<(), Error> {
+        if self.store.calls_scripts() {
+            self.warn(format!("redis.functions is false: {NO_FUNCTIONS}"));
+            return Ok(());
+        }
+        match self.store.library_version().await {
+            Ok(found) => {
+                if found.is_some_and(|found| found < Version::OURS) {
+                    self.warn(format!(
+                        "the library in Redis is older than this program's {}: workers of this version replace it",
+                        Version::OURS
+                    ));
+                }
+                self.overview.server.library = found.map(|found| found.to_string());
+            }
+            Err(Error::Refused(reason)) => self.overview.unseen.push(format!("the library of functions: {reason}")),
+            Err(error) => return Err(error),
+        }
         Ok(())
     }
 

@@ -1,10 +1,10 @@
 //! Compares from both sides the keys that must agree, and repairs those that do not.
 //!
-//! A healthy system gives no finding, whatever goes on in it: scripts change all that belongs together in one step. Keys can
+//! A healthy system gives no finding, whatever goes on in it: functions change all that belongs together in one step. Keys can
 //! disagree after a restore from a backup, a failover that lost writes, hands that edited keys, or a fault of ours.
 //!
 //! Rust only finds where to look, by scans in bounded pages. Whether something is wrong is decided, and repaired, in one
-//! script and in one step, so a finding is true at its moment and a repair is safe whoever makes it. What a live session has
+//! function and in one step, so a finding is true at its moment and a repair is safe whoever makes it. What a live session has
 //! claimed stays its own, and what a producer may be writing just now is left alone for a minute.
 
 use std::collections::hash_map::RandomState;
@@ -264,7 +264,7 @@ impl<'a> Round<'a> {
         Self { store, repair, leader, retention_ms, known_jobs: HashSet::new(), findings: Vec::new() }
     }
 
-    /// What others rest on comes first: numbers that scripts compute with, then claims, then what names them.
+    /// What others rest on comes first: numbers that functions compute with, then claims, then what names them.
     async fn run(mut self) -> Led<Vec<Finding>> {
         let keys = self.store.keys().clone();
         let ours = led!(self.key_table());
@@ -304,7 +304,7 @@ impl<'a> Round<'a> {
         Ok(Ok(self.findings))
     }
 
-    /// Has a script compare items, a page of them each call.
+    /// Has the server compare items, a page of them each call.
     async fn look(&mut self, aspect: &'static str, items: &[Vec<u8>]) -> Led<()> {
         let page = if aspect == "jobs" { JOBS_PAGE } else { PAGE };
         for page in items.chunks(page) {

@@ -1,6 +1,6 @@
 //! Recurring jobs: what operators say about them, and the ticks that the leader makes.
 //!
-//! A tick is made in one script, which submits its job and moves the schedule on, if the schedule still stands where the caller
+//! A tick is made in one function, which submits its job and moves the schedule on, if the schedule still stands where the caller
 //! has read it. So any number of leaders make it once, and it does not matter where one of them is killed or how long the
 //! record of the job is kept. When a tick comes is computed here; whether it has come is said by the server's clock.
 

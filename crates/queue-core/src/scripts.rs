@@ -1,20 +1,18 @@
-//! The table of scripts: each with a typed call and a typed reply. All changes of a job's state happen in them.
+//! The calls of the library's functions: each with typed arguments and a typed reply.
 
 use std::borrow::Cow;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::config::Limits;
 use crate::error::Error;
-use crate::ids::{
-    APP_MAX_BYTES, Fence, IdError, JOB_ID_MAX_BYTES, JobId, OP_MAX_BYTES, Pool, ScheduleName, SessionId,
-    USER_MAX_BYTES, User,
+use crate::ids::{Fence, IdError, JobId, Pool, ScheduleName, SessionId, User};
+use crate::job::{FIELDS, Of, PAYLOAD_MAX};
+use crate::library::{
+    ADMIT, ADMIT_WHEN_FULL, CANCEL, COMPARE, FINISH, HOST_LOCK, INSPECT, LEADER_LEASE, MARK_READY, OLD_QUEUE,
+    PROMOTE_AND_EXPIRE, PURGE_IDLE_POOLS, PURGE_STALE_JOBS, PURGE_WIP, READ_LIMITS, READ_QUEUES, RECONCILE, REFUSE,
+    RETRY, SCHEDULE_DUE, SCHEDULE_PASS, SCHEDULE_PAUSE, SCHEDULE_PUT, SCHEDULE_READ, SCHEDULE_REMOVE, SCHEDULE_TICK,
+    SESSION_BEAT, SESSION_END, SESSION_OPEN, SESSION_SERVE, SET_CAPACITIES, SET_LIMITS, SUBMIT, TAKE, UPDATE_CLAIMED,
 };
-use crate::job::{
-    CHECKPOINT_MAX_BYTES, CONCURRENCY_MAX, EARLIER_MAX_BYTES, FIELDS, MISSING_MS, Of, PAYLOAD_MAX, PERIOD_MAX_MS,
-    RATE_MAX, REJECTED_MS, UNIQUE_MAX_BYTES, WEIGHTS,
-};
-use crate::keys::Keys;
-use crate::model::retry::{HISTORY_MAX_BYTES, SUSPECT_AFTER, UNCLEAN_MAX};
 use crate::reply::Reply;
 use crate::store::Store;
 
@@ -39,141 +37,6 @@ pub(crate) struct Span {
 
 /// How many jobs of an index are looked at in one round trip.
 const NEWEST_PAGE: usize = 200;
-
-/// One script.
-#[derive(Debug)]
-pub struct Script {
-    /// Its name, that of its file.
-    pub name: &'static str,
-    /// Its text, without the prelude.
-    pub body: &'static str,
-    /// What becomes of it while Redis has no memory left.
-    pub when_full: WhenFull,
-}
-
-/// What becomes of a script while Redis holds more than its `maxmemory`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum WhenFull {
-    /// It is refused, before it has written anything: it brings new work.
-    Refused,
-    /// It runs: it frees memory, or needs little, and without it nothing would be freed.
-    Runs,
-}
-
-impl Script {
-    /// The whole text as the server gets it.
-    pub fn text(&self, prelude: &str) -> String {
-        // Must be the first line.
-        let flags = match self.when_full {
-            WhenFull::Refused => "",
-            WhenFull::Runs => "#!lua flags=allow-oom\n",
-        };
-        format!("{flags}{prelude}\n{}", self.body)
-    }
-}
-
-macro_rules! scripts {
-    ($($constant:ident = $name:literal $(from $file:literal)? $(behind $shared:literal)? $(calls $called:literal)?, $when_full:ident;)+) => {
-        $(#[doc = concat!("`", $name, "`")]
-        pub static $constant: Script = Script {
-            name: $name,
-            body: scripts!(@body $name $($file)? $(behind $shared)? $(calls $called)?),
-            when_full: WhenFull::$when_full,
-        };)+
-
-        /// Every script.
-        pub static TABLE: &[&Script] = &[$(&$constant),+];
-    };
-    (@body $name:literal) => { include_str!(concat!("scripts/", $name, ".lua")) };
-    (@body $name:literal $($file:literal)? behind $shared:literal) => {
-        concat!(include_str!(concat!("scripts/", $shared, ".lua")), scripts!(@body $name $($file)?))
-    };
-    // Another script's text stands before it as a function of that name, which takes arguments and returns the reply.
-    (@body $name:literal $($file:literal)? calls $called:literal) => {
-        concat!(
-            "local function ", $called, "(ARGV)\n", include_str!(concat!("scripts/", $called, ".lua")), "\nend\n",
-            scripts!(@body $name $($file)?)
-        )
-    };
-    (@body $name:literal $file:literal) => { include_str!(concat!("scripts/", $file, ".lua")) };
-}
-
-scripts! {
-    ENQUEUE = "enqueue", Refused;
-    NOTICE = "notice", Refused;
-    // The leader's own look. Were it refused, a memory that is full of jobs that nobody has noticed would stay full.
-    LOOK = "look" from "notice", Runs;
-    PLACE = "place", Runs;
-    TAKE = "take" behind "batch", Runs;
-    REFUSE = "refuse" behind "batch", Runs;
-    MARK = "mark", Runs;
-    FINISH = "finish" behind "batch", Runs;
-    CANCEL = "cancel" behind "batch", Runs;
-    RETRY = "retry", Runs;
-    SESSION_OPEN = "session_open", Runs;
-    SESSION_SERVE = "session_serve", Runs;
-    SESSION_BEAT = "session_beat", Runs;
-    SESSION_END = "session_end" behind "batch", Runs;
-    CAPACITY = "capacity", Runs;
-    LEAD = "lead", Runs;
-    UPKEEP = "upkeep", Runs;
-    HOST_LOCK = "host_lock", Runs;
-    OLD_QUEUE = "old_queue", Runs;
-    SWEEP = "sweep", Runs;
-    POOL_SWEEP = "pool_sweep", Runs;
-    LIMITS = "limits", Runs;
-    LIMITED = "limited", Refused;
-    LINES = "lines", Refused;
-    WIP = "wip", Runs;
-    SCHEDULE_PUT = "schedule_put", Refused;
-    SCHEDULE_PAUSE = "schedule_pause", Runs;
-    SCHEDULE_REMOVE = "schedule_remove", Runs;
-    SCHEDULE_READ = "schedule_read", Runs;
-    SCHEDULE_DUE = "schedule_due", Runs;
-    SCHEDULE_TICK = "schedule_tick" calls "enqueue", Refused;
-    // The same where no job is made. Were it refused, a full memory would keep schedules from saying what they wait for.
-    SCHEDULE_PASS = "schedule_pass" from "schedule_tick" calls "enqueue", Runs;
-    INSPECT = "inspect", Runs;
-    RECONCILE = "reconcile" behind "batch", Runs;
-    // The same, for who only looks: Redis lets it write nothing.
-    COMPARE = "compare" from "reconcile" behind "batch", Refused;
-    BATCH_LOAD = "batch_load" behind "batch", Refused;
-    BATCH_UNLOAD = "batch_unload" behind "batch", Runs;
-    BATCH_RELEASE = "batch_release" behind "batch", Runs;
-    BATCH_ABORT = "batch_abort" behind "batch", Runs;
-    BATCH_CUT = "batch_cut" behind "batch", Runs;
-    BATCH_READ = "batch_read", Runs;
-    FLOW_LAUNCH = "flow_launch", Refused;
-    FLOW_STOP = "flow_stop" behind "batch", Runs;
-    FLOW_ABANDON = "flow_abandon", Runs;
-    FLOW_READ = "flow_read", Runs;
-    TRACKER_CREATE = "tracker_create" behind "tracker", Refused;
-    TRACKER_START = "tracker_start" behind "tracker", Runs;
-    TRACKER_RENEW = "tracker_renew" behind "tracker", Runs;
-    TRACKER_END = "tracker_end" behind "tracker", Runs;
-    TRACKER_SET = "tracker_set" behind "tracker", Runs;
-    TRACKER_READ = "tracker_read" behind "tracker", Runs;
-}
-
-/// What stands before every script: the keys, the constants, the functions that scripts share.
-pub fn prelude(keys: &Keys) -> String {
-    let fields: Vec<String> =
-        FIELDS.iter().map(|(name, most, of)| format!("'{name}', {most}, '{}'", of.as_str())).collect();
-    format!(
-        "{}local MAX_ID, MAX_USER, MAX_APP, MAX_OP = {JOB_ID_MAX_BYTES}, {USER_MAX_BYTES}, {APP_MAX_BYTES}, {OP_MAX_BYTES}\n\
-         local MAX_UNIQUE, MAX_CHECKPOINT, MAX_EARLIER = {UNIQUE_MAX_BYTES}, {CHECKPOINT_MAX_BYTES}, {EARLIER_MAX_BYTES}\n\
-         local MAX_RATE, MAX_PERIOD_MS, MAX_COUNT = {RATE_MAX}, {PERIOD_MAX_MS}, {CONCURRENCY_MAX}\n\
-         local MIN_WEIGHT, MAX_WEIGHT = {}, {}\n\
-         local MISSING_MS, MAX_REJECTED_MS, MAX_PAYLOAD = {MISSING_MS}, {REJECTED_MS}, {PAYLOAD_MAX}\n\
-         local SUSPECT_AFTER, MAX_UNCLEAN, MAX_HISTORY = {SUSPECT_AFTER}, {UNCLEAN_MAX}, {HISTORY_MAX_BYTES}\n\
-         local FIELDS = {{{}}}\n{}",
-        keys.prelude(),
-        WEIGHTS.0,
-        WEIGHTS.1,
-        fields.join(", "),
-        concat!(include_str!("scripts/common.lua"), include_str!("scripts/flow.lua")),
-    )
-}
 
 /// Arguments of a call, in order.
 #[derive(Debug, Default)]
@@ -753,7 +616,7 @@ fn id<T, E: Into<IdError>>(parsed: Result<T, E>, script: &'static str) -> Result
 impl Store {
     /// Submits jobs; one result each, in order.
     pub async fn enqueue(&self, most: &QueueLimits, jobs: &[Submission]) -> Result<Vec<Enqueued>, Error> {
-        enqueued(self.call(&ENQUEUE, enqueue_args(most, false, jobs)).await?, jobs.len())
+        enqueued(self.call(&SUBMIT, enqueue_args(most, false, jobs)).await?, jobs.len())
     }
 
     /// The same, and waits until `replicas` have confirmed it, or for `patience`; returns how many have. Blocks this
@@ -766,23 +629,23 @@ impl Store {
         patience: Duration,
     ) -> Result<(Vec<Enqueued>, u32), Error> {
         let args = enqueue_args(most, true, jobs);
-        let (reply, confirmed) = self.call_and_wait(&ENQUEUE, args, replicas, patience).await?;
+        let (reply, confirmed) = self.call_and_wait(&SUBMIT, args, replicas, patience).await?;
         Ok((enqueued(reply, jobs.len())?, confirmed))
     }
 
     /// Looks at the queues of users; returns how many of them became ready.
     pub async fn notice(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
-        Ok(self.call(&NOTICE, users.to_vec()).await?.int("notice")? as u64)
+        Ok(self.call(&ADMIT, users.to_vec()).await?.int("admit")? as u64)
     }
 
     /// The same for the leader, also while memory is full.
     pub async fn look(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
-        Ok(self.call(&LOOK, users.to_vec()).await?.int("look")? as u64)
+        Ok(self.call(&ADMIT_WHEN_FULL, users.to_vec()).await?.int("admit_when_full")? as u64)
     }
 
     /// Looks at lines of tasks; returns how many of their users became ready.
     pub async fn place(&self, lines: &[Vec<u8>]) -> Result<u64, Error> {
-        Ok(self.call(&PLACE, lines.to_vec()).await?.int("place")? as u64)
+        Ok(self.call(&MARK_READY, lines.to_vec()).await?.int("mark_ready")? as u64)
     }
 
     /// Takes up to `n` jobs, of some pools no more than said. The same `number` again returns the same jobs.
@@ -833,12 +696,12 @@ impl Store {
     /// Writes fields of a running job under its claim; with none, asks whether the claim holds.
     pub async fn mark(&self, session: &SessionId, id: &JobId, fence: Fence, fields: &Fields) -> Result<Mark, Error> {
         let args = Args::new().text(session.as_str()).text(id.as_str()).number(fence.0).fields(fields);
-        let reply = self.call(&MARK, args.0).await?;
+        let reply = self.call(&UPDATE_CLAIMED, args.0).await?;
         match reply.text() {
             Some("held") => Ok(Mark::Held),
             Some("cancel") => Ok(Mark::CancelAsked),
             Some("stale") => Ok(Mark::Stale),
-            _ => Err(reply.unexpected("mark")),
+            _ => Err(reply.unexpected("update_claimed")),
         }
     }
 
@@ -1034,7 +897,7 @@ impl Store {
         let args = pools.iter().fold(Args::new(), |args, (pool, capacity)| {
             args.text(pool.as_str()).text(capacity.map(|capacity| capacity.to_string()).unwrap_or_default())
         });
-        Ok(self.call(&CAPACITY, args.0).await?.int("capacity")? as u64)
+        Ok(self.call(&SET_CAPACITIES, args.0).await?.int("set_capacities")? as u64)
     }
 
     /// One heartbeat. `held` is how many claims the worker believes it holds.
@@ -1072,12 +935,12 @@ impl Store {
     pub async fn lead(&self, session: &SessionId, ttl_ms: Option<u64>) -> Result<Lead, Error> {
         let wish = if ttl_ms.is_some() { "hold" } else { "resign" };
         let args = Args::new().text(session.as_str()).number(ttl_ms.unwrap_or(0)).text(wish);
-        let items = self.call(&LEAD, args.0).await?.array("lead")?;
+        let items = self.call(&LEADER_LEASE, args.0).await?.array("leader_lease")?;
         match (items.first().and_then(Reply::text), items.get(1)) {
-            (Some("leader"), Some(term)) => Ok(Lead::Leader(term.int("lead")? as u64)),
+            (Some("leader"), Some(term)) => Ok(Lead::Leader(term.int("leader_lease")? as u64)),
             (Some("follower"), Some(holder)) => Ok(Lead::Follower(holder.lossy().unwrap_or_default())),
             (Some("none"), _) => Ok(Lead::Nobody),
-            _ => Err(Reply::Array(items).unexpected("lead")),
+            _ => Err(Reply::Array(items).unexpected("leader_lease")),
         }
     }
 
@@ -1098,13 +961,13 @@ impl Store {
             .number(used)
             .number(mark)
             .number(mark_ms.max(1));
-        let reply = self.call(&UPKEEP, args.0).await?;
+        let reply = self.call(&PROMOTE_AND_EXPIRE, args.0).await?;
         if reply.text() == Some("not_leader") {
             return Ok(Err(NotLeader));
         }
-        let items = reply.array("upkeep")?;
-        expect_len(&items, 7, "upkeep")?;
-        let count = |at: usize| items[at].int("upkeep").map(|number| number as u64);
+        let items = reply.array("promote_and_expire")?;
+        expect_len(&items, 7, "promote_and_expire")?;
+        let count = |at: usize| items[at].int("promote_and_expire").map(|number| number as u64);
         Ok(Ok(Upkeep {
             promoted: count(1)?,
             found: count(2)?,
@@ -1136,14 +999,14 @@ impl Store {
     pub async fn sweep(&self, leader: &SessionId, term: u64, untouched_ms: u64, ids: &[Vec<u8>]) -> Led<u64> {
         let args = Args::new().text(leader.as_str()).number(term).number(untouched_ms);
         let args = ids.iter().fold(args, |args, id| args.text(id));
-        led(self.call(&SWEEP, args.0).await?, |reply| Ok(reply.int("sweep")? as u64))
+        led(self.call(&PURGE_STALE_JOBS, args.0).await?, |reply| Ok(reply.int("purge_stale_jobs")? as u64))
     }
 
     /// Forgets pools that have been idle for so many ms.
     pub async fn pool_sweep(&self, leader: &SessionId, term: u64, idle_ms: u64, pools: &[Vec<u8>]) -> Led<u64> {
         let args = Args::new().text(leader.as_str()).number(term).number(idle_ms);
         let args = pools.iter().fold(args, |args, pool| args.text(pool));
-        led(self.call(&POOL_SWEEP, args.0).await?, |reply| Ok(reply.int("pool_sweep")? as u64))
+        led(self.call(&PURGE_IDLE_POOLS, args.0).await?, |reply| Ok(reply.int("purge_idle_pools")? as u64))
     }
 
     /// Changes what limits a user or a pool, or what pauses: `kind` is `user`, `pool` or `all`. The text says why it is refused.
@@ -1156,33 +1019,33 @@ impl Store {
         let args = fields.iter().fold(Args::new().text(kind).text(name), |args, (field, value)| {
             args.text(field).text(value.as_deref().unwrap_or_default())
         });
-        match self.call(&LIMITS, args.0).await? {
+        match self.call(&SET_LIMITS, args.0).await? {
             reply if reply.text() == Some("changed") => Ok(Ok(())),
             Reply::Array(items) if items.first().and_then(Reply::text) == Some("refused") => {
                 Ok(Err(items.get(1).and_then(Reply::lossy).unwrap_or_default()))
             }
-            reply => Err(reply.unexpected("limits")),
+            reply => Err(reply.unexpected("set_limits")),
         }
     }
 
     /// Tells what limits users or pools (`kind` says which); one answer each, in order.
     pub async fn limited(&self, kind: &'static str, names: &[Vec<u8>]) -> Result<Vec<Limited>, Error> {
         let args = names.iter().fold(Args::new().text(kind), |args, name| args.text(name));
-        let replies = self.call_read_only(&LIMITED, args.0).await?.array("limited")?;
-        expect_len(&replies, names.len(), "limited")?;
+        let replies = self.call(&READ_LIMITS, args.0).await?.array("read_limits")?;
+        expect_len(&replies, names.len(), "read_limits")?;
         replies.into_iter().map(limited).collect()
     }
 
     /// Tells where lines stand; one answer each, in order.
     pub async fn lines(&self, lines: &[Vec<u8>]) -> Result<Vec<Line>, Error> {
-        let replies = self.call_read_only(&LINES, lines.to_vec()).await?.array("lines")?;
-        expect_len(&replies, lines.len(), "lines")?;
+        let replies = self.call(&READ_QUEUES, lines.to_vec()).await?.array("read_queues")?;
+        expect_len(&replies, lines.len(), "read_queues")?;
         replies
             .into_iter()
             .map(|reply| {
-                let items = reply.array("lines")?;
-                expect_len(&items, 3, "lines")?;
-                let jobs = items[1].int("lines")? as u64;
+                let items = reply.array("read_queues")?;
+                expect_len(&items, 3, "read_queues")?;
+                let jobs = items[1].int("read_queues")? as u64;
                 Ok(Line { pool: items[0].lossy(), jobs, created_at: items[2].lossy() })
             })
             .collect()
@@ -1203,8 +1066,7 @@ impl Store {
             None => args.text("").text(""),
         };
         let args = items.iter().fold(args.number(retention_ms).text(aspect), |args, item| args.text(item));
-        let reply =
-            if repair { self.call(&RECONCILE, args.0).await? } else { self.call_read_only(&COMPARE, args.0).await? };
+        let reply = if repair { self.call(&RECONCILE, args.0).await? } else { self.call(&COMPARE, args.0).await? };
         led(reply, |reply| reply.array("reconcile"))
     }
 
@@ -1326,7 +1188,7 @@ impl Store {
     /// Clears a user's work-in-progress list of what is not being worked on.
     pub async fn wip(&self, leader: &SessionId, term: u64, user: &[u8]) -> Led<u64> {
         let args = Args::new().text(leader.as_str()).number(term).text(user);
-        led(self.call(&WIP, args.0).await?, |reply| Ok(reply.int("wip")? as u64))
+        led(self.call(&PURGE_WIP, args.0).await?, |reply| Ok(reply.int("purge_wip")? as u64))
     }
 }
 
@@ -1342,28 +1204,28 @@ fn enqueue_args(most: &QueueLimits, confirm: bool, jobs: &[Submission]) -> Vec<V
 }
 
 fn enqueued(reply: Reply, jobs: usize) -> Result<Vec<Enqueued>, Error> {
-    let replies = reply.array("enqueue")?;
-    expect_len(&replies, jobs, "enqueue")?;
+    let replies = reply.array("submit")?;
+    expect_len(&replies, jobs, "submit")?;
     replies
         .into_iter()
         .map(|reply| match &reply {
             Reply::Bytes(word) if word == b"queued" => Ok(Enqueued::Queued),
             Reply::Bytes(word) if word == b"exists" => Ok(Enqueued::Exists),
             Reply::Array(items) => match (items.first().and_then(Reply::text), items.get(1)) {
-                (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("enqueue")? as u64)),
+                (Some("full"), Some(limit)) => Ok(Enqueued::Full(limit.int("submit")? as u64)),
                 (Some("too_large"), Some(bytes)) => Ok(Enqueued::TooLarge {
-                    bytes: bytes.int("enqueue")? as u64,
-                    most: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
+                    bytes: bytes.int("submit")? as u64,
+                    most: items.get(2).unwrap_or(&Reply::Nil).int("submit")? as u64,
                 }),
                 (Some("no_room"), Some(used)) => Ok(Enqueued::NoRoom {
-                    used: used.int("enqueue")? as u64,
-                    mark: items.get(2).unwrap_or(&Reply::Nil).int("enqueue")? as u64,
+                    used: used.int("submit")? as u64,
+                    mark: items.get(2).unwrap_or(&Reply::Nil).int("submit")? as u64,
                 }),
                 (Some("refused"), Some(reason)) => Ok(Enqueued::Refused(reason.lossy().unwrap_or_default())),
                 (Some("held"), Some(holder)) => Ok(Enqueued::Held(holder.lossy().unwrap_or_default())),
-                _ => Err(reply.unexpected("enqueue")),
+                _ => Err(reply.unexpected("submit")),
             },
-            _ => Err(reply.unexpected("enqueue")),
+            _ => Err(reply.unexpected("submit")),
         })
         .collect()
 }
@@ -1398,12 +1260,12 @@ fn inspected(reply: Reply, fields: usize) -> Result<Inspected, Error> {
 }
 
 fn limited(reply: Reply) -> Result<Limited, Error> {
-    let items = reply.array("limited")?;
-    expect_len(&items, 11, "limited")?;
+    let items = reply.array("read_limits")?;
+    expect_len(&items, 11, "read_limits")?;
     let number = |at: usize| match &items[at] {
         Reply::Nil => Ok(None),
         Reply::Int(number) => Ok(Some(*number as f64)),
-        text => text.text().and_then(|text| text.parse().ok()).map(Some).ok_or_else(|| text.unexpected("limited")),
+        text => text.text().and_then(|text| text.parse().ok()).map(Some).ok_or_else(|| text.unexpected("read_limits")),
     };
     let whole = |at: usize| number(at).map(|number| number.map(|number: f64| number as u64));
     Ok(Limited {
@@ -1416,7 +1278,7 @@ fn limited(reply: Reply) -> Result<Limited, Error> {
         starts: whole(7)?.unwrap_or(0),
         kept_by: items[8].lossy(),
         kept_until_ms: whole(9)?,
-        ignored: items[10].clone().texts("limited")?,
+        ignored: items[10].clone().texts("read_limits")?,
     })
 }
 

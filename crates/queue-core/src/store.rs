@@ -1,6 +1,7 @@
-//! The door to Redis: connections, timeouts, reconnecting, subscriptions. With `scripts`, the only module that knows the client.
+//! The door to Redis: connections, timeouts, reconnecting, subscriptions, and how a function of the library is called. The
+//! only module that knows the client.
 //!
-//! The client is set so that nothing happens twice or late: one attempt per command (a lost reply must not run a script
+//! The client is set so that nothing happens twice or late: one attempt per command (a lost reply must not run a call
 //! again behind our back), a timeout on each, and none is kept for a connection that is not there (an abandoned command
 //! must not run after a reconnect). Whether to send again is decided above, where it is known to be harmless.
 //!
@@ -8,13 +9,14 @@
 //! told [`Error::Unreachable`] can rely on it that nothing has happened.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use fred::clients::{Client, SubscriberClient, WithOptions};
 use fred::error::{Error as FredError, ErrorKind};
-use fred::interfaces::{ClientLike, EventInterface, LuaInterface, PubsubInterface};
+use fred::interfaces::{ClientLike, EventInterface, PubsubInterface};
 use fred::types::config::{
     Config, ConnectionConfig, Options, PerformanceConfig, ReconnectPolicy, TlsConfig, TlsConnector, UnresponsiveConfig,
 };
@@ -22,13 +24,13 @@ use fred::types::{Builder, CustomCommand, Value};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::mpsc;
+use tokio::sync::{OnceCell, mpsc};
 
 use crate::config::{Fault, RedisConfig};
 use crate::error::Error;
 use crate::keys::Keys;
+use crate::library::{self, Effect, Function, Library, Version};
 use crate::reply::{Reply, info_field};
-use crate::scripts::{self, Script};
 
 /// The longest pause between two attempts to connect. Short, because work is to go on soon after an outage, and one attempt
 /// costs a server nothing.
@@ -60,11 +62,27 @@ struct Inner {
     answered_ms: AtomicU64,
     begin: Instant,
     keys: Keys,
-    /// Each script's text with the prelude before it, and its digest.
-    scripts: Scripts,
+    functions: Arc<Functions>,
 }
 
-type Scripts = HashMap<&'static str, fred::types::scripts::Script>;
+/// How functions of the library are called.
+struct Functions {
+    library: Arc<Library>,
+    /// As scripts, each by itself: the server has no functions.
+    as_scripts: bool,
+    /// Whoever has this connection keeps the library as new as its own.
+    is_keeper: AtomicBool,
+    /// The caller was found to have all rights that functions need.
+    rights: OnceCell<()>,
+    /// The scripts that were needed so far.
+    scripts: Mutex<HashMap<&'static str, Arc<Prepared>>>,
+}
+
+/// A function as a script.
+struct Prepared {
+    text: library::Text,
+    script: fred::types::scripts::Script,
+}
 
 impl std::fmt::Debug for Store {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -97,15 +115,21 @@ impl Message {
 impl Store {
     /// Connects. Fails at once if the server can't be reached; afterwards reconnects by itself for as long as it lives.
     pub async fn connect(config: &RedisConfig) -> Result<Self, Error> {
+        Self::connect_with(config, Arc::new(Library::of(Version::OURS))).await
+    }
+
+    /// The same for a program that has another library: of an earlier build, or a later one.
+    pub async fn connect_with(config: &RedisConfig, library: Arc<Library>) -> Result<Self, Error> {
         let builder = builder(config)?;
-        let keys = Keys::new();
-        let prelude = scripts::prelude(&keys);
-        let scripts: Scripts = scripts::TABLE
-            .iter()
-            .map(|script| (script.name, fred::types::scripts::Script::from_lua(script.text(&prelude))))
-            .collect();
         let patience = config.connect_timeout + config.command_timeout;
-        let store = Self::with(builder, patience, config.command_timeout, keys, scripts).await?;
+        let functions = Functions {
+            library,
+            as_scripts: !config.functions,
+            is_keeper: false.into(),
+            rights: OnceCell::new(),
+            scripts: Mutex::default(),
+        };
+        let store = Self::with(builder, patience, config.command_timeout, Keys::new(), Arc::new(functions)).await?;
         store.check_version().await?;
         Ok(store)
     }
@@ -115,7 +139,7 @@ impl Store {
         patience: Duration,
         command_timeout: Duration,
         keys: Keys,
-        scripts: Scripts,
+        functions: Arc<Functions>,
     ) -> Result<Self, Error> {
         let client = builder.build().map_err(translate)?;
         client.init().await.map_err(translate)?;
@@ -128,7 +152,7 @@ impl Store {
             answered_ms: 0.into(),
             begin: Instant::now(),
             keys,
-            scripts,
+            functions,
         };
         Ok(Self { now: client.with_options(&once), client, inner: Arc::new(inner) })
     }
@@ -164,6 +188,9 @@ impl Store {
             return Err(Error::Refused(format!("{name} {version} is too old, {}.{} is the least", least.0, least.1)));
         }
         let mut warnings = Vec::new();
+        if self.calls_scripts() {
+            warnings.push(format!("redis.functions is false: {NO_FUNCTIONS}"));
+        }
         for (setting, wanted, risk) in [
             ("maxmemory-policy", "noeviction", "jobs may be evicted when memory runs out"),
             ("appendonly", "yes", "a crash of the server loses what was written since its last snapshot"),
@@ -179,25 +206,10 @@ impl Store {
         Ok(warnings)
     }
 
-    /// The digest by which the server knows a script.
-    pub fn digest(&self, script: &'static Script) -> &str {
-        self.inner.scripts[script.name].sha1()
-    }
-
-    /// Calls a script, loading it first if the server has forgotten it.
-    pub async fn call(&self, script: &'static Script, args: Vec<Vec<u8>>) -> Result<Reply, Error> {
-        let prepared = &self.inner.scripts[script.name];
-        let args: Vec<Value> = args.into_iter().map(|arg| Value::Bytes(arg.into())).collect();
-        let no_keys: Vec<String> = Vec::new();
-        let by_digest = || self.now.evalsha::<Value, _, _, _>(prepared.sha1().clone(), no_keys.clone(), args.clone());
-        let mut answer = self.send(by_digest).await;
-        if matches!(&answer, Err(Error::Refused(text)) if text.starts_with("NOSCRIPT")) {
-            // Not run: so sending the text is no second run.
-            let text = prepared.lua().expect("made from its text");
-            let by_text = || self.now.eval::<Value, _, _, _>(text.clone(), no_keys.clone(), args.clone());
-            answer = self.send(by_text).await;
-        }
-        reply(answer?, script.name)
+    /// Calls a function of the library, which is loaded first where the server has none.
+    pub async fn call(&self, function: &'static Function, args: Vec<Vec<u8>>) -> Result<Reply, Error> {
+        self.check_rights(function).await?;
+        reply(self.run(function, args, None).await?, function.name)
     }
 
     /// A connection of its own, for calls that hold theirs up: it waits `longer` for each answer.
@@ -209,72 +221,206 @@ impl Store {
             .with_connection_config(|connection| {
                 connection.unresponsive.max_timeout = Some(command_timeout + Duration::from_millis(250));
             });
-        let (keys, scripts) = (self.inner.keys.clone(), self.inner.scripts.clone());
-        Self::with(builder, self.inner.patience, command_timeout, keys, scripts).await
+        let (keys, functions) = (self.inner.keys.clone(), self.inner.functions.clone());
+        Self::with(builder, self.inner.patience, command_timeout, keys, functions).await
     }
 
-    /// Calls a script and waits for replicas to confirm what it wrote, both in one pipeline: a WAIT counts for the writes of
+    /// Calls a function and waits for replicas to confirm what it wrote, both in one pipeline: a WAIT counts for the writes of
     /// its own connection only, and no reconnect can come between them. Returns how many replicas have confirmed.
     pub async fn call_and_wait(
         &self,
-        script: &'static Script,
+        function: &'static Function,
         args: Vec<Vec<u8>>,
         replicas: u32,
         patience: Duration,
     ) -> Result<(Reply, u32), Error> {
-        let prepared = &self.inner.scripts[script.name];
-        let text = prepared.lua().expect("made from its text");
+        self.check_rights(function).await?;
         let wait: Vec<Value> = vec![replicas.to_string().into(), patience.as_millis().max(1).to_string().into()];
-        let both = |command: &'static str, body: String| {
-            let mut call: Vec<Value> = vec![body.into(), "0".into()];
-            call.extend(args.iter().map(|arg| Value::Bytes(arg.clone().into())));
-            let (pipeline, wait) = (self.now.pipeline(), wait.clone());
+        let answer = self.run(function, args, Some(wait)).await;
+        let mut items = reply(answer?, function.name)?.array(function.name)?.into_iter();
+        match (items.next(), items.next()) {
+            (Some(called), Some(confirmed)) => Ok((called, confirmed.int("WAIT")? as u32)),
+            _ => Err(Reply::Nil.unexpected(function.name)),
+        }
+    }
+
+    /// Sends a call, and again where it was not run for want of the library. With the arguments of a WAIT the answer is a pair.
+    async fn run(
+        &self,
+        function: &'static Function,
+        args: Vec<Vec<u8>>,
+        wait: Option<Vec<Value>>,
+    ) -> Result<Value, Error> {
+        let args: Vec<Value> = args.into_iter().map(|arg| Value::Bytes(arg.into())).collect();
+        let Functions { library, as_scripts, .. } = &*self.inner.functions;
+        if *as_scripts {
+            return Box::pin(self.run_as_script(function, args, wait)).await;
+        }
+        let name = if function.effect == Effect::Reads { "FCALL_RO" } else { "FCALL" };
+        let words = || -> Vec<Value> {
+            let head = [function.qualified(library.version), "1".into(), self.keys().prefix()];
+            let minor = library.version.minor.to_string();
+            head.into_iter().chain([minor]).map(Value::from).chain(args.iter().cloned()).collect()
+        };
+        let mut answer = self.custom(name, words(), wait.clone()).await;
+        if matches!(&answer, Err(Error::Refused(text)) if is_missing(text) || text.starts_with("OLDER")) {
+            match Box::pin(self.provide_library()).await {
+                Ok(()) => answer = self.custom(name, words(), wait.clone()).await,
+                // What ends work ends it also where nothing new finds room.
+                Err(Error::Refused(text)) if function.effect != Effect::Adds && finds_no_room(&text) => {
+                    return Box::pin(self.run_as_script(function, args, wait)).await;
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        answer.map_err(|error| explain(error, &library.text))
+    }
+
+    /// The same by a script that has the function's text.
+    async fn run_as_script(
+        &self,
+        function: &'static Function,
+        args: Vec<Value>,
+        wait: Option<Vec<Value>>,
+    ) -> Result<Value, Error> {
+        let prepared = self.prepared(function);
+        let Prepared { text, script } = &*prepared;
+        let words = |first: String| -> Vec<Value> {
+            [first, "1".into(), self.keys().prefix()].into_iter().map(Value::from).chain(args.iter().cloned()).collect()
+        };
+        let (by_digest, by_text) = match function.effect {
+            Effect::Reads => ("EVALSHA_RO", "EVAL_RO"),
+            Effect::Adds | Effect::Moves => ("EVALSHA", "EVAL"),
+        };
+        let mut answer = self.custom(by_digest, words(script.sha1().to_string()), wait.clone()).await;
+        if matches!(&answer, Err(Error::Refused(text)) if text.starts_with("NOSCRIPT")) {
+            // Not run: so sending the text is no second run.
+            answer = self.custom(by_text, words(text.as_str().to_owned()), wait).await;
+        }
+        answer.map_err(|error| explain(error, text))
+    }
+
+    fn prepared(&self, function: &'static Function) -> Arc<Prepared> {
+        let mut scripts = self.inner.functions.scripts.lock().expect("nobody panics while holding it");
+        let prepare = || {
+            let text = function.script();
+            let script = fred::types::scripts::Script::from_lua(text.as_str().to_owned());
+            Arc::new(Prepared { text, script })
+        };
+        scripts.entry(function.name).or_insert_with(prepare).clone()
+    }
+
+    /// From now on this connection loads the library also where it is older than this program's: a matter of daemons, and of
+    /// operators who ask for it. Does so now where it is; returns which one there was and which there is.
+    pub async fn keep_library(&self) -> Result<(Option<Version>, Version), Error> {
+        let functions = &self.inner.functions;
+        functions.is_keeper.store(true, Ordering::SeqCst);
+        let ours = functions.library.version;
+        if functions.as_scripts {
+            return Ok((None, ours));
+        }
+        let found = self.library_version().await?;
+        match found {
+            Some(found) if found >= ours => return Ok((Some(found), found)),
+            Some(_) => self.load_library(true).await?,
+            None => self.load_library(false).await?,
+        }
+        Ok((found, self.library_version().await?.unwrap_or(ours)))
+    }
+
+    /// Which library of this program's major version the server has; `None` if it has none.
+    pub async fn library_version(&self) -> Result<Option<Version>, Error> {
+        let name = library::VERSION.qualified(self.inner.functions.library.version);
+        let prefix = self.keys().prefix();
+        match self.command("FCALL_RO", &[name.as_bytes(), b"1", prefix.as_bytes(), b"0"]).await {
+            Ok(answer) => {
+                let version = answer.text().and_then(|text| text.parse().ok());
+                version.map(Some).ok_or_else(|| answer.unexpected("version"))
+            }
+            Err(Error::Refused(text)) if is_missing(&text) => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Whether functions are called as scripts, for the configuration says that the server has none.
+    pub fn calls_scripts(&self) -> bool {
+        self.inner.functions.as_scripts
+    }
+
+    /// Sees to it that the server has a library that answers this program's calls.
+    async fn provide_library(&self) -> Result<(), Error> {
+        let Functions { library, is_keeper, .. } = &*self.inner.functions;
+        match self.library_version().await? {
+            None => self.load_library(false).await,
+            Some(found) if found.minor >= library.version.minor => Ok(()),
+            Some(_) if is_keeper.load(Ordering::SeqCst) => self.load_library(true).await,
+            Some(found) => Err(Error::Library { found, ours: library.version }),
+        }
+    }
+
+    async fn load_library(&self, replaces: bool) -> Result<(), Error> {
+        let Library { version, text } = &*self.inner.functions.library;
+        let before: &[&[u8]] = if replaces { &[b"LOAD", b"REPLACE"] } else { &[b"LOAD"] };
+        match self.command("FUNCTION", &[before, &[text.as_str().as_bytes()]].concat()).await {
+            Ok(_) => {
+                tracing::info!("loaded the library {version} into redis");
+                Ok(())
+            }
+            // Another was faster.
+            Err(Error::Refused(said)) if said.contains("already exists") => Ok(()),
+            Err(Error::Refused(said)) if said.starts_with("NOPERM") => Err(Error::Refused(format!(
+                "{said}; the library {version} is not there: who may load it does so by `drayman library load`"
+            ))),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Refuses a user who may not run all that functions need: one that breaks off half-way keeps what it wrote before.
+    async fn check_rights(&self, function: &Function) -> Result<(), Error> {
+        let rights = &self.inner.functions.rights;
+        if function.effect == Effect::Reads || rights.initialized() {
+            return Ok(());
+        }
+        let check: Pin<Box<dyn Future<Output = Result<(), Error>> + Send + '_>> = Box::pin(async {
+            let args = library::rights(self.keys());
+            let answer = self.run(&library::RIGHTS, args, None).await?;
+            let refused = reply(answer, library::RIGHTS.name)?.texts(library::RIGHTS.name)?;
+            if refused.is_empty() {
+                return Ok(());
+            }
+            let some: Vec<String> = refused.chunks(2).take(5).map(|pair| pair.join(" on ")).collect();
+            let more = if refused.len() > 10 { " and more" } else { "" };
+            Err(Error::Refused(format!("NOPERM this user may not run {}{more}: nothing was done", some.join(", "))))
+        });
+        // In a box, as all that a call seldom needs: else each future of a call would have room for it.
+        rights.get_or_try_init(|| check).await.map(drop)
+    }
+
+    /// Sends a command, and with it a WAIT where arguments for one are given: then the answer is those of both.
+    async fn custom(&self, name: &'static str, words: Vec<Value>, wait: Option<Vec<Value>>) -> Result<Value, Error> {
+        let command = CustomCommand::new_static(name, None::<u16>, false);
+        let Some(wait) = wait else {
+            return self.send(|| self.now.custom::<Value, _>(command.clone(), words.clone())).await;
+        };
+        let both = || {
+            let (pipeline, command, words, wait) = (self.now.pipeline(), command.clone(), words.clone(), wait.clone());
             async move {
-                let command = CustomCommand::new_static(command, None::<u16>, false);
-                let _: () = pipeline.custom(command, call).await?;
+                let _: () = pipeline.custom(command, words).await?;
                 let _: () = pipeline.custom(CustomCommand::new_static("WAIT", None::<u16>, false), wait).await?;
                 let mut results = pipeline.try_all::<Value>().await.into_iter();
                 let called = results.next().unwrap_or_else(|| Err(FredError::new(ErrorKind::IO, "no answer")))?;
-                // Where the script's answer has come and that of WAIT has not, nobody has confirmed.
+                // Where the call's answer has come and that of WAIT has not, nobody has confirmed.
                 let confirmed = results.next().and_then(Result::ok).unwrap_or(Value::Integer(0));
                 Ok(Value::Array(vec![called, confirmed]))
             }
         };
-        let mut answer = self.send(|| both("EVALSHA", prepared.sha1().to_string())).await;
-        if matches!(&answer, Err(Error::Refused(text)) if text.starts_with("NOSCRIPT")) {
-            answer = self.send(|| both("EVAL", text.to_string())).await;
-        }
-        let mut items = reply(answer?, script.name)?.array(script.name)?.into_iter();
-        match (items.next(), items.next()) {
-            (Some(called), Some(confirmed)) => Ok((called, confirmed.int("WAIT")? as u32)),
-            _ => Err(Reply::Nil.unexpected(script.name)),
-        }
-    }
-
-    /// Calls a script that may read and nothing else: Redis itself refuses what would write.
-    pub(crate) async fn call_read_only(&self, script: &'static Script, args: Vec<Vec<u8>>) -> Result<Reply, Error> {
-        let prepared = &self.inner.scripts[script.name];
-        let with = |first: &[u8]| -> Vec<Vec<u8>> {
-            [first.to_vec(), b"0".to_vec()].into_iter().chain(args.iter().cloned()).collect()
-        };
-        let run = async |name: &'static str, args: Vec<Vec<u8>>| {
-            let args: Vec<&[u8]> = args.iter().map(Vec::as_slice).collect();
-            self.command(name, &args).await
-        };
-        match run("EVALSHA_RO", with(prepared.sha1().as_bytes())).await {
-            Err(Error::Refused(text)) if text.starts_with("NOSCRIPT") => {
-                run("EVAL_RO", with(prepared.lua().expect("made from its text").as_bytes())).await
-            }
-            reply => reply,
-        }
+        self.send(both).await
     }
 
     /// Runs one plain command.
     pub async fn command(&self, name: &'static str, args: &[&[u8]]) -> Result<Reply, Error> {
-        let args: Vec<Value> = args.iter().map(|arg| Value::Bytes(arg.to_vec().into())).collect();
-        let command = CustomCommand::new_static(name, None::<u16>, false);
-        let answer = self.send(|| self.now.custom::<Value, _>(command.clone(), args.clone())).await;
-        reply(answer?, name)
+        let words = args.iter().map(|arg| Value::Bytes(arg.to_vec().into())).collect();
+        reply(self.custom(name, words, None).await?, name)
     }
 
     /// Sends once there is a connection, and once only.
@@ -551,6 +697,27 @@ fn translate(error: FredError) -> Error {
         ErrorKind::Unknown if details == "channel closed" => Error::Unavailable(details),
         _ if details.is_empty() => Error::Unavailable(format!("{:?}", error.kind())),
         _ => Error::Refused(details),
+    }
+}
+
+/// What calls as scripts mean.
+pub(crate) const NO_FUNCTIONS: &str = "producers in other languages can't call the library, and each call costs more";
+
+/// Whether a call was not run because the server has no such function.
+fn is_missing(refusal: &str) -> bool {
+    refusal.contains("Function not found")
+}
+
+/// Whether the server takes nothing new for now: its memory is full, too few replicas listen, or its disk takes no more.
+fn finds_no_room(refusal: &str) -> bool {
+    ["OOM", "NOREPLICAS", "MISCONF"].iter().any(|word| refusal.starts_with(word))
+}
+
+/// With our files in the place of the lines that Redis counts.
+fn explain(error: Error, text: &library::Text) -> Error {
+    match error {
+        Error::Refused(said) => Error::Refused(text.explain(&said)),
+        other => other,
     }
 }
 

@@ -56,7 +56,7 @@ pub struct Proxy {
 }
 
 struct Shared {
-    target: SocketAddr,
+    target: Mutex<SocketAddr>,
     delay_us: AtomicU64,
     drop_replies: AtomicBool,
     dropped_bytes: AtomicU64,
@@ -70,7 +70,13 @@ struct Shared {
 
 impl std::fmt::Debug for Shared {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Shared").field("target", &self.target).finish_non_exhaustive()
+        f.debug_struct("Shared").field("target", &self.target()).finish_non_exhaustive()
+    }
+}
+
+impl Shared {
+    fn target(&self) -> SocketAddr {
+        *self.target.lock().expect("nobody panics while holding it")
     }
 }
 
@@ -92,7 +98,7 @@ impl Proxy {
     pub fn start(target: SocketAddr) -> Self {
         let port = Port::lease();
         let shared = Arc::new(Shared {
-            target,
+            target: Mutex::new(target),
             delay_us: AtomicU64::new(0),
             drop_replies: AtomicBool::new(false),
             dropped_bytes: AtomicU64::new(0),
@@ -114,6 +120,11 @@ impl Proxy {
         let proxy = Self { shared, orders: Some(orders), thread: Some(thread), port };
         proxy.refuse(false);
         proxy
+    }
+
+    /// Leads those who connect from now on to another server.
+    pub fn lead_to(&self, target: SocketAddr) {
+        *self.shared.target.lock().expect("nobody panics while holding it") = target;
     }
 
     /// Where clients connect.
@@ -291,7 +302,7 @@ async fn serve(addr: SocketAddr, shared: Arc<Shared>, mut orders: mpsc::Unbounde
 
 async fn connection(client: TcpStream, shared: &Shared, mut cut: broadcast::Receiver<()>) {
     let both = async {
-        let server = TcpStream::connect(shared.target).await?;
+        let server = TcpStream::connect(shared.target()).await?;
         client.set_nodelay(true)?;
         server.set_nodelay(true)?;
         let (from_client, to_client) = client.into_split();

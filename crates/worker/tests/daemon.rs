@@ -384,7 +384,7 @@ async fn a_server_that_forgets_scripts_or_everything_is_worked_with_on() {
     let house = House::build().await;
     let daemon = house.daemon(&[]);
     house.goes_on("first").await;
-    house.command(&["SCRIPT", "FLUSH"]);
+    house.command(&["FUNCTION", "FLUSH"]);
     house.goes_on("second").await;
 
     house.job("lost", ENDLESS).of("bob").push();

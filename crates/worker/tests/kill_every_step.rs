@@ -18,13 +18,13 @@ use queue_core::flow::{Flows, LaunchOptions, StepStatus};
 use queue_core::ids::{App, Op, SessionId, User};
 use queue_core::inspect::Inspect;
 use queue_core::leader::{self, SessionWatch};
+use queue_core::library::{TABLE, Version};
 use queue_core::model::batch::{Counts, Row};
 use queue_core::model::chunk::{ChunkWork, ItemReader, ItemWriter, RowTarget};
 use queue_core::model::flow::{Flow, On, Step};
 use queue_core::model::task::Payload;
 use queue_core::objects::Objects;
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
-use queue_core::scripts::TABLE;
 use support::{PATIENCE, daemon, ended, job_id};
 use testkit::state::{Piece, State};
 use testkit::{Daemon, Point, Postgres, Proxy, RedisServer, Scratch, Signal, bin, eventually};
@@ -34,7 +34,7 @@ const POINTS: [Point; 3] = [Point::BeforeCall, Point::BeforeReply, Point::AfterR
 /// Runs at the same time, each on a database of its own of the one Redis. They mostly wait for sessions to expire.
 const LANES: u8 = 14;
 /// What a worker calls in a job's life, beside its housekeeping.
-const OF_A_JOB: [&str; 5] = ["session_open", "take", "mark", "finish", "session_end"];
+const OF_A_JOB: [&str; 5] = ["session_open", "take", "update_claimed", "finish", "session_end"];
 const SETTINGS: [(&str, &str); 4] = [
     ("DRAYMAN_WORKER__SESSION_LIFETIME", "2s"),
     ("DRAYMAN_WORKER__SCAN_INTERVAL", "300ms"),
@@ -128,7 +128,10 @@ for line in sys.stdin:
     print(json.dumps(said), flush=True)
 "#;
 
-/// One call: the script's name and which of its calls it is.
+/// The call that hands the leadership over.
+const RESIGN: &str = "leader_lease: resign";
+
+/// One call: the function's name and which of its calls it is.
 type Call = (&'static str, usize);
 
 /// Which call of a worker is stopped and where, and what it has called so far.
@@ -138,33 +141,34 @@ struct Tap {
     stop: Option<(Call, Point)>,
 }
 
-/// Reads script calls off the wire.
+/// Reads calls of functions off the wire.
 #[derive(Debug)]
 struct Reader {
-    by_digest: HashMap<String, &'static str>,
+    by_name: HashMap<String, &'static str>,
 }
 
 impl Reader {
-    fn new(store: &Store) -> Self {
-        Self { by_digest: TABLE.iter().map(|script| (store.digest(script).to_owned(), script.name)).collect() }
+    fn new() -> Self {
+        Self { by_name: TABLE.iter().map(|function| (function.qualified(Version::OURS), function.name)).collect() }
     }
 
-    /// The script that a command calls. The call that hands the leadership over counts apart: how many come before it is a
+    /// The function that a command calls. The call that hands the leadership over counts apart: how many come before it is a
     /// matter of time.
-    fn script(&self, words: &[Vec<u8>]) -> Option<&'static str> {
-        if !words[0].eq_ignore_ascii_case(b"EVALSHA") {
-            assert!(!words[0].eq_ignore_ascii_case(b"EVAL"), "all scripts are loaded");
+    fn function(&self, words: &[Vec<u8>]) -> Option<&'static str> {
+        if !words[0].eq_ignore_ascii_case(b"FCALL") {
+            assert!(!words[0].starts_with(b"EVAL"), "the library is loaded");
             return None;
         }
-        let name = self.by_digest[std::str::from_utf8(&words[1]).expect("a digest")];
-        Some(if name == "lead" && words.last().is_some_and(|wish| wish == b"resign") { "lead: resign" } else { name })
+        let name = self.by_name[std::str::from_utf8(&words[1]).expect("a name")];
+        let resigns = name == "leader_lease" && words.last().is_some_and(|wish| wish == b"resign");
+        Some(if resigns { RESIGN } else { name })
     }
 
     fn tap(self: &Arc<Self>, proxy: &Proxy, stop: Option<(Call, Point)>) -> Arc<Mutex<Tap>> {
         let tap = Arc::new(Mutex::new(Tap { stop, ..Tap::default() }));
         let (reader, shared) = (self.clone(), tap.clone());
         proxy.gate(move |words| {
-            let name = reader.script(words)?;
+            let name = reader.function(words)?;
             let mut tap = shared.lock().unwrap();
             let count = tap.calls.entry(name).or_default();
             *count += 1;
@@ -189,14 +193,8 @@ impl House {
         let postgres = Postgres::with_config(&[("log_statement", "none")]);
         postgres.create_database(DATABASE).await;
         postgres.query(DATABASE, "CREATE TABLE effects (job text, step text)").await;
-        let store = connect(&redis.url_db(0)).await;
-        let reader = Arc::new(Reader::new(&store));
-        let prelude = queue_core::scripts::prelude(store.keys());
-        let mut client = redis.client(0);
-        for script in TABLE {
-            let digest = client.call(&["SCRIPT", "LOAD", &script.text(&prelude)]).text();
-            assert_eq!(digest, store.digest(script));
-        }
+        connect(&redis.url_db(0)).await.keep_library().await.expect("redis has room for it");
+        let reader = Arc::new(Reader::new());
         let scratch = Scratch::new("steps");
         let script = "echo 0 >> \"$0\"; echo told >&2; exec sleep 1";
         let effects = scratch.path().join("{job}");
@@ -398,7 +396,7 @@ impl Lane {
         }
         let over = async || self.is_over(case, &id).await;
         // What housekeeping does comes in its own time; a leader's whole round is a second away at most.
-        let patient = stop.is_some_and(|((name, _), _)| !OF_A_JOB.contains(&name) && name != "lead: resign");
+        let patient = stop.is_some_and(|((name, _), _)| !OF_A_JOB.contains(&name) && name != RESIGN);
         let begun = std::time::Instant::now();
         eventually(&format!("{id} to stop or to end"), async || {
             if stopped() {
@@ -518,8 +516,8 @@ async fn lead(store: Store, aside: Arc<AtomicBool>) {
 async fn killed_at_any_call_a_worker_leaves_a_job_that_ends_rightly_and_takes_effect_once() {
     let found = kill_everywhere(&Case::JOBS).await;
     assert_found(&found, Case::Simple, &[&OF_A_JOB[..], &["session_beat"]].concat());
-    assert_found(&found, Case::Task, &["take", "mark", "finish"]);
-    assert_found(&found, Case::Leading, &["lead", "lead: resign", "upkeep"]);
+    assert_found(&found, Case::Task, &["take", "update_claimed", "finish"]);
+    assert_found(&found, Case::Leading, &["leader_lease", RESIGN, "promote_and_expire"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -528,16 +526,16 @@ async fn killed_at_any_call_a_worker_leaves_a_batch_that_ends_rightly_with_its_f
     // A chunk and what was cut off it, the files, the word to the application.
     assert_found(&found, Case::Rows, &["take", "batch_cut", "finish"]);
     assert!(found.contains(&(Case::Rows, ("finish", 4))), "{found:?}");
-    assert_found(&found, Case::RowsSql, &["take", "mark", "finish"]);
+    assert_found(&found, Case::RowsSql, &["take", "update_claimed", "finish"]);
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_at_any_call_a_worker_leaves_a_flow_that_goes_on_and_whose_steps_end_once() {
     let found = kill_everywhere(&Case::FLOWS).await;
-    assert_found(&found, Case::Flow, &["take", "mark", "finish"]);
+    assert_found(&found, Case::Flow, &["take", "update_claimed", "finish"]);
     assert!(found.contains(&(Case::Flow, ("finish", 2))), "{found:?}");
     // The first save of a step in chunks, and one behind each of four chunks.
-    assert!(found.contains(&(Case::Declared, ("mark", 5))), "{found:?}");
+    assert!(found.contains(&(Case::Declared, ("update_claimed", 5))), "{found:?}");
     assert_found(&found, Case::Declared, &["take", "batch_load", "finish"]);
 }
 
@@ -545,7 +543,7 @@ async fn killed_at_any_call_a_worker_leaves_a_flow_that_goes_on_and_whose_steps_
 async fn killed_at_any_call_a_worker_leaves_a_task_in_chunks_that_writes_each_item_once() {
     let found = kill_everywhere(&Case::CHUNKS).await;
     // The first save, and one behind each of five chunks.
-    assert!(found.contains(&(Case::Chunks, ("mark", 6))), "{found:?}");
+    assert!(found.contains(&(Case::Chunks, ("update_claimed", 6))), "{found:?}");
     assert_found(&found, Case::Chunks, &["take", "finish"]);
 }
 
@@ -568,7 +566,7 @@ async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
             let looked_at = match case {
                 Case::Leading => !of_a_job,
                 Case::Simple => of_a_job || name == "session_beat",
-                _ => ["take", "mark", "finish", "batch_cut", "batch_load"].contains(&name),
+                _ => ["take", "update_claimed", "finish", "batch_cut", "batch_load"].contains(&name),
             };
             // The saves of its chunks, and not what is told of them now and then.
             let count = if case == Case::Chunks { count.min(6) } else { count };
@@ -604,7 +602,10 @@ async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
     let missed = missed.lock().unwrap();
     println!("{all} kills, {} of them not: {missed:?}", missed.len());
     // How often an idle worker looks is a matter of time; what a job's life needs is not.
-    assert!(missed.iter().all(|(_, (name, _), _)| !["session_open", "mark", "finish"].contains(name)), "{missed:?}");
+    assert!(
+        missed.iter().all(|(_, (name, _), _)| !["session_open", "update_claimed", "finish"].contains(name)),
+        "{missed:?}"
+    );
     assert!(missed.len() * 10 < all, "{missed:?}");
     seen
 }
@@ -630,7 +631,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
         for end in ["killed", "cut"] {
             let id = format!("{end}-{point:?}");
             let proxy = Proxy::start(house.redis.addr());
-            house.reader.tap(&proxy, Some((("enqueue", 1), point)));
+            house.reader.tap(&proxy, Some((("submit", 1), point)));
             let program = submit(&proxy.redis_url(db), &id);
             let stopped = async || (proxy.stopped() > 0).then_some(());
             eventually("the submission to stop", stopped).await;
@@ -661,7 +662,7 @@ async fn killed_or_cut_at_any_call_a_producer_may_submit_the_same_id_again() {
         // The same from Rust.
         let id = format!("library-{point:?}");
         let proxy = Proxy::start(house.redis.addr());
-        house.reader.tap(&proxy, Some((("enqueue", 1), point)));
+        house.reader.tap(&proxy, Some((("submit", 1), point)));
         let producer = Producer::new(connect(&proxy.redis_url(db)).await, Limits::default());
         let job = || house.job(&id, Case::Simple.query(&id));
         let first = tokio::spawn({

@@ -338,12 +338,12 @@ async fn refused_for_longer_than_all_pauses_grow_it_resumes_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn clients_that_are_killed_and_scripts_that_are_forgotten_come_back() {
+async fn clients_that_are_killed_and_a_library_that_is_forgotten_come_back() {
     let server = RedisServer::with_config(&ALWAYS);
     let yard = Yard::on(server.url_db(DB));
     survives(&server, yard, async || {
         for round in 0..15 {
-            server.raw(&["SCRIPT", "FLUSH"]);
+            server.raw(&["FUNCTION", "FLUSH"]);
             seconds(0.1).await;
             server.raw(&["CLIENT", "KILL", "TYPE", if round % 2 == 0 { "normal" } else { "pubsub" }]);
             seconds(0.1).await;

@@ -220,7 +220,7 @@ pub fn read_history(text: &str) -> Vec<Try> {
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
 }
 
-/// A history with one more try. Scripts append to it in the same way.
+/// A history with one more try. Functions append to it in the same way.
 pub fn write_history(text: &str, mut one: Try) -> String {
     one.error.truncate(one.error.floor_char_boundary(HISTORY_ERROR_MAX_BYTES));
     let line = serde_json::to_string(&one).expect("texts can be written as JSON");

@@ -1,10 +1,9 @@
 //! The scripts of batches: typed calls and replies.
 
-use super::{
-    Args, BATCH_ABORT, BATCH_CUT, BATCH_LOAD, BATCH_READ, BATCH_RELEASE, BATCH_UNLOAD, Fields, Mark, expect_len,
-};
+use super::{Args, Fields, Mark, expect_len};
 use crate::error::Error;
 use crate::ids::{Fence, JobId, SessionId, User};
+use crate::library::{BATCH_ABORT, BATCH_CUT, BATCH_LOAD, BATCH_READ, BATCH_RELEASE, BATCH_UNLOAD};
 use crate::model::Status;
 use crate::model::batch::BlockName;
 use crate::reply::Reply;

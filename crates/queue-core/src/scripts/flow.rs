@@ -1,8 +1,9 @@
 //! The scripts of flows: typed calls and replies.
 
-use super::{Args, FLOW_ABANDON, FLOW_LAUNCH, FLOW_READ, FLOW_STOP, Fields};
+use super::{Args, Fields};
 use crate::error::Error;
 use crate::ids::{JobId, User};
+use crate::library::{FLOW_ABANDON, FLOW_LAUNCH, FLOW_READ, FLOW_STOP};
 use crate::model::Status;
 use crate::reply::Reply;
 use crate::store::Store;

@@ -2,9 +2,10 @@
 
 use serde_json::Value;
 
-use super::{Args, TRACKER_CREATE, TRACKER_END, TRACKER_READ, TRACKER_RENEW, TRACKER_SET, TRACKER_START, expect_len};
+use super::{Args, expect_len};
 use crate::error::Error;
 use crate::ids::{Fence, TrackId, TrackerName};
+use crate::library::{TRACKER_CREATE, TRACKER_END, TRACKER_READ, TRACKER_RENEW, TRACKER_SET, TRACKER_START};
 use crate::model::track::{Codes, Failure, Lock, Record, TrackStatus, read_attempts};
 use crate::reply::Reply;
 use crate::store::Store;

@@ -84,7 +84,7 @@ impl Redis {
 }
 
 impl Redis {
-    /// `enqueue.lua`
+    /// `submit`
     pub fn enqueue(&mut self, job: usize) {
         if self.jobs[job].is_none() {
             self.jobs[job] = Some(Job {
@@ -100,7 +100,7 @@ impl Redis {
         }
     }
 
-    /// `take.lua`, of at most one job. `clock` is beyond every fence that was handed out before.
+    /// `take`, of at most one job. `clock` is beyond every fence that was handed out before.
     pub fn take(&mut self, rules: &Rules, session: usize, number: u8, clock: &[u8; JOBS]) -> TakeReply {
         let Some(registration) = &mut self.sessions[session] else { return TakeReply::Lost };
         if registration.take == number && rules.bug != Some(Bug::TakeNumberIgnored) {
@@ -138,7 +138,7 @@ impl Redis {
         Taken { job, fence, trace: hash.trace, unclean: hash.unclean, cancel_requested: hash.cancel_requested }
     }
 
-    /// `mark.lua`, with a trace or only to ask.
+    /// `update_claimed`, with a trace or only to ask.
     pub fn mark(&mut self, session: usize, job: usize, fence: u8, trace: Option<u8>) -> Mark {
         if !self.holds(session, job, fence) {
             return Mark::Stale;
@@ -149,7 +149,7 @@ impl Redis {
         if self.claims[job].is_some_and(|claim| claim.cancel) { Mark::Cancel } else { Mark::Held }
     }
 
-    /// `finish.lua`, of one job. Whether it answers `ended`, `repeated` or `stale`, the worker is done with it.
+    /// `finish`, of one job. Whether it answers `ended`, `repeated` or `stale`, the worker is done with it.
     pub fn finish(&mut self, rules: &Rules, session: usize, job: usize, fence: u8, verdict: Verdict) {
         if !self.holds(session, job, fence) && rules.bug != Some(Bug::FinishWithoutClaim) {
             return;
@@ -172,7 +172,7 @@ impl Redis {
         }
     }
 
-    /// `finish.lua` with the verdict `back`: a claim that its session knows nothing of.
+    /// `finish` with the verdict `back`: a claim that its session knows nothing of.
     pub fn finish_back(&mut self, session: usize, job: usize, fence: u8) {
         if self.holds(session, job, fence) {
             if let Some(hash) = &mut self.jobs[job] {
@@ -182,7 +182,7 @@ impl Redis {
         }
     }
 
-    /// `cancel.lua`, of one job.
+    /// `cancel`, of one job.
     pub fn cancel(&mut self, rules: &Rules, job: usize) {
         let Some(hash) = &mut self.jobs[job] else { return };
         if let Some(claim) = &mut self.claims[job] {
@@ -197,7 +197,7 @@ impl Redis {
         }
     }
 
-    /// What `take.lua` and `upkeep.lua` do with a job that is due.
+    /// What `take` and `promote_and_expire` do with a job that is due.
     pub fn promote(&mut self, job: usize) {
         self.due[job] = false;
         if let Some(hash) = self.jobs[job].as_mut().filter(|hash| hash.status == Status::Scheduled) {
@@ -207,12 +207,12 @@ impl Redis {
         }
     }
 
-    /// `session_open.lua`
+    /// `session_open`
     pub fn session_open(&mut self, session: usize) {
         self.sessions[session] = Some(Registration::default());
     }
 
-    /// `session_beat.lua`. What it tells of cancels and claims the caller reads off [`Redis::work`].
+    /// `session_beat`. What it tells of cancels and claims the caller reads off [`Redis::work`].
     pub fn session_beat(&mut self, session: usize) -> BeatReply {
         let Some(registration) = &mut self.sessions[session] else { return BeatReply::Lost };
         registration.beat += 1;
@@ -224,7 +224,7 @@ impl Redis {
         self.leader == Some((session, term))
     }
 
-    /// `session_end.lua`, the leader's form. Returns whether it ended the session.
+    /// `session_end`, the leader's form. Returns whether it ended the session.
     pub fn session_reclaim(&mut self, rules: &Rules, dead: usize, beat: u8, leader: usize, term: u8) -> bool {
         let leads = self.leads(leader, term) || rules.bug == Some(Bug::TermIgnored);
         if !leads || self.sessions[dead].is_none_or(|stands| stands.beat != beat) {
@@ -240,7 +240,7 @@ impl Redis {
         true
     }
 
-    /// `lead.lua`. Returns the term if the session leads.
+    /// `leader_lease`. Returns the term if the session leads.
     pub fn lead(&mut self, session: usize) -> Option<u8> {
         match self.leader {
             Some((holder, term)) if holder == session => Some(term),

@@ -8,6 +8,7 @@ use proptest::prelude::*;
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::ids::{JobId, SessionId};
 use queue_core::leader::Leadership;
+use queue_core::library::{TABLE, Version};
 use queue_core::scripts::{Beat, Enqueued, Fields, Finished, Mark, SessionEnd, TakeReply, Upkeep, Verdict};
 use queue_core::session::{Claim, Session};
 use testkit::state::{self, State};
@@ -394,6 +395,22 @@ fn whole(tags: BTreeMap<String, f64>) -> BTreeMap<String, i64> {
     tags.into_iter().map(|(user, tag)| (user, number(tag))).collect()
 }
 
+/// Has a call break off somewhere, in another database: nothing of it may be left in the library for the next.
+fn break_off(rig: &Rig, at: usize) {
+    // Keys of ours that hold something else, which a call meets when it has begun.
+    let state = rig.server.state(DB + 1);
+    for piece in [Piece::Claims, Piece::Job("a"), Piece::Queue("a")] {
+        state.spoil(piece);
+    }
+    state.set(Piece::Session("s"), &[("take", "1"), ("beat", "1")]);
+    let function = TABLE[at % TABLE.len()].qualified(Version::OURS);
+    let args = ["s", "sql:*", "2", "5", "9", "jobs", "a", "a", "0", "x"];
+    rig.server.raw_db(
+        DB + 1,
+        &[&["FCALL", &*function, "1", &rig.store.keys().prefix(), "0"][..], &args[..at % (args.len() + 1)]].concat(),
+    );
+}
+
 async fn check(rig: &Rig, steps: &[Step]) {
     rig.redis(&["FLUSHDB"]);
     let (state, leadership) = (rig.state(), rig.lead().await);
@@ -402,7 +419,8 @@ async fn check(rig: &Rig, steps: &[Step]) {
         let worker = world.open().await;
         world.workers.push(worker);
     }
-    for step in steps {
+    for (at, step) in steps.iter().enumerate() {
+        break_off(rig, 31 * at + steps.len());
         world.step(step).await;
     }
     world.drain().await;

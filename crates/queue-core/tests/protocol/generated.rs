@@ -14,11 +14,12 @@ use queue_core::cancel::Canceller;
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::flow::{Flows, LaunchOptions};
 use queue_core::ids::{App, JobId, Op, SessionId, User};
+use queue_core::library::Library;
 use queue_core::model::batch::{Part, Row, RowEnd, RowResult};
 use queue_core::model::flow::{Flow, Step};
 use queue_core::reconcile;
 use queue_core::retry::Retrier;
-use queue_core::scripts::{self, Fields, Submission, Verdict};
+use queue_core::scripts::{Fields, Submission, Verdict};
 use queue_core::session::{Claim, Session};
 
 use testkit::RedisServer;
@@ -148,9 +149,7 @@ fn value(text: &str) -> Vec<u8> {
 fn fields_of_scripts() -> BTreeSet<String> {
     const COMMANDS: [&str; 9] =
         ["'HGET'", "'HMGET'", "'HSTRLEN'", "'HSET'", "'HSETNX'", "'HDEL'", "'HEXISTS'", "'HINCRBY'", "short("];
-    let keys = queue_core::keys::Keys::new();
-    let mut texts = vec![scripts::prelude(&keys)];
-    texts.extend(scripts::TABLE.iter().map(|script| script.body.to_owned()));
+    let texts = [Library::ours().text.as_str()];
     let is_name = |word: &&str| word.len() > 1 && word.bytes().all(|byte| byte.is_ascii_lowercase() || byte == b'_');
     let quoted =
         |text: &str| text.split('\'').skip(1).step_by(2).filter(is_name).map(str::to_owned).collect::<Vec<_>>();

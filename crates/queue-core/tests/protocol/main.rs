@@ -13,6 +13,7 @@ mod handle;
 mod hostile;
 mod inspect;
 mod leftovers;
+mod library;
 mod limits;
 mod overview;
 mod producer;

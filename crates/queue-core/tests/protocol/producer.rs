@@ -214,6 +214,6 @@ async fn submissions_of_many_tasks_share_round_trips() {
     for task in tasks {
         assert!(matches!(task.await.unwrap(), Ok(Submitted::Queued(_))));
     }
-    let calls = script_calls(&rig);
+    let calls = function_calls(&rig);
     assert!((1..=3).contains(&calls), "{calls} calls for 100 submissions");
 }

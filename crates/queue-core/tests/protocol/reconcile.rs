@@ -252,7 +252,7 @@ async fn what_only_an_operator_can_put_right_is_reported_and_left() {
 
 #[test]
 fn the_script_names_the_kinds_that_there_are() {
-    let script = include_str!("../../src/scripts/reconcile.lua");
+    let script = include_str!("../../src/upkeep/reconcile.lua");
     let named: BTreeSet<&str> = script.split("found('").skip(1).map(|rest| rest.split('\'').next().unwrap()).collect();
     assert_eq!(named, Kind::ALL.iter().map(|kind| kind.word()).collect());
 }

@@ -244,7 +244,7 @@ impl Reference {
 }
 
 impl Reference {
-    /// `enqueue.lua`, of one job. Whether it is queued: else its id exists.
+    /// `submit`, of one job. Whether it is queued: else its id exists.
     pub fn enqueue(&mut self, id: &str, user: &str, host: &str, delayed: bool) -> bool {
         if self.jobs.contains_key(id) {
             return false;
@@ -266,7 +266,7 @@ impl Reference {
         if first { queue.push_front(id.to_owned()) } else { queue.push_back(id.to_owned()) }
     }
 
-    /// `notice.lua`: how many users became ready. Of users who enter a pool together, the one with the least of `tags` did so
+    /// `admit`: how many users became ready. Of users who enter a pool together, the one with the least of `tags` did so
     /// first.
     pub fn notice(&mut self, users: &BTreeSet<String>, tags: &BTreeMap<(String, String), i64>) -> u64 {
         self.place_all(users, tags)
@@ -278,7 +278,7 @@ impl Reference {
         heads.iter().filter(|(pool, user)| self.ready(pool, user)).count() as u64
     }
 
-    /// `take.lua` with a new number: ids with their users and pools, in their order.
+    /// `take` with a new number: ids with their users and pools, in their order.
     pub fn take(&mut self, session: &str, number: u64, n: usize, due: &[String]) -> Vec<(String, String, String)> {
         self.promote_due(due);
         let (mut taken, mut opened) = (Vec::new(), Vec::new());
@@ -363,19 +363,19 @@ impl Reference {
         p.debt.retain(|_, tag| *tag > v);
     }
 
-    /// `take.lua` with the same number again.
+    /// `take` with the same number again.
     pub fn taken_by(&self, session: &str, number: u64) -> BTreeSet<String> {
         let same = |claim: &&Claim| claim.session == session && claim.take == number;
         self.claims.iter().filter(|(_, claim)| same(claim)).map(|(id, _)| id.clone()).collect()
     }
 
-    /// `mark.lua` by the holder: whether a cancel is asked for.
+    /// `update_claimed` by the holder: whether a cancel is asked for.
     pub fn mark(&mut self, id: &str, trace: bool) -> bool {
         self.jobs.get_mut(id).expect("a job").trace |= trace;
         self.sessions[&self.claims[id].session].cancels.contains(id)
     }
 
-    /// `finish.lua` by the holder, with no fields but the status.
+    /// `finish` by the holder, with no fields but the status.
     pub fn finish(&mut self, id: &str, end: End) {
         if end == End::Back {
             self.recharge(&self.claims[id].clone());
@@ -397,7 +397,7 @@ impl Reference {
         self.place(&claim.user);
     }
 
-    /// `cancel.lua`, of one job.
+    /// `cancel`, of one job.
     pub fn cancel(&mut self, id: &str) -> Cancel {
         let job = self.jobs.get_mut(id).expect("a job");
         if let Some(claim) = self.claims.get(id) {
@@ -421,12 +421,12 @@ impl Reference {
         Cancel::Cancelled
     }
 
-    /// `session_open.lua`
+    /// `session_open`
     pub fn session_open(&mut self, session: &str) {
         self.sessions.insert(session.to_owned(), Session::default());
     }
 
-    /// `session_end.lua`: how many jobs are given back or, where their worker was lost once too often, set aside.
+    /// `session_end`: how many jobs are given back or, where their worker was lost once too often, set aside.
     pub fn session_end(&mut self, session: &str, lost: bool) -> u64 {
         let mut ids: Vec<String> = self.taken_of(session);
         // The one taken last goes back first.
@@ -455,7 +455,7 @@ impl Reference {
         self.claims.iter().filter(|(_, claim)| claim.session == session).map(|(id, _)| id.clone()).collect()
     }
 
-    /// `upkeep.lua`: how many of the ids without a hash have theirs by now. `missed` names them, the latest first; `tags` as
+    /// `promote_and_expire`: how many of the ids without a hash have theirs by now. `missed` names them, the latest first; `tags` as
     /// in [`Reference::notice`].
     pub fn upkeep(
         &mut self,

@@ -62,7 +62,7 @@ async fn a_submission_says_how_many_replicas_have_it_and_too_few_is_no_plain_yes
     let (one, two) = (set.producer(1).await, set.producer(2).await);
     // The server does not know the script yet, and forgets it again.
     assert_eq!(two.enqueue(job("a")).await.unwrap(), Confirmed::Enough { submitted: queued("a"), by: 2 });
-    set.primary.raw(&["SCRIPT", "FLUSH"]);
+    set.primary.raw(&["FUNCTION", "FLUSH"]);
     assert_eq!(two.enqueue(job("b")).await.unwrap(), Confirmed::Enough { submitted: queued("b"), by: 2 });
     for replica in &set.replicas {
         assert!(replica.state(DB).has(Piece::Job("b")));

@@ -6,10 +6,11 @@ use std::time::Duration;
 use queue_core::config::Limits;
 use queue_core::ids::{JobId, ScheduleName, SessionId, User};
 use queue_core::leader::{self, Leadership};
+use queue_core::library::{SCHEDULE_TICK, Version};
 use queue_core::model::cron::Cron;
 use queue_core::schedule::{self, Definition, Missed, Put, PutError, Ran, Schedules, Ticked};
 use queue_core::scripts::{
-    Enqueued, Fields, NotLeader, SCHEDULE_TICK, SchedulePause, SchedulePut, ScheduleRead, ScheduleStep, ScheduleStepped,
+    Enqueued, Fields, NotLeader, SchedulePause, SchedulePut, ScheduleRead, ScheduleStep, ScheduleStepped,
 };
 use queue_core::{Store, reconcile};
 use testkit::{Point, Proxy, RedisServer};
@@ -171,11 +172,9 @@ async fn a_leader_that_is_killed_around_a_tick_neither_loses_nor_doubles_it() {
     let session = SessionId::new("leader:1:a").unwrap();
     for point in [Point::BeforeCall, Point::BeforeReply, Point::AfterReply] {
         let due = stand(&rig, "s", now_ms(&rig).await - HOUR_MS).await;
-        // The server knows the script, so that the call goes by its digest.
-        rig.redis(&["SCRIPT", "LOAD", &SCHEDULE_TICK.text(&queue_core::scripts::prelude(rig.store.keys()))]);
-        let digest = rig.store.digest(&SCHEDULE_TICK).to_owned();
+        let name = SCHEDULE_TICK.qualified(Version::OURS);
         let proxy = Proxy::start(rig.server.addr());
-        proxy.gate(move |words| words.get(1).is_some_and(|word| *word == digest.as_bytes()).then_some(point));
+        proxy.gate(move |words| words.get(1).is_some_and(|word| *word == name.as_bytes()).then_some(point));
         let killed = rig.connect_through(&proxy).await;
         let leadership = leader::hold(&killed, &session, Duration::from_secs(60)).await.unwrap().unwrap();
         let call = tokio::spawn(async move { schedule::tick(&leadership, &limits(64)).await });

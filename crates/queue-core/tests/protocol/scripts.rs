@@ -1,29 +1,29 @@
-//! The table of scripts: each loads, none minds being forgotten, a stale caller changes nothing, every reply is known.
+//! The functions of the library: each loads, none minds being forgotten, a stale caller changes nothing, every reply is known.
 
 use queue_core::ids::{Fence, JobId, SessionId};
 use queue_core::leader;
+use queue_core::library;
 use queue_core::scripts::{
-    self, Beat, CancelOrder, CancelReply, Enqueued, Fields, Finish, Finished, Lead, Mark, NotLeader, SessionEnd,
-    TakeReply, Upkeep, Verdict,
+    Beat, CancelOrder, CancelReply, Enqueued, Fields, Finish, Finished, Lead, Mark, NotLeader, SessionEnd, TakeReply,
+    Upkeep, Verdict,
 };
 use testkit::end_of;
 
 use crate::support::*;
 
 #[tokio::test]
-async fn each_script_of_the_table_loads() {
+async fn each_function_loads_by_itself_too() {
     let rig = Rig::start().await;
-    let prelude = scripts::prelude(rig.store.keys());
-    for script in scripts::TABLE {
-        let text = script.text(&prelude);
-        assert_eq!(rig.redis(&["SCRIPT", "LOAD", &text]).text().len(), 40, "{}", script.name);
+    for function in library::TABLE {
+        let text = function.script();
+        assert_eq!(rig.redis(&["SCRIPT", "LOAD", text.as_str()]).text().len(), 40, "{}", function.name);
     }
 }
 
 #[tokio::test]
-async fn scripts_that_the_server_forgot_between_any_two_calls_run_all_the_same() {
+async fn functions_that_the_server_forgot_between_any_two_calls_run_all_the_same() {
     let rig = Rig::start().await;
-    let flush = || rig.redis(&["SCRIPT", "FLUSH"]);
+    let flush = || rig.redis(&["FUNCTION", "FLUSH"]);
     flush();
     let session = rig.session("sql:*", 4).await;
     flush();

@@ -207,9 +207,12 @@ pub async fn put(claim: Claim, verdict: Verdict) -> Finished {
     claim.finish(verdict, Duration::ZERO, Fields::new(), false).await.expect("an answer")
 }
 
-/// How many scripts were called since the statistics were reset.
-pub fn script_calls(rig: &Rig) -> u64 {
+/// How often functions were called since the statistics were reset.
+pub fn function_calls(rig: &Rig) -> u64 {
     let stats = rig.redis(&["INFO", "commandstats"]).text();
-    let line = stats.lines().find_map(|line| line.strip_prefix("cmdstat_evalsha:calls="));
-    line.map_or(0, |rest| rest.split(',').next().unwrap().parse().unwrap())
+    let counts = stats.lines().filter_map(|line| {
+        let rest = line.strip_prefix("cmdstat_fcall").and_then(|rest| rest.split_once(":calls="))?.1;
+        rest.split(',').next()?.parse::<u64>().ok()
+    });
+    counts.sum()
 }

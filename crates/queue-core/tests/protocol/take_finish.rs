@@ -145,7 +145,7 @@ async fn finishes_asked_for_during_a_round_trip_go_out_together() {
     for task in tasks {
         assert_eq!(task.await.unwrap(), Finished::Ended);
     }
-    let calls = script_calls(&rig);
+    let calls = function_calls(&rig);
     assert!((1..=3).contains(&calls), "{calls} calls for 100 finishes");
     rig.balanced();
 }

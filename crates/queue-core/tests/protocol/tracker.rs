@@ -6,9 +6,9 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use queue_core::Store;
+use queue_core::library::{Function, TRACKER_END, TRACKER_RENEW, TRACKER_START, Version};
 use queue_core::model::track::{Codes, DataError, Failure, Lock, Outcome, Record, TrackStatus};
 use queue_core::reply::Reply;
-use queue_core::scripts::{Script, TRACKER_END, TRACKER_RENEW, TRACKER_START};
 use queue_core::tracker::{Ended, Guard, NewRecord, Order, RunError, Selection, StartOptions, TrackError, Tracker};
 use serde_json::{Value, json};
 use testkit::{Point, Proxy, end_of, eventually};
@@ -51,9 +51,9 @@ async fn ids(tracker: &Tracker, selection: Selection, limit: usize, order: Order
 }
 
 /// Calls a script with a lock of the test's own, as a program that is killed before it does anything more.
-async fn call(store: &Store, script: &'static Script, args: &[&str]) -> Reply {
+async fn call(store: &Store, function: &'static Function, args: &[&str]) -> Reply {
     let args = ["invoices"].iter().chain(args).map(|arg| arg.as_bytes().to_vec()).collect();
-    store.call(script, args).await.unwrap()
+    store.call(function, args).await.unwrap()
 }
 
 /// Starts a job and is gone; its lock has expired on return. Returns its fence.
@@ -427,9 +427,9 @@ async fn a_lock_lives_as_long_as_its_guard() {
     assert!(!guard.lost().is_cancelled());
     guard.succeed().await.unwrap();
     // Nothing renews what has ended.
-    let calls = script_calls(&rig);
+    let calls = function_calls(&rig);
     tokio::time::sleep(SHORT / 2).await;
-    assert_eq!(script_calls(&rig), calls);
+    assert_eq!(function_calls(&rig), calls);
 }
 
 #[tokio::test]
@@ -495,14 +495,13 @@ async fn calls_that_are_cut_at_any_point_are_made_again_and_count_once() {
     let rig = Rig::start().await;
     let tracker = tracker(&rig);
     let points = [Point::BeforeCall, Point::BeforeReply, Point::AfterReply];
-    let cases = points.into_iter().flat_map(|point| [&TRACKER_START, &TRACKER_END].map(|script| (script, point)));
-    for (nth, (script, point)) in cases.enumerate() {
+    let cases = points.into_iter().flat_map(|point| [&TRACKER_START, &TRACKER_END].map(|function| (function, point)));
+    for (nth, (function, point)) in cases.enumerate() {
         let proxy = Proxy::start(rig.server.addr());
-        let digest = rig.store.digest(script).to_owned();
-        let script = script.name;
+        let name = function.qualified(Version::OURS);
         let mut stopped = false;
         proxy.gate(move |words| {
-            let hit = !stopped && words.len() > 1 && words[1] == digest.as_bytes();
+            let hit = !stopped && words.len() > 1 && words[1] == name.as_bytes();
             stopped |= hit;
             hit.then_some(point)
         });
@@ -519,13 +518,14 @@ async fn calls_that_are_cut_at_any_point_are_made_again_and_count_once() {
             guard.succeed().await
         };
         let (ended, ()) = tokio::join!(work, cut);
-        let ended = ended.unwrap_or_else(|error| panic!("{script} {point:?}: {error}"));
+        let ended = ended.unwrap_or_else(|error| panic!("{} {point:?}: {error}", function.name));
         assert_eq!(ended, Ended { status: TrackStatus::Succeeded, retry: 0 });
         let done = record(&tracker, &id).await;
         assert_eq!(
             (done.status, done.history.len(), done.lock),
             (TrackStatus::Succeeded, 1, None),
-            "{script} {point:?}"
+            "{} {point:?}",
+            function.name
         );
         assert_eq!(done.data, json!({ "done": nth }));
     }

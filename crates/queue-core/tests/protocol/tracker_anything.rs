@@ -4,8 +4,8 @@
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
+use queue_core::library::{Function, TRACKER_CREATE, TRACKER_END, TRACKER_RENEW, TRACKER_SET, TRACKER_START};
 use queue_core::reply::Reply;
-use queue_core::scripts::{Script, TRACKER_CREATE, TRACKER_END, TRACKER_RENEW, TRACKER_SET, TRACKER_START};
 
 use crate::support::*;
 
@@ -144,9 +144,9 @@ struct World<'a> {
 }
 
 impl World<'_> {
-    async fn call(&self, script: &'static Script, args: &[&str]) -> Vec<String> {
+    async fn call(&self, function: &'static Function, args: &[&str]) -> Vec<String> {
         let args = ["t", "job"].iter().chain(args).map(|arg| arg.as_bytes().to_vec()).collect();
-        match self.rig.store.call(script, args).await.unwrap() {
+        match self.rig.store.call(function, args).await.unwrap() {
             Reply::Array(items) => items.into_iter().map(|item| item.lossy().unwrap()).collect(),
             word => vec![word.lossy().unwrap()],
         }

@@ -13,8 +13,9 @@ use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::ids::{JobId, SessionId, User};
 use queue_core::leader::{self, SessionWatch};
+use queue_core::library::{self, Effect};
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
-use queue_core::scripts::{Beat, Finished, Lead, Mark, WhenFull};
+use queue_core::scripts::{Beat, Finished, Lead, Mark};
 use testkit::{Direction, Proxy, RedisServer, Sentinel, Value, eventually};
 
 use crate::support::*;
@@ -234,13 +235,13 @@ async fn while_nothing_listens_a_producer_is_told_so_and_nothing_of_it_comes_lat
 }
 
 #[tokio::test]
-async fn killed_clients_and_forgotten_scripts_cost_a_producer_nothing_that_is_definite() {
+async fn killed_clients_and_a_forgotten_library_cost_a_producer_nothing_that_is_definite() {
     let rig = Rig::start().await;
     let producer = producer(rig.server.url_db(DB)).await;
     let mut queued = BTreeSet::new();
     for round in 0..20 {
         match round % 2 {
-            0 => rig.redis(&["SCRIPT", "FLUSH"]),
+            0 => rig.redis(&["FUNCTION", "FLUSH"]),
             _ => rig.redis(&["CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes"]),
         };
         let asked = Asked::by(&producer, &format!("user{round}")).await;
@@ -280,7 +281,7 @@ async fn while_memory_is_full_work_ends_and_drains_and_nothing_new_comes_in() {
     let lost = take_one(&doomed).await;
 
     rig.redis(&["CONFIG", "SET", "maxmemory", "1"]);
-    rig.redis(&["SCRIPT", "FLUSH"]);
+    rig.redis(&["FUNCTION", "FLUSH"]);
     let before = rig.dump();
     let refused = producer.enqueue(job("new")).await.unwrap_err();
     assert!(matches!(&refused, EnqueueError::OutOfMemory(source) if source.is_transient()), "{refused:?}");
@@ -314,23 +315,11 @@ async fn while_memory_is_full_work_ends_and_drains_and_nothing_new_comes_in() {
 
     rig.redis(&["CONFIG", "SET", "maxmemory", "0"]);
     goes_on(&producer, &rig.server, "new").await;
-    for script in queue_core::scripts::TABLE {
-        // What only looks needs no room.
-        let refused = [
-            "enqueue",
-            "batch_load",
-            "flow_launch",
-            "notice",
-            "compare",
-            "limited",
-            "lines",
-            "tracker_create",
-            "schedule_put",
-            "schedule_tick",
-        ]
-        .contains(&script.name);
-        assert_eq!(script.when_full == WhenFull::Refused, refused, "{}", script.name);
-    }
+    let adds = library::TABLE.iter().filter(|function| function.effect == Effect::Adds).map(|function| function.name);
+    assert_eq!(
+        adds.collect::<Vec<_>>(),
+        ["submit", "admit", "schedule_put", "schedule_tick", "batch_load", "flow_launch", "tracker_create"]
+    );
 }
 
 #[tokio::test]

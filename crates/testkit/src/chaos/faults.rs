@@ -31,8 +31,8 @@ pub enum Fault {
     KillRedis(Duration),
     /// Redis answers nobody.
     StopRedis(Duration),
-    /// Redis forgets all scripts.
-    ForgetScripts,
+    /// Redis forgets the library.
+    ForgetLibrary,
     /// All connections of one proxy end: those of a worker, or (the last) those of producers and cancellers.
     Cut(usize),
     /// The same after so many bytes more.
@@ -74,7 +74,7 @@ impl Fault {
             Fault::KillProducer(..) => "producer killed",
             Fault::KillRedis(..) => "redis killed",
             Fault::StopRedis(..) => "redis paused",
-            Fault::ForgetScripts => "scripts forgotten",
+            Fault::ForgetLibrary => "library forgotten",
             Fault::Cut(..) => "connections cut",
             Fault::CutAfter(..) => "connections cut at a byte",
             Fault::DropReplies(..) => "replies dropped",
@@ -137,7 +137,7 @@ impl Iterator for Schedule {
             6 => Fault::KillProducer(random.ms(0, 40)),
             7 => Fault::KillRedis(random.ms(0, 2_500)),
             8 => Fault::StopRedis(random.ms(100, 3_000)),
-            9 => Fault::ForgetScripts,
+            9 => Fault::ForgetLibrary,
             10 => Fault::Cut(proxy),
             11 => Fault::CutAfter(proxy, direction, random.between(0, 3_000)),
             12 => Fault::DropReplies(proxy, random.ms(20, 1_500)),

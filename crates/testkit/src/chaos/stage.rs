@@ -305,7 +305,7 @@ impl Stage {
     /// Makes a fault happen, and says whom it killed. What asks Redis is left out while that does not answer.
     pub fn strike(&self, fault: Fault, ends: &mut Vec<(Instant, End)>) -> Option<Killed> {
         let at = |after: Duration| Instant::now() + after;
-        let asks = matches!(fault, Fault::KillLeader(_) | Fault::StopLeader(_) | Fault::ForgetScripts);
+        let asks = matches!(fault, Fault::KillLeader(_) | Fault::StopLeader(_) | Fault::ForgetLibrary);
         if asks && ends.iter().any(|(_, end)| matches!(end, End::StartRedis | End::ResumeRedis)) {
             return None;
         }
@@ -342,9 +342,9 @@ impl Stage {
                     ends.push((at(pause), End::ResumeRedis));
                 }
             }
-            Fault::ForgetScripts => {
+            Fault::ForgetLibrary => {
                 if let Ok(mut redis) = connect(&self.redis) {
-                    let _ = ask(&mut redis, &["SCRIPT", "FLUSH"]);
+                    let _ = ask(&mut redis, &["FUNCTION", "FLUSH"]);
                 }
             }
             Fault::Cut(proxy) => self.proxies[proxy].cut(),

@@ -152,8 +152,9 @@ pub enum Call<'a> {
 
 /// What a command calls, if it is one of these.
 pub fn call(words: &[Vec<u8>]) -> Option<Call<'_>> {
-    let [script, _, keys, args @ ..] = words else { return None };
-    if !script.eq_ignore_ascii_case(b"EVALSHA") || keys != b"0" {
+    // What the call is named, how many keys, what these begin with, the version.
+    let [command, _, keys, _, _, args @ ..] = words else { return None };
+    if !command.eq_ignore_ascii_case(b"FCALL") || keys != b"1" {
         return None;
     }
     let arg = |at: usize| args.get(at).map_or(&[][..], Vec::as_slice);

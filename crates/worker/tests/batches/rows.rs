@@ -4,11 +4,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use queue_core::ids::User;
+use queue_core::library::{BATCH_CUT, Version};
 use queue_core::model::batch::RowStatus;
 use queue_core::model::retry::{Backoff, RetryChoice};
 use queue_core::model::task::{Message, Payload};
 use queue_core::producer::{NewJob, Producer};
-use queue_core::scripts::BATCH_CUT;
 use serde_json::Value;
 use worker::execute::function::{Application, Context};
 
@@ -283,16 +283,12 @@ async fn an_id_that_is_given_to_another_batch_has_the_rows_and_the_context_of_th
 async fn a_cut_whose_answer_is_lost_leaves_each_row_to_one_chunk() {
     let house = House::build().await;
     let proxy = testkit::Proxy::start(house.redis.addr());
-    // The server knows the script, so that the call goes by its digest.
-    let store = store(&house.redis).await;
-    let text = BATCH_CUT.text(&queue_core::scripts::prelude(store.keys()));
-    house.redis.raw_db(DB, &["SCRIPT", "LOAD", &text]);
-    let digest = store.digest(&BATCH_CUT).to_owned();
+    let cut = BATCH_CUT.qualified(Version::OURS);
     // Those of the first two calls: that of the cut after a second, and that of the one when the handler has stopped.
     let (lost, mut cuts) = (Arc::new(AtomicUsize::new(0)), 0);
     let seen = lost.clone();
     proxy.gate(move |words| {
-        let is_cut = words.get(1).is_some_and(|word| *word == digest.as_bytes());
+        let is_cut = words.get(1).is_some_and(|word| *word == cut.as_bytes());
         cuts += usize::from(is_cut);
         let lose = is_cut && cuts <= 2;
         seen.fetch_add(usize::from(lose), Ordering::SeqCst);

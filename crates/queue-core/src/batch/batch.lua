@@ -1,0 +1,267 @@
+-- What moves rows of batches. A batch is a job of kind 'batch'. K.batch counts its `rows`, `left` (those of
+-- which nothing became yet), `done`, `skipped`, `failed`, `aborted`, and says how far they are dealt. Its hash shows the counts to readers,
+-- and nothing is counted with what stands there, for others may write it.
+-- A PART is a job of kind 'part': a chunk of rows that was dealt, or what is to be done when all have ended.
+
+local INHERITED, chunk_id, chunk_part, write_part, deal, add_to_count, settle_batch, end_part, abort_batch, release_batch
+do
+
+-- A chunk should keep its handler busy for about this long, so that nobody waits long for a place.
+local CHUNK_US = 50000
+-- Rows of a chunk while it is not known how long one takes.
+local FIRST_ROWS = 10
+-- What a part takes over from its batch.
+INHERITED = {'app', 'op', 'host', 'database', 'timeout', 'max_attempts', 'backoff', 'retry_delay', 'retry_delay_max',
+  'retry_on', 'traceparent'}
+-- Whoever is told that a batch is over may not be there at once: for some hours it is tried again.
+local TOLD_ATTEMPTS, TOLD_DELAY_MS, TOLD_DELAY_MAX_MS = 50, 1000, 300000
+
+function chunk_id(batch, block, first) return batch .. ':' .. block .. ':' .. int(first) end
+function chunk_part(batch, block, first, count, has_partial)
+  return table.concat({'rows', batch, block, int(first), int(count), has_partial and 'partial' or nil}, ' ')
+end
+
+-- Adds to a count of a batch.
+function add_to_count(batch, name, more)
+  local count = redis.call('HINCRBY', K.batch(batch), name, more)
+  redis.call('HSET', K.job(batch), name, count)
+  return count
+end
+
+-- Writes the hash of a part of a batch.
+function write_part(id, user, part, band, inherited, ...)
+  -- Whatever somebody else may have put there.
+  redis.call('DEL', K.job(id))
+  local fields = {}
+  for i, name in ipairs(INHERITED) do
+    if inherited[i] then
+      fields[#fields + 1] = name
+      fields[#fields + 1] = inherited[i]
+    end
+  end
+  redis.call('HSET', K.job(id), 'user', user, 'kind', 'part', 'part', part, 'priority', band, 'status', 'pending', 'created_at',
+    now(), 'updated_at', now(), 'enqueued_at', now(), unpack(fields))
+  if ... then redis.call('HSET', K.job(id), ...) end
+end
+
+-- The first row of a block at or behind a place, as a cursor; nil if there is none.
+local function cursor_at(batch, load, place, loads)
+  while load < loads do
+    local meta = redis.call('HGET', K.batch_blocks(batch), load .. '.' .. place)
+    local is_committed = meta and redis.call('HEXISTS', K.batch_blocks(batch), load) == 1
+    if is_committed then return table.concat({load, place, 0, (string.match(meta, '^%d+'))}, ' ') end
+    load, place = load + 1, 0
+  end
+  return nil
+end
+
+-- Deals the next rows of a batch as a chunk. Returns its id, and whether others are left to deal.
+function deal(batch, user)
+  local job, own = K.job(batch), K.batch(batch)
+  local b = redis.call('HMGET', job, 'status', 'priority', unpack(INHERITED))
+  local o = redis.call('HMGET', own, 'cursor', 'pace', 'loads')
+  local load, place, at, of = string.match(o[1], '^(%d+) (%d+) (%d+) (%d+)$')
+  load, place, at, of = tonumber(load), tonumber(place), tonumber(at), tonumber(of)
+  local pace = tonumber(o[2] or nil)
+  local count = math.max(1, math.min(pace and math.floor(CHUNK_US / math.max(1, pace)) or FIRST_ROWS, of - at))
+  local block = load .. '.' .. place
+  local id = chunk_id(batch, block, at)
+  write_part(id, user, chunk_part(batch, block, at, count), b[2] or '', {unpack(b, 3, 2 + #INHERITED)})
+  redis.call('HSET', K.batch_parts(batch), id, count)
+  local cursor
+  if at + count < of then
+    cursor = table.concat({load, place, at + count, of}, ' ')
+  else
+    cursor = cursor_at(batch, load, place + 1, tonumber(o[3]))
+  end
+  if cursor then redis.call('HSET', own, 'cursor', cursor) else redis.call('HDEL', own, 'cursor') end
+  if b[1] == 'pending' then
+    redis.call('HSET', job, 'status', 'running', 'started_at', now(), 'updated_at', now())
+    publish(user, batch, 'running')
+  end
+  return id, cursor ~= nil
+end
+
+-- Queues a part that is to be done once the rows have ended.
+local function queue_part(batch, what, user, band, ...)
+  local id = batch .. ':' .. what
+  local inherited = redis.call('HMGET', K.job(batch), unpack(INHERITED))
+  write_part(id, user, what .. ' ' .. batch, band, inherited, ...)
+  local line = line_by_hash(id, user)
+  if put_first(id, line) then place_and_wake(line) end
+end
+
+-- A batch is over: its record says how, the time of all that belongs to it begins, and its application is told.
+local function end_batch(batch, files, retention_ms, reason)
+  local job, own = K.job(batch), K.batch(batch)
+  local b = redis.call('HMGET', job, 'app', 'aborted_at')
+  local o = redis.call('HMGET', own, 'user', 'failed', 'bytes', 'keep')
+  local user, status = o[1], (b[2] and 'cancelled') or ((reason or tonumber(o[2]) > 0) and 'failed') or 'done'
+  retention_ms = tonumber(o[4] or nil) or retention_ms
+  redis.call('HDEL', own, 'cursor', 'pace', 'loads')
+  redis.call('HSET', own, 'over', 0)
+  -- Whatever others have written there: the record says how it ended.
+  for _, name in ipairs({'rows', 'left', 'done', 'skipped', 'failed', 'aborted'}) do add_to_count(batch, name, 0) end
+  redis.call('HSET', job, 'status', status, 'ended_at', now(), 'updated_at', now(), 'files', files)
+  if reason then redis.call('HSET', job, 'failed_reason', reason) end
+  redis.call('DEL', K.batch_parts(batch))
+  for _, key in ipairs({own, K.batch_rows(batch), K.batch_blocks(batch), K.batch_results(batch)}) do
+    redis.call('PEXPIRE', key, retention_ms)
+  end
+  file(batch, user, status, retention_ms, false, tonumber(o[3]))
+  if b[1] then
+    queue_part(batch, 'done', user, 'high', 'max_attempts', TOLD_ATTEMPTS, 'backoff', 'exponential', 'retry_delay', TOLD_DELAY_MS,
+      'retry_delay_max', TOLD_DELAY_MAX_MS)
+  end
+end
+
+-- All rows have ended. Where some of them wrote output text, it is to be assembled first.
+function settle_batch(batch, retention_ms)
+  local o = redis.call('HMGET', K.batch(batch), 'user', 'has_files')
+  if not o[2] then return end_batch(batch, '{}', retention_ms) end
+  redis.call('HSET', K.batch_parts(batch), batch .. ':files', 0)
+  queue_part(batch, 'files', o[1], 'high')
+end
+
+-- Keeps what became of rows of a chunk, and counts them.
+local function keep_results(batch, block, first, results, done, failed, skipped, has_files)
+  local key = K.batch_results(batch)
+  redis.call('HSET', key, block .. ':' .. int(first), results)
+  redis.call('HSET', key, block, (redis.call('HGET', key, block) or '') .. int(first) .. ' ')
+  add_to_count(batch, 'done', done)
+  add_to_count(batch, 'failed', failed)
+  if skipped > 0 then add_to_count(batch, 'skipped', skipped) end
+  add_to_count(batch, 'bytes', #results)
+  if has_files then redis.call('HSET', K.batch(batch), 'has_files', '1') end
+  -- Not negated: minus zero is no number to Redis.
+  return add_to_count(batch, 'left', 0 - done - failed)
+end
+
+-- A chunk whose rows have all ended. `says` has the `results`, packed, and how many are `done`, `failed` and `skipped`.
+local function end_chunk(id, user, says, ran_us, retention_ms)
+  local _, batch, block, first, count = part_of(id)
+  if tonumber(says.done) + tonumber(says.failed) ~= count then
+    -- Rows of it have not ended. They go back: nobody else would.
+    record(id, user, 'status', 'pending', 'part', chunk_part(batch, block, first, count))
+    put_first(id, line_by_hash(id, user))
+    return
+  end
+  local left = keep_results(batch, block, first, says.results, tonumber(says.done), tonumber(says.failed),
+    tonumber(says.skipped or 0), says.has_files == '1')
+  if ran_us > 0 then
+    local pace = tonumber(redis.call('HGET', K.batch(batch), 'pace') or 0)
+    local own = ran_us / count
+    pace = pace > 0 and 0.6 * pace + 0.4 * own or own
+    redis.call('HSET', K.batch(batch), 'pace', string.format('%.2f', pace))
+    redis.call('HSET', K.job(batch), 'updated_at', now())
+  end
+  drop_part(batch, id)
+  if left <= 0 then settle_batch(batch, retention_ms) end
+end
+
+-- The end of a part, as its worker says it.
+function end_part(id, user, says, ran_us, retention_ms)
+  local what, batch = part_of(id)
+  -- Its batch was aborted meanwhile.
+  if not what then return redis.call('DEL', K.job(id)) end
+  if what == 'rows' then return end_chunk(id, user, says, ran_us, retention_ms) end
+  if what ~= 'files' then return end
+  drop_part(batch, id)
+  -- The rows have ended: whoever removed or rewrote the record since has decided otherwise.
+  if try('HGET', K.job(batch), 'status') == 'running' then
+    local reason = says.failed_reason ~= '' and says.failed_reason or nil
+    end_batch(batch, says.files or '{}', retention_ms, reason)
+  end
+end
+
+-- A chunk that ended its workers before they could even look at it: its rows have failed.
+lost_part = function(id, user, reason)
+  local what, _, _, _, count = part_of(id)
+  if what ~= 'rows' then
+    if what ~= 'files' then return false end
+    end_part(id, user, {failed_reason = reason}, 0, MAX_REJECTED_MS)
+    return true
+  end
+  local row = {2, '', {{msgid = 10, errcode = 'worker_lost', vals = {reason}}}}
+  local rows = {}
+  for i = 1, count do rows[i] = row end
+  end_part(id, user, {results = cmsgpack.pack(rows), done = 0, failed = count}, 0, MAX_REJECTED_MS)
+  return true
+end
+
+-- Ends a batch early: rows of which nothing became yet are aborted at once, whoever works on some is told. What had ended before
+-- is kept. Returns {'aborted'}, or {'over', status}.
+function abort_batch(batch, retention_ms)
+  local job, own = K.job(batch), K.batch(batch)
+  local b = redis.call('HMGET', job, 'status', 'aborted_at')
+  local o = redis.call('HMGET', own, 'user', 'left')
+  -- Nothing is left to abort where all rows have ended and their files are being assembled.
+  if FINAL[b[1]] or b[2] or (b[1] == 'running' and tonumber(o[2]) <= 0) then return {'over', b[1] or ''} end
+  for _, id in ipairs(redis.call('HKEYS', K.batch_parts(batch))) do
+    local _, _, block, first, count = part_of(id)
+    local p = try('HMGET', K.job(id), 'partial', 'partial_counts', 'status') or {}
+    local done, failed, skipped, has_files = string.match(p[2] or '', '^(%d+) (%d+) (%d+) (%d)$')
+    done, failed, skipped = tonumber(done), tonumber(failed), tonumber(skipped)
+    -- What ended at an earlier attempt counts, also while others of its chunk are tried again; but nothing that can't be so.
+    if block and done and p[1] and done + failed <= count and skipped <= done then
+      keep_results(batch, block, first, p[1], done, failed, skipped, has_files == '1')
+    end
+    local claim = claim_of(id)
+    if claim then
+      redis.call('SADD', K.cancels(claim.session), id)
+      tell(K.cancel(claim.session), id)
+    elseif p[3] == 'scheduled' then
+      unschedule(id)
+      drop_part(batch, id)
+    end
+    -- One that stands in its line is dropped where its turn comes.
+    redis.call('HDEL', K.batch_parts(batch), id)
+  end
+  local left = redis.call('HGET', own, 'left')
+  redis.call('HSET', own, 'aborted', left, 'left', 0)
+  redis.call('HSET', job, 'aborted', left, 'left', 0, 'aborted_at', now(), 'status', 'running', 'updated_at', now())
+  redis.call('HDEL', own, 'cursor')
+  local line = line_by_hash(batch, o[1])
+  local queue = queue_of(line, band_of(batch))
+  if (try('LLEN', queue) or 0) <= 1000 then
+    try('LREM', queue, 0, batch)
+    place(line)
+  end
+  settle_batch(batch, retention_ms)
+  return {'aborted'}
+end
+
+-- Lets the rows of a held batch be dealt. Rows of loads that were never finished are nobody's.
+function release_batch(batch, retention_ms)
+  local job, own, blocks = K.job(batch), K.batch(batch), K.batch_blocks(batch)
+  local o = redis.call('HMGET', own, 'user', 'loads')
+  local user = o[1]
+  local fields = redis.call('HGETALL', blocks)
+  for i = 1, #fields, 2 do
+    local load, count = string.match(fields[i + 1], '^(%d+) open (%d+)')
+    if load and string.sub(fields[i], 1, 5) == 'load:' then
+      for place = 0, tonumber(count) - 1 do
+        redis.call('HDEL', K.batch_rows(batch), load .. '.' .. place)
+        redis.call('HDEL', blocks, load .. '.' .. place)
+      end
+      redis.call('HDEL', blocks, fields[i])
+    end
+  end
+  local cursor = cursor_at(batch, 0, 0, tonumber(o[2]))
+  redis.call('HSET', job, 'status', 'pending', 'enqueued_at', now(), 'updated_at', now())
+  publish(user, batch, 'pending')
+  if not cursor then
+    redis.call('HSET', job, 'status', 'running')
+    return settle_batch(batch, retention_ms)
+  end
+  redis.call('HSET', own, 'cursor', cursor)
+  local line = line_by_hash(batch, user)
+  redis.call('LPUSH', queue_of(line, band_of(batch)), batch)
+  index(line)
+  place_and_wake(line)
+end
+
+-- For steps of flows whose rows these are.
+release_rows, abort_rows = release_batch, abort_batch
+
+end
