@@ -194,7 +194,7 @@ impl Bench {
         let (host, port) = self.postgres.host_port();
         let port = port.to_string();
         let mut samples = Vec::new();
-        let before = self.evalshas();
+        let before = self.function_calls();
         for sample in 0..self.options.samples {
             let job = self.job(0)?;
             let id = job.id.to_string();
@@ -216,7 +216,7 @@ impl Bench {
                     tokio::time::timeout(Duration::from_secs(30), events.next()).await.context("no event came")?;
                 let Some(event) = event else { bail!("the connection closed") };
                 if event.id == id && event.status == "running" {
-                    // The first ones pay for connections and for scripts not yet loaded.
+                    // The first ones pay for connections and for a library not yet loaded.
                     if sample >= 10 {
                         samples.push(start.elapsed());
                     }
@@ -225,7 +225,7 @@ impl Bench {
                 }
             }
         }
-        let calls = self.evalshas() - before;
+        let calls = self.function_calls() - before;
         drop(worker);
         Ok((calls as f64 / self.options.samples as f64, samples))
     }
@@ -243,10 +243,10 @@ impl Bench {
         Ok(stat(backend as u32)?[1].parse()?)
     }
 
-    fn evalshas(&self) -> i64 {
+    fn function_calls(&self) -> i64 {
         let stats = self.redis.raw_db(DB, &["INFO", "commandstats"]).text();
         let calls = |line: &str| line.split("calls=").nth(1)?.split(',').next()?.parse::<i64>().ok();
-        stats.lines().filter(|line| line.starts_with("cmdstat_evalsha")).filter_map(calls).sum()
+        stats.lines().filter(|line| line.starts_with("cmdstat_fcall")).filter_map(calls).sum()
     }
 
     /// Connections per second with one statement each and no queue at all: what PostgreSQL and this machine allow.

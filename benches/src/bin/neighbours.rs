@@ -126,7 +126,7 @@ async fn measure(options: &Options) -> anyhow::Result<()> {
     let store = Store::connect(&config).await?;
     let mut command = Command::new(std::env::current_exe()?);
     let _worker = Working(command.args(["--work-on", &redis.url_db(DB)]).stdin(Stdio::null()).spawn()?);
-    // The first ones pay for connections and for scripts not yet loaded.
+    // The first ones pay for connections and for a library not yet loaded.
     waits(&store, 20).await?;
     let (mut alone, mut beside, mut submitted, mut took) = (vec![], vec![], 0, Duration::ZERO);
     for _ in 0..options.repetitions {

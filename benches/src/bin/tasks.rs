@@ -317,7 +317,7 @@ impl Bench {
                     _ => {}
                 }
             }
-            // The first ones pay for connections and for scripts not yet loaded.
+            // The first ones pay for connections and for a library not yet loaded.
             if sample >= 10 {
                 ended.push(start.elapsed());
                 begun.extend(running);
