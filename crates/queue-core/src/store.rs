@@ -113,7 +113,8 @@ impl Message {
 }
 
 impl Store {
-    /// Connects. Fails at once if the server can't be reached; afterwards reconnects by itself for as long as it lives.
+    /// Connects. Fails at once if the server can't be reached, and where it does not greet, when its time for connecting and
+    /// for a command is over; afterwards reconnects by itself for as long as it lives.
     pub async fn connect(config: &RedisConfig) -> Result<Self, Error> {
         Self::connect_with(config, Arc::new(Library::of(Version::OURS))).await
     }
@@ -141,8 +142,15 @@ impl Store {
         keys: Keys,
         functions: Arc<Functions>,
     ) -> Result<Self, Error> {
-        let client = builder.build().map_err(translate)?;
-        client.init().await.map_err(translate)?;
+        let begin = Instant::now();
+        let client = loop {
+            let client = builder.build().map_err(translate)?;
+            match client.init().await {
+                Ok(_) => break client,
+                Err(error) if may_be_slow(&error, begin, patience) => {}
+                Err(error) => return Err(translate(error)),
+            }
+        };
         let once = Options { max_attempts: Some(1), fail_fast: true, ..Options::default() };
         let inner = Inner {
             builder,
@@ -502,28 +510,31 @@ impl Store {
     /// Listens to channels on a connection of its own, which subscribes again by itself after a reconnect. What was said
     /// in between is lost, and a [`Message::is_gap`] tells so: messages are hints. Ends when the receiver is dropped.
     pub async fn subscribe(&self, channels: &[String], patterns: &[String]) -> Result<mpsc::Receiver<Message>, Error> {
-        let subscriber: SubscriberClient = self.inner.builder.build_subscriber_client().map_err(translate)?;
-        let begin = async {
-            subscriber.init().await?;
-            let messages = subscriber.message_rx();
-            let reconnects = subscriber.reconnect_rx();
-            begin_listening(&subscriber, channels, patterns).await?;
-            Ok((messages, reconnects))
-        };
-        // The client puts no time limit on a subscription that is never confirmed.
-        let begun = tokio::time::timeout(self.inner.patience, begin).await;
-        let (mut messages, mut reconnects) = match begun {
-            Ok(Ok(begun)) => begun,
-            failed => {
-                let _ = subscriber.quit().await;
-                return Err(match failed {
-                    Ok(Err(error)) => translate(error),
-                    _ => Error::Unavailable("a subscription was not confirmed in time".into()),
-                });
+        let (begin, patience) = (Instant::now(), self.inner.patience);
+        let (subscriber, mut messages, mut reconnects) = loop {
+            let subscriber: SubscriberClient = self.inner.builder.build_subscriber_client().map_err(translate)?;
+            let attempt = async {
+                subscriber.init().await?;
+                let messages = subscriber.message_rx();
+                let reconnects = subscriber.reconnect_rx();
+                begin_listening(&subscriber, channels, patterns).await?;
+                Ok((messages, reconnects))
+            };
+            // The client puts no time limit on a subscription that is never confirmed.
+            let begun = tokio::time::timeout(patience.saturating_sub(begin.elapsed()), attempt).await;
+            let failed = match begun {
+                Ok(Ok((messages, reconnects))) => break (subscriber, messages, reconnects),
+                failed => failed,
+            };
+            let _ = subscriber.quit().await;
+            match failed {
+                Ok(Err(error)) if may_be_slow(&error, begin, patience) => {}
+                Ok(Err(error)) => return Err(translate(error)),
+                _ => return Err(Error::Unavailable("a subscription was not confirmed in time".into())),
             }
         };
         let (sender, receiver) = mpsc::channel(1024);
-        let (channels, patterns, patience) = (channels.to_vec(), patterns.to_vec(), self.inner.patience);
+        let (channels, patterns) = (channels.to_vec(), patterns.to_vec());
         let mut commands_reconnected = self.client.reconnect_rx();
         tokio::spawn(async move {
             // An idle subscription never notices by itself that its server hangs or its host is gone: when the commands'
@@ -581,6 +592,12 @@ impl Store {
     pub async fn close(&self) {
         let _ = self.client.quit().await;
     }
+}
+
+/// Whether a first connection is to be tried again: the server may just be slow to greet. [`GREETING_MAX`] is made for
+/// a client that goes on by itself. This one would be given up, and with it a program that starts on a busy machine.
+fn may_be_slow(error: &FredError, begin: Instant, patience: Duration) -> bool {
+    *error.kind() == ErrorKind::Timeout && begin.elapsed() < patience
 }
 
 async fn begin_listening(
