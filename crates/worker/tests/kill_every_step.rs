@@ -6,9 +6,10 @@
 mod support;
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::process::ExitStatus;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use queue_core::Store;
 use queue_core::batch::{Batches, NewBatch};
@@ -16,7 +17,7 @@ use queue_core::cancel::Canceller;
 use queue_core::config::{Limits, ObjectsConfig, RedisConfig, Url};
 use queue_core::flow::{Flows, LaunchOptions, StepStatus};
 use queue_core::ids::{App, Op, SessionId, User};
-use queue_core::inspect::Inspect;
+use queue_core::inspect::{Inspect, JobView};
 use queue_core::leader::{self, SessionWatch};
 use queue_core::library::{TABLE, Version};
 use queue_core::model::batch::{Counts, Row};
@@ -31,19 +32,27 @@ use testkit::{Daemon, Point, Postgres, Proxy, RedisServer, Scratch, Signal, bin,
 
 const DATABASE: &str = "steps";
 const POINTS: [Point; 3] = [Point::BeforeCall, Point::BeforeReply, Point::AfterReply];
-/// Runs at the same time, each on a database of its own of the one Redis. They mostly wait for sessions to expire.
+/// Runs at the same time, each on a database of its own of the one Redis. They mostly wait for sessions to expire. On a
+/// machine that is slow there are fewer, but so many at least.
 const LANES: u8 = 14;
+const FEWEST_LANES: u8 = 2;
 /// What a worker calls in a job's life, beside its housekeeping.
 const OF_A_JOB: [&str; 5] = ["session_open", "take", "update_claimed", "finish", "session_end"];
-const SETTINGS: [(&str, &str); 4] = [
-    ("DRAYMAN_WORKER__SESSION_LIFETIME", "2s"),
+/// What it calls for a batch beside that.
+const OF_A_BATCH: [&str; 2] = ["batch_cut", "batch_load"];
+const SETTINGS: [(&str, &str); 3] = [
     ("DRAYMAN_WORKER__SCAN_INTERVAL", "300ms"),
     ("DRAYMAN_WORKER__DRAIN_GRACE", "100ms"),
     ("DRAYMAN_REDIS__COMMAND_TIMEOUT", "30s"),
 ];
-/// The leader of a lane looks more often than a worker's maintenance would.
-const LIFETIME: Duration = Duration::from_millis(1_000);
+/// Of a worker's session, where the machine is quick.
+const LIFETIME: Duration = Duration::from_millis(2_000);
+/// How long the leader of a lane waits for a worker, where the machine is quick.
+const LEADERS_PATIENCE: Duration = Duration::from_millis(1_000);
+/// It looks more often than a worker's maintenance would.
 const LOOK: Duration = Duration::from_millis(100);
+/// What comes by itself comes within this, where the machine is quick: a leader's whole round is a second away at most.
+const HOUSEKEEPING: Duration = Duration::from_secs(4);
 
 /// A job that is brought to its end again and again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -138,6 +147,8 @@ type Call = (&'static str, usize);
 #[derive(Debug, Default)]
 struct Tap {
     calls: BTreeMap<&'static str, usize>,
+    /// When it called for the first time.
+    begun: Option<Instant>,
     stop: Option<(Call, Point)>,
 }
 
@@ -170,6 +181,7 @@ impl Reader {
         proxy.gate(move |words| {
             let name = reader.function(words)?;
             let mut tap = shared.lock().unwrap();
+            tap.begun.get_or_insert_with(Instant::now);
             let count = tap.calls.entry(name).or_default();
             *count += 1;
             let call = (name, *count);
@@ -179,12 +191,46 @@ impl Reader {
     }
 }
 
+/// How slow the machine is, by how long workers take from their start to their first call while the others are at work. With
+/// as many of them on a slow machine as on a quick one, and as short lifetimes, they would be taken for lost again and
+/// again, and bring nothing to its end.
+#[derive(Debug, Default)]
+struct Pace {
+    /// How long workers take to start, in microseconds. One that is slower counts at once, one that is quicker by and by.
+    start_us: AtomicU64,
+}
+
+impl Pace {
+    /// What one takes among all the others on a quick machine: up to here nothing is to be changed.
+    const QUICK: Duration = Duration::from_millis(750);
+    /// Lifetimes grow no longer than this.
+    const SLOWEST: f64 = 10.0;
+
+    fn saw(&self, took: Duration) {
+        let took = took.as_micros() as u64;
+        let add = |so_far: u64| Some(if took > so_far { took } else { (4 * so_far + took) / 5 });
+        self.start_us.fetch_update(Ordering::SeqCst, Ordering::SeqCst, add).expect("it is never refused");
+    }
+
+    /// How many times slower than a quick one the machine is now.
+    fn times(&self) -> f64 {
+        let start = Duration::from_micros(self.start_us.load(Ordering::SeqCst));
+        start.div_duration_f64(Self::QUICK).clamp(1.0, Self::SLOWEST)
+    }
+
+    /// How many lanes it has room for now.
+    fn lanes(&self) -> u8 {
+        ((f64::from(LANES) / self.times()) as u8).max(FEWEST_LANES)
+    }
+}
+
 struct House {
     redis: RedisServer,
     postgres: Postgres,
     reader: Arc<Reader>,
     /// The workers' configuration, and a file for each task with a line for each time that it was run.
     scratch: Scratch,
+    pace: Arc<Pace>,
 }
 
 impl House {
@@ -217,7 +263,7 @@ impl House {
         let orders: String = (1..=5_000).map(|id| format!("{id},customer,{id}\n")).collect();
         std::fs::write(scratch.path().join("orders.csv"), format!("id,customer,cents\n{orders}"))
             .expect("it can be written");
-        Arc::new(Self { redis, postgres, reader, scratch })
+        Arc::new(Self { redis, postgres, reader, scratch, pace: Arc::default() })
     }
 
     async fn submit(&self, store: &Store, case: Case, id: &str) {
@@ -325,7 +371,9 @@ impl House {
 }
 
 async fn connect(url: &str) -> Store {
-    Store::connect(&RedisConfig { url: Url::new(url), ..RedisConfig::default() }).await.expect("redis answers")
+    // As patient as the workers: what a reply takes is not what is looked at here.
+    let config = RedisConfig { url: Url::new(url), command_timeout: PATIENCE / 2, ..RedisConfig::default() };
+    Store::connect(&config).await.expect("redis answers")
 }
 
 /// One database of the Redis, with a leader that takes no jobs.
@@ -349,17 +397,40 @@ impl Lane {
     async fn open(house: &Arc<House>, db: u8) -> Self {
         let store = connect(&house.redis.url_db(db)).await;
         let aside = Arc::new(AtomicBool::new(false));
-        let leader = tokio::spawn(lead(store.clone(), aside.clone()));
+        let leader = tokio::spawn(lead(store.clone(), aside.clone(), house.pace.clone()));
         Self { house: house.clone(), db, inspect: Inspect::new(store.clone()), store, aside, leader }
     }
 
     fn worker(&self, case: Case, url: &str) -> Daemon {
+        let lifetime = format!("{}ms", LIFETIME.mul_f64(self.house.pace.times()).as_millis());
+        let settings = [&SETTINGS[..], &[("DRAYMAN_WORKER__SESSION_LIFETIME", &lifetime)]].concat();
         if case == Case::Chunks {
-            let env = [&SETTINGS[..], &[("DRAYMAN_CONFIG", "/dev/null"), ("DRAYMAN_REDIS__URL", url)]].concat();
+            let env = [&settings[..], &[("DRAYMAN_CONFIG", "/dev/null"), ("DRAYMAN_REDIS__URL", url)]].concat();
             return Daemon::spawn(bin("examples/orders"), &[""; 0], &env);
         }
         let config = self.house.scratch.path().join("worker.toml").display().to_string();
-        daemon(url, &[&SETTINGS[..], &[("DRAYMAN_CONFIG", &config)]].concat())
+        daemon(url, &[&settings[..], &[("DRAYMAN_CONFIG", &config)]].concat())
+    }
+
+    /// Sees how long a worker takes to start that has nothing to do.
+    async fn measure(&self) {
+        let proxy = Proxy::start(self.house.redis.addr());
+        let tap = self.house.reader.tap(&proxy, None);
+        let started = Instant::now();
+        let worker = self.worker(Case::Simple, &proxy.redis_url(self.db));
+        let begun = eventually("a worker to call", async || tap.lock().unwrap().begun).await;
+        self.house.pace.saw(begun - started);
+        worker.signal(Signal::SIGTERM);
+        assert!(end_of_daemon(&worker).await.success());
+    }
+
+    /// A job's record, if Redis answers. It need not: on a busy machine it may be silent for longer than is waited for.
+    async fn view(&self, id: &str) -> Option<JobView> {
+        match self.inspect.job(id).await {
+            Ok(view) => Some(view.expect("it was submitted")),
+            Err(error) if error.is_transient() => None,
+            Err(error) => panic!("{id}: {error}"),
+        }
     }
 
     fn state(&self) -> State {
@@ -382,47 +453,63 @@ impl Lane {
         house.submit(&self.store, case, &id).await;
         let proxy = Proxy::start(house.redis.addr());
         let tap = house.reader.tap(&proxy, stop);
+        let started = Instant::now();
         let worker = self.worker(case, &proxy.redis_url(self.db));
         let stopped = || proxy.stopped() > 0;
+        // As long as it brings the job on, there is progress. Its housekeeping is none.
+        let stands = || {
+            let calls = tap.lock().unwrap().calls.clone();
+            let is_progress = |name: &str| (OF_A_JOB.contains(&name) && name != "take") || OF_A_BATCH.contains(&name);
+            // An idle worker takes again and again.
+            let takes = calls.get("take").copied().unwrap_or(0).min(stop.map_or(0, |((_, number), _)| number));
+            (takes, calls.into_iter().filter(|(name, _)| is_progress(name)).collect::<Vec<_>>())
+        };
 
         if case == Case::Cancel {
             let sleeps =
                 format!("SELECT 1 FROM pg_stat_activity WHERE query LIKE '%{id}%pg_sleep(600)' AND state = 'active'");
             eventually("the statement to run", async || {
-                (stopped() || house.postgres.query("postgres", &sleeps).await.len() == 1).then_some(())
+                (stopped() || house.postgres.query("postgres", &sleeps).await.len() == 1)
+                    .then_some(())
+                    .ok_or_else(stands)
             })
             .await;
             Canceller::new(self.store.clone(), PATIENCE).cancel(&job_id(&id)).await.expect("redis answers");
         }
         let over = async || self.is_over(case, &id).await;
-        // What housekeeping does comes in its own time; a leader's whole round is a second away at most.
+        // What housekeeping does comes in its own time.
         let patient = stop.is_some_and(|((name, _), _)| !OF_A_JOB.contains(&name) && name != RESIGN);
-        let begun = std::time::Instant::now();
+        let begun = Instant::now();
         eventually(&format!("{id} to stop or to end"), async || {
             if stopped() {
-                return Some(());
+                return Ok(());
             }
-            let waited = !patient || begun.elapsed() > Duration::from_secs(4);
+            let waited = !patient || begun.elapsed() > HOUSEKEEPING.mul_f64(house.pace.times());
             // The take behind the job is part of its life.
             let takes = tap.lock().unwrap().calls.get("take").copied().unwrap_or(0);
             let takes_on = !matches!(stop, Some((("take", number), _)) if number > takes);
-            (waited && takes_on && over().await).then_some(())
+            (waited && takes_on && over().await).then_some(()).ok_or_else(stands)
         })
         .await;
         if !stopped() {
             worker.signal(Signal::SIGTERM);
             eventually(&format!("{id} to stop or its worker to end"), async || {
-                (stopped() || worker.try_wait().is_some()).then_some(())
+                (stopped() || worker.try_wait().is_some()).then_some(()).ok_or_else(|| worker.lines().len())
             })
             .await;
         }
         let was_stopped = stopped();
         if was_stopped {
             // The program first: its server hears of that later, or never.
-            worker.kill9();
+            worker.signal(Signal::SIGKILL);
+            end_of_daemon(&worker).await;
             proxy.cut();
         }
-        let calls = tap.lock().unwrap().calls.clone();
+        let (calls, begun) = {
+            let tap = tap.lock().unwrap();
+            (tap.calls.clone(), tap.begun)
+        };
+        house.pace.saw(begun.map_or_else(|| started.elapsed(), |begun| begun - started));
         self.aside.store(false, Ordering::SeqCst);
         self.settle(case, &id).await;
         (was_stopped, calls)
@@ -430,8 +517,7 @@ impl Lane {
 
     /// Whether it has ended, and whoever is to be told was told.
     async fn is_over(&self, case: Case, id: &str) -> bool {
-        let view = self.inspect.job(id).await.expect("redis answers").expect("it was submitted");
-        view.is_over() && (case != Case::Rows || self.house.told(id) > 0)
+        self.view(id).await.is_some_and(|view| view.is_over()) && (case != Case::Rows || self.house.told(id) > 0)
     }
 
     /// How often a job's record says that it has lost its worker.
@@ -444,7 +530,13 @@ impl Lane {
         // A job that is over at the first look needs nobody any more, unless a part of a batch is left.
         let left = self.state().running() > 0 || !self.is_over(case, id).await;
         let rescuer = left.then(|| self.worker(case, &self.house.redis.url_db(self.db)));
-        let view = ended(&self.inspect, id).await;
+        // The parts of a batch and the steps of a flow are jobs of their own.
+        let records = || self.state().jobs().into_iter().filter(|job| job.starts_with(id));
+        let stands = || records().map(|job| self.state().record(&job)).collect::<Vec<_>>();
+        let view = eventually(&format!("job {id} to end"), async || {
+            self.view(id).await.filter(JobView::is_over).ok_or_else(stands)
+        })
+        .await;
         let (status, effects) = case.end();
         assert_eq!(view.status(), status, "{id}: {:?}", view.text("failed_reason"));
         assert_eq!(self.house.effects(case, id, self.lost(id)).await, effects, "{id}");
@@ -453,7 +545,9 @@ impl Lane {
         eventually(&format!("nothing to be left of {id}"), async || {
             let state = self.state();
             let left = state.has_any(&[Piece::Claims, Piece::Queue("ann"), Piece::QueuesOfTasks]);
-            (!left && state.batches_at_work().is_empty() && self.is_over(case, id).await).then_some(())
+            (!left && state.batches_at_work().is_empty() && self.is_over(case, id).await)
+                .then_some(())
+                .ok_or_else(stands)
         })
         .await;
         if case.is_batch() {
@@ -475,9 +569,9 @@ impl Lane {
         }
         if let Some(rescuer) = rescuer {
             rescuer.signal(Signal::SIGTERM);
-            assert!(rescuer.wait().success());
+            assert!(end_of_daemon(&rescuer).await.success());
         }
-        let view = self.inspect.job(id).await.expect("redis answers").expect("it is kept");
+        let view = eventually("redis to answer", async || self.view(id).await).await;
         let record = |name: &str| view.text(name);
         assert_eq!([record("status"), record("fallback_status"), record("ended_at"), record("results")], first, "{id}");
     }
@@ -497,16 +591,31 @@ impl Lane {
     }
 }
 
+/// The end of a process, without blocking the lane: its leader and its connections go on meanwhile.
+async fn end_of_daemon(daemon: &Daemon) -> ExitStatus {
+    eventually("the end of a worker", async || daemon.try_wait().ok_or_else(|| daemon.lines().len())).await
+}
+
 /// A leader that gives back what dead workers held, and does nothing else.
-async fn lead(store: Store, aside: Arc<AtomicBool>) {
+async fn lead(store: Store, aside: Arc<AtomicBool>, pace: Arc<Pace>) {
     let id = SessionId::generate("leader", 1);
     let mut watch = SessionWatch::default();
     loop {
-        if aside.load(Ordering::SeqCst) {
-            leader::resign(&store, &id).await.expect("redis answers");
-        } else if let Some(leadership) = leader::hold(&store, &id, LIFETIME).await.expect("redis answers") {
-            // Whoever took the leadership in between has it: then there is nothing to do.
-            let _ = watch.pass(&leadership, LIFETIME).await.expect("redis answers");
+        let patience = LEADERS_PATIENCE.mul_f64(pace.times());
+        let round = async {
+            if aside.load(Ordering::SeqCst) {
+                leader::resign(&store, &id).await?;
+            } else if let Some(leadership) = leader::hold(&store, &id, patience).await? {
+                // Whoever took the leadership in between has it: then there is nothing to do.
+                let _ = watch.pass(&leadership, patience).await?;
+            }
+            Ok::<_, queue_core::Error>(())
+        };
+        match round.await {
+            Ok(()) => {}
+            // As real ones do: what did not get through is done in the next round.
+            Err(error) if error.is_transient() => {}
+            Err(error) => panic!("the leader of a lane: {error}"),
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -557,6 +666,7 @@ fn assert_found(found: &[(Case, Call)], case: Case, names: &[&'static str]) {
 async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
     let house = House::build().await;
     let lane = Lane::open(&house, 0).await;
+    lane.measure().await;
     let mut seen: Vec<(Case, Call)> = Vec::new();
     for &case in cases {
         let (_, calls) = lane.run(case, None).await;
@@ -584,8 +694,16 @@ async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
     let (all, runs, missed) = (runs.len(), Mutex::new(runs), Mutex::new(Vec::new()));
     let work = async |db: u8| {
         let lane = Lane::open(&house, db).await;
+        let next = async || {
+            let mut runs = runs.lock().unwrap();
+            if runs.is_empty() {
+                return Ok(None);
+            }
+            // Where the machine is slow, some lanes stand aside.
+            if db <= house.pace.lanes() { Ok(runs.pop_front()) } else { Err(runs.len()) }
+        };
         loop {
-            let Some((case, call, point)) = runs.lock().unwrap().pop_front() else { return };
+            let Some((case, call, point)) = eventually("a run of this lane", next).await else { return };
             if !lane.run(case, Some((call, point))).await.0 {
                 missed.lock().unwrap().push((case, call, point));
             }
@@ -600,7 +718,8 @@ async fn kill_everywhere(cases: &[Case]) -> Vec<(Case, Call)> {
         }
     });
     let missed = missed.lock().unwrap();
-    println!("{all} kills, {} of them not: {missed:?}", missed.len());
+    let pace = house.pace.times();
+    println!("{all} kills at {pace:.1} times the time, {} of them not: {missed:?}", missed.len());
     // How often an idle worker looks is a matter of time; what a job's life needs is not.
     assert!(
         missed.iter().all(|(_, (name, _), _)| !["session_open", "update_claimed", "finish"].contains(name)),
