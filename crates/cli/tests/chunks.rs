@@ -10,7 +10,7 @@ use testkit::{Daemon, Postgres, RedisServer, Signal, bin};
 
 mod support;
 
-use support::{DB, Program, Ran, until};
+use support::{COMMAND_TIMEOUT, DB, Program, Ran, until, until_there};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_drayman");
 const PAGE: &str = include_str!("../../../docs/flows.md");
@@ -68,7 +68,8 @@ impl House {
         let home = server.dir().to_owned();
         fs::write(home.join("step.py"), STEP).unwrap();
         let mut config = format!(
-            "[redis]\nurl = '{url}'\n[worker]\npools = ['db:shop']\nsession_lifetime = '2s'\n\
+            "[redis]\nurl = '{url}'\ncommand_timeout = '{COMMAND_TIMEOUT}'\n\
+             [worker]\npools = ['db:shop']\nsession_lifetime = '2s'\n\
              [objects]\nurl = 'file://{home}/objects'\n[chunks]\nserve = true\nfolder = '{home}/files'\n\
              [databases.shop]\nkind = 'sqlite'\npath = '{home}/shop.db'\ncreate = true\n\
              [[handlers]]\napp = 'etl'\nop = 'step'\nkind = 'program'\nrows = 50\n\
@@ -116,8 +117,11 @@ impl House {
     fn leader(&self) -> Daemon {
         let idle = self.path("idle.toml");
         let url = self.server.url_db(DB);
-        fs::write(&idle, format!("[redis]\nurl = '{url}'\n[worker]\npools = ['db:none']\nsession_lifetime = '2s'\n"))
-            .unwrap();
+        let config = format!(
+            "[redis]\nurl = '{url}'\ncommand_timeout = '{COMMAND_TIMEOUT}'\n\
+             [worker]\npools = ['db:none']\nsession_lifetime = '2s'\n"
+        );
+        fs::write(&idle, config).unwrap();
         let leader = Daemon::spawn(bin("drayman-worker"), &["--config", &idle.display().to_string()], &[]);
         until("it leads", || leader.output().contains("leading"));
         leader
@@ -330,14 +334,14 @@ fn a_worker_that_is_killed_again_and_again_writes_each_item_once() {
     while total() < 150 {
         let before = total();
         let worker = house.worker();
-        until("some more chunks are committed", || total() >= before + 15);
+        until_there("some more chunks are committed", before + 15, total);
         worker.signal(Signal::SIGKILL);
         worker.wait();
         kills += 1;
     }
     assert!(kills >= 3, "{kills} kills");
     let worker = house.worker();
-    assert_eq!(house.drayman.run(&["watch", "run"]).code, 0);
+    assert_eq!(house.drayman.start(&["watch", "run"]).end_with(&worker).code, 0);
     house.stop(&worker);
     house.stop(&leader);
     let good: Vec<u64> = (1..=ITEMS).filter(|n| what(*n).is_empty()).collect();
@@ -720,23 +724,25 @@ fn a_worker_that_is_killed_while_it_loads_or_works_on_rows_loses_none_and_double
     assert_eq!(house.launch("run", step, &[]).code, 0);
     let leader = house.leader();
     let read = || house.step("run", "insert")["checkpoint"]["read_count"].as_u64().unwrap_or(0);
-    let inserted = || -> i64 { house.sqlite().query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap() };
+    let count = |what| -> u64 {
+        house.sqlite().query_row(&format!("SELECT {what} FROM t"), [], |row| row.get::<_, i64>(0)).unwrap() as u64
+    };
+    let inserted = || count("count(*)");
     for at in [2_000, 5_000] {
         let worker = house.worker();
-        until("some are loaded", || read() >= at);
+        until_there("some are loaded", at, read);
         worker.signal(Signal::SIGKILL);
         worker.wait();
     }
     for at in [1, 8_000] {
         let worker = house.worker();
-        until("some are inserted", || inserted() >= at);
+        until_there("some are inserted", at, inserted);
         worker.signal(Signal::SIGKILL);
         worker.wait();
     }
     let worker = house.worker();
-    assert_eq!(house.drayman.run(&["watch", "run"]).code, 0);
-    let distinct: i64 = house.sqlite().query_row("SELECT count(DISTINCT n) FROM t", [], |row| row.get(0)).unwrap();
-    assert_eq!((inserted(), distinct), (ROWS as i64, ROWS as i64));
+    assert_eq!(house.drayman.start(&["watch", "run"]).end_with(&worker).code, 0);
+    assert_eq!((inserted(), count("count(DISTINCT n)")), (ROWS, ROWS));
     assert_eq!(house.step("run", "insert")["rows"], rows(ROWS, 0, 0, 0));
     house.stop(&worker);
     house.stop(&leader);

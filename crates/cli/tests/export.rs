@@ -8,7 +8,7 @@ use testkit::{Daemon, Postgres, RedisServer, Signal, bin};
 
 mod support;
 
-use support::{DB, Program, Ran, push, until};
+use support::{COMMAND_TIMEOUT, DB, Program, Ran, push, until, until_all, until_there};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_drayman");
 
@@ -56,7 +56,8 @@ impl House {
             }
         };
         let config = format!(
-            "[redis]\nurl = '{url}'\n[worker]\npools = []\nsession_lifetime = '2s'\n\
+            "[redis]\nurl = '{url}'\ncommand_timeout = '{COMMAND_TIMEOUT}'\n\
+             [worker]\npools = []\nsession_lifetime = '2s'\n\
              [objects]\nurl = 'file://{home}/objects'\n[chunks]\nserve = true\n\
              [export]\ndatabase = 'history'\nmax_pending = {max_pending}\n[databases.history]\n{history}\
              [databases.shop]\nkind = 'sqlite'\npath = '{home}/shop.db'\ncreate = true\n\
@@ -146,7 +147,8 @@ fn records_of_every_kind_are_there_once(house: &House) {
     let worker = house.worker();
     until("the feed is on", || house.server.state(DB).has(Piece::FeedOn));
     let submit = |id: &str, more: &[&str]| {
-        house.drayman.run(&[&["submit", "--user", "o'neil", "--id", id, "--wait"], more].concat())
+        let args = [&["submit", "--user", "o'neil", "--id", id, "--wait"], more].concat();
+        house.drayman.start(&args).end_with(&worker)
     };
     let tags = ["--database", "shop", "--tag", "x", "CREATE TABLE t (n); INSERT INTO t VALUES (1)"];
     assert_eq!(submit("sql", &tags).code, 0);
@@ -154,11 +156,14 @@ fn records_of_every_kind_are_there_once(house: &House) {
     let task = ["--app", "etl", "--op", "step", "--max-attempts", "3", "--retry-delay", "10ms"];
     assert_eq!(submit("task", &[&task[..], &["1"]].concat()).code, 0);
     assert_eq!(submit("tried", &[&task[..], &["\"bad\""]].concat()).code, 1);
+    let rows = house.path("rows.jsonl");
+    fs::write(&rows, "1\n2\n\"bad\"\n").unwrap();
+    let rows = rows.display().to_string();
     let batch = [
         "batch", "submit", "--user", "ann", "--app", "etl", "--op", "step", "--id", "rows", "--format", "jsonl",
-        "--wait", "-",
+        "--wait", &rows,
     ];
-    let ran = house.drayman.run_with(&batch, b"1\n2\n\"bad\"\n");
+    let ran = house.drayman.start(&batch).end_with(&worker);
     assert_ne!(ran.code, 2, "{ran:?}");
     fs::write(
         house.path("flow.toml"),
@@ -169,7 +174,9 @@ fn records_of_every_kind_are_there_once(house: &House) {
     )
     .unwrap();
     let flow = house.path("flow.toml").display().to_string();
-    house.ok(&["flow", "launch", &flow, "--user", "ann", "-p", "day=2026-03-01", "--id", "night", "--wait"]);
+    let launch = ["flow", "launch", &flow, "--user", "ann", "-p", "day=2026-03-01", "--id", "night", "--wait"];
+    let ran = house.drayman.start(&launch).end_with(&worker);
+    assert_eq!(ran.code, 0, "{ran:?}");
     house.ok(&["track", "--tracker", "cron", "run", "--create", "backup", "--", "true"]);
     house.drayman.run(&["track", "--tracker", "cron", "run", "--create", "upload", "--", "false"]);
 
@@ -239,14 +246,15 @@ fn a_leader_that_is_killed_again_and_again_loses_no_record_and_writes_none_twice
     house.submit(1, JOBS);
     let mut worker = first;
     for part in 1..=3 {
-        until("some more are written", || house.count("drayman_jobs") >= part * JOBS / 5);
+        until_there("some more are written", part * JOBS / 5, || house.count("drayman_jobs"));
         worker.signal(Signal::SIGKILL);
         worker.wait();
         worker = house.worker();
     }
     let ends = || house.server.state(DB).finished().len() as u64;
-    until("all have ended", || ends() == JOBS);
-    until("all are written", || house.count("drayman_jobs") == JOBS && house.pending() == 0);
+    until_all("all have ended", JOBS, ends);
+    until_all("all are written", JOBS, || house.count("drayman_jobs"));
+    until("nothing is left to be written", || house.pending() == 0);
     assert_eq!(house.ask("SELECT count(DISTINCT id) FROM drayman_jobs"), [JOBS.to_string()]);
     assert_eq!(house.ask("SELECT dropped FROM drayman_export"), ["0"]);
     house.stop(&worker);
@@ -258,9 +266,9 @@ fn records_wait_for_a_database_that_is_away_and_what_is_dropped_is_counted() {
     let worker = house.worker();
     until("it is said", || worker.output().contains("records can't be exported now"));
     house.submit(1, 50);
-    until("they wait", || house.pending() == 50);
+    until_all("they wait", 50, || house.pending() as u64);
     fs::create_dir(house.path("history")).unwrap();
-    until("they are written", || house.count("drayman_jobs") == 50);
+    until_all("they are written", 50, || house.count("drayman_jobs"));
     house.stop(&worker);
 
     // Nobody reads, and more end than may wait.
@@ -268,10 +276,10 @@ fn records_wait_for_a_database_that_is_away_and_what_is_dropped_is_counted() {
     let worker = house.worker();
     until("it is said again", || worker.output().contains("records can't be exported now"));
     house.submit(51, 1050);
-    until("all have ended", || house.server.state(DB).finished().len() == 1050);
+    until_all("all have ended", 1050, || house.server.state(DB).finished().len() as u64);
     fs::rename(house.path("away"), house.path("history")).unwrap();
     let dropped = || house.ask("SELECT dropped FROM drayman_export").first().map_or(0, |text| text.parse().unwrap());
-    until("what is left is written", || house.count("drayman_jobs") + dropped() == 1050);
+    until_all("what is left is written", 1050, || house.count("drayman_jobs") + dropped());
     assert!(dropped() > 500, "{} are dropped", dropped());
     assert!(worker.output().contains("records were dropped before they could be exported"));
     house.stop(&worker);
@@ -285,7 +293,7 @@ fn without_an_exporter_nothing_is_kept_for_one() {
         .unwrap();
     let worker = house.worker();
     house.submit(1, 20);
-    until("they have ended", || house.server.state(DB).finished().len() == 20);
+    until_all("they have ended", 20, || house.server.state(DB).finished().len() as u64);
     assert!(!house.server.state(DB).has_any(&[Piece::Feed, Piece::FeedOn]));
     house.stop(&worker);
 }

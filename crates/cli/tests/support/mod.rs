@@ -13,10 +13,13 @@ use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{PoolPattern, SessionId};
 use queue_core::scripts::{Fields, Finished, Verdict};
 use queue_core::session::{Claim, Fairness, Service, Session};
-use testkit::RedisServer;
+use testkit::{Daemon, RedisServer};
 
 /// The database that the programs use here.
 pub const DB: u8 = 5;
+
+/// How long programs and workers wait for a reply of Redis where that is not what is tested.
+pub const COMMAND_TIMEOUT: &str = "60s";
 
 /// What a program did.
 #[derive(Debug)]
@@ -71,6 +74,8 @@ impl Program {
         }
         // Not the configuration of the machine that the tests run on.
         command.env("DRAYMAN_CONFIG", "/dev/null").env("DRAYMAN_REDIS__URL", &self.url);
+        // On a machine that is busy enough a reply takes longer than a program waits for it by default.
+        command.env("DRAYMAN_REDIS__COMMAND_TIMEOUT", COMMAND_TIMEOUT);
         command.envs(self.env.iter().map(|(name, value)| (name, value))).args(args);
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         command
@@ -108,6 +113,20 @@ impl Running {
 
     pub fn has_ended(&mut self) -> bool {
         self.0.try_wait().unwrap().is_some()
+    }
+
+    /// How it ended. It needs a worker for that: where that one has ended, or does nothing any more, it would wait for ever.
+    /// What it writes meanwhile has room in a pipe.
+    #[track_caller]
+    pub fn end_with(mut self, worker: &Daemon) -> Ran {
+        testkit::eventually_blocking("the end of a program that waits for a worker", || {
+            if self.has_ended() {
+                return Ok(());
+            }
+            assert!(worker.try_wait().is_none(), "its worker has ended: {}", worker.output());
+            Err(worker.lines().len())
+        });
+        self.end()
     }
 }
 
@@ -160,6 +179,24 @@ pub fn push(server: &RedisServer, id: &str, user: &str, fields: &[(&str, &str)])
 }
 
 /// Waits for a state.
+#[track_caller]
 pub fn until(what: &str, mut reached: impl FnMut() -> bool) {
     testkit::eventually_blocking(what, || reached().then_some(()));
+}
+
+/// Waits until so many are there. While there are more and more of them, there is progress: that takes its time on a slow
+/// machine.
+#[track_caller]
+pub fn until_there(what: &str, least: u64, mut count: impl FnMut() -> u64) {
+    testkit::eventually_blocking(what, || {
+        let there = count();
+        (there >= least).then_some(()).ok_or(there)
+    });
+}
+
+/// Waits as [`until_there`] does until all are there, and no more than all.
+#[track_caller]
+pub fn until_all(what: &str, all: u64, mut count: impl FnMut() -> u64) {
+    until_there(what, all, &mut count);
+    assert_eq!(count(), all, "{what}");
 }
