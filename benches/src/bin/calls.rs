@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use clap::Parser;
 use queue_core::Store;
+use queue_core::calls::{Fields, QueueLimits, Submission, Verdict};
 use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{Fence, JobId, PoolPattern, SessionId, User};
-use queue_core::scripts::{Fields, QueueLimits, Submission, Verdict};
 use queue_core::session::{Fairness, Service, Session};
 use testkit::RedisServer;
 

@@ -31,7 +31,7 @@ fn submit(server: &RedisServer, id: &str, user: &str) {
 /// The worker has been asked to cancel something.
 async fn is_asked(session: &Session) {
     testkit::eventually("the worker is asked to cancel", async || {
-        let queue_core::scripts::Beat::Alive { cancels, .. } = session.beat().await.unwrap() else { panic!("lost") };
+        let queue_core::calls::Beat::Alive { cancels, .. } = session.beat().await.unwrap() else { panic!("lost") };
         (!cancels.is_empty()).then_some(())
     })
     .await;

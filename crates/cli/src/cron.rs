@@ -2,11 +2,11 @@
 
 use console::{Common, Failure, Out, complain, one_line, span};
 use queue_core::Error;
+use queue_core::calls::SchedulePause;
 use queue_core::ids::ScheduleName;
 use queue_core::inspect::Inspect;
 use queue_core::model::cron::Cron;
 use queue_core::schedule::{self, Definition, Put, PutError, Ran, Schedule, Schedules};
-use queue_core::scripts::SchedulePause;
 use serde_json::{Map, Value, json};
 
 use crate::cli::{CronAdd, CronCommand, REFUSED};

@@ -7,10 +7,10 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::time::Duration;
 
+use queue_core::calls::{Fields, Verdict};
 use queue_core::job::FIELDS;
 use queue_core::model::Status;
 use queue_core::model::sql::{Kind, SqlJob};
-use queue_core::scripts::{Fields, Verdict};
 use testkit::RedisServer;
 use testkit::state::Priority;
 

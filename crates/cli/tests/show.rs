@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use queue_core::scripts::{Fields, Verdict};
+use queue_core::calls::{Fields, Verdict};
 use serde_json::Value;
 use testkit::RedisServer;
 use testkit::state::Piece;

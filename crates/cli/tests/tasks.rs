@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
+use queue_core::calls::{Fields, Verdict};
 use queue_core::config::{ObjectsConfig, Url};
 use queue_core::model::task::{File, Payload};
 use queue_core::objects::Objects;
-use queue_core::scripts::{Fields, Verdict};
 use queue_core::session::Claim;
 use serde_json::{Value, json};
 use testkit::RedisServer;

@@ -10,6 +10,7 @@ use std::time::Duration;
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 
+use crate::calls::{Aborted, Fields, Inspected, Released, Span};
 use crate::config::{Limits, RetentionConfig};
 use crate::error::Error;
 use crate::handle::{JobError, JobHandle};
@@ -21,7 +22,6 @@ use crate::model::retry::{Backoff, RetryChoice};
 use crate::model::task::{Encoding, File, Payload};
 use crate::objects::{Objects, ObjectsError};
 use crate::producer::{Database, Priority};
-use crate::scripts::{Aborted, Fields, Inspected, Released, Span};
 use crate::store::Store;
 
 mod load;

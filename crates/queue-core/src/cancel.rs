@@ -7,10 +7,10 @@
 
 use std::time::Duration;
 
+use crate::calls::{CancelOrder, CancelReply, Fields};
 use crate::error::Error;
 use crate::ids::JobId;
 use crate::inspect::{Inspect, JobView};
-use crate::scripts::{CancelOrder, CancelReply, Fields};
 use crate::store::Store;
 
 /// How often a job that keeps changing is looked at again before its cancel is given up for now.

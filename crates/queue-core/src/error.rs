@@ -37,10 +37,10 @@ pub enum Error {
         ours: crate::library::Version,
     },
     /// A reply that the protocol does not know: a bug, here or in the library.
-    #[error("unexpected reply from {script}: {reply}")]
+    #[error("unexpected reply from {function}: {reply}")]
     Reply {
         /// The function or command that was called.
-        script: &'static str,
+        function: &'static str,
         /// What came back, cut short.
         reply: String,
     },

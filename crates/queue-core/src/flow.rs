@@ -8,6 +8,7 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::calls::{Fields, FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped, Inspected, Span};
 use crate::error::Error;
 use crate::handle::{JobError, JobHandle};
 use crate::ids::{FlowName, IdError, JobId, StepName, User};
@@ -17,7 +18,6 @@ use crate::model::chunk::{ChunkInput, ItemWriter};
 use crate::model::flow::{Flow, FlowError, On, Params, Step, StepWork, fill, filled};
 use crate::model::task::Payload;
 use crate::producer::{Database, NewJob, SqlWork, Work};
-use crate::scripts::{Fields, FlowAbandoned, FlowLaunch, FlowLaunched, FlowStep, FlowStopped, Inspected, Span};
 use crate::store::Store;
 
 /// Longest id of an execution, in bytes: the ids of its steps' jobs are made of it.

@@ -9,6 +9,7 @@ use std::time::{Duration, UNIX_EPOCH};
 use serde::Serialize;
 use serde_json::Value;
 
+use crate::calls::{Inspected, Inspection};
 use crate::error::Error;
 use crate::ids::{App, JobId, Op};
 use crate::job::{FIELDS, TOLD};
@@ -17,7 +18,6 @@ use crate::model::retry::{Try, read_history};
 use crate::model::sql::SqlJob;
 use crate::model::task::{File, Message, Payload, Progress};
 use crate::reply::Reply;
-use crate::scripts::{Inspected, Inspection};
 use crate::store::Store;
 
 /// Fields that tell what a job is and where it stands. Connection properties are never among them but for the host's name.

@@ -4,10 +4,10 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use crate::calls::{Budget, Lead, NotLeader, SessionEnd, Upkeep};
 use crate::error::Error;
 use crate::ids::SessionId;
 use crate::reply::{Reply, info_field};
-use crate::scripts::{Budget, Lead, NotLeader, SessionEnd, Upkeep};
 use crate::store::Store;
 
 /// How many entries one round trip of a scan looks at.

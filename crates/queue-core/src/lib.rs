@@ -12,11 +12,11 @@ pub mod keys;
 pub mod model;
 
 // The door.
+pub mod calls;
 pub mod group;
 pub mod library;
 pub mod objects;
 pub mod reply;
-pub mod scripts;
 pub mod store;
 
 // Verbs.

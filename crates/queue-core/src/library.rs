@@ -7,7 +7,7 @@
 //! gone and can't be loaded, and a server that has no functions is served at all.
 
 use std::collections::BTreeSet;
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 use crate::ids::{APP_MAX_BYTES, JOB_ID_MAX_BYTES, OP_MAX_BYTES, USER_MAX_BYTES};
 use crate::job::{
@@ -256,11 +256,11 @@ pub struct Library {
     pub text: Text,
 }
 
-static OURS: LazyLock<Library> = LazyLock::new(|| Library::of(Version::OURS));
+static OURS: LazyLock<Arc<Library>> = LazyLock::new(|| Arc::new(Library::of(Version::OURS)));
 
 impl Library {
     /// That of this program.
-    pub fn ours() -> &'static Library {
+    pub fn ours() -> &'static Arc<Library> {
         &OURS
     }
 

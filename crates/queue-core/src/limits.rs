@@ -11,11 +11,11 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::calls::Limited;
 use crate::error::Error;
 use crate::ids::{Pool, User};
 use crate::job::{CONCURRENCY_MAX, PERIOD_MAX_MS, RATE_MAX, WEIGHTS};
 use crate::leader::scan;
-use crate::scripts::Limited;
 use crate::store::Store;
 
 /// Most bytes of the reason of a pause.

@@ -6,12 +6,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use serde::Serialize;
 
+use crate::calls::Line;
 use crate::error::Error;
 use crate::ids::{Pool, PoolPattern};
 use crate::library::Version;
 use crate::limits::{InForce, Limits};
 use crate::reply::{Reply, info_field};
-use crate::scripts::Line;
 use crate::store::{NO_FUNCTIONS, Store};
 
 /// Clocks that differ by more than this are told.

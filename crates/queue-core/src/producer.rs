@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use crate::calls::{Enqueued, Fields, Submission};
 use crate::config::Limits;
 use crate::error::Error;
 use crate::group::{Group, Stopped};
@@ -12,7 +13,6 @@ use crate::model::Status;
 use crate::model::retry::{Backoff, RetryChoice};
 use crate::model::sql::{SqlJob, SqlJobError};
 use crate::model::task::Payload;
-use crate::scripts::{Enqueued, Fields, Submission};
 use crate::store::Store;
 
 /// Where a SQL job runs.

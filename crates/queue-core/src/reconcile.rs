@@ -15,13 +15,13 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 
+use crate::calls::NotLeader;
 use crate::error::Error;
 use crate::ids::SessionId;
 use crate::inspect::{Inspect, Place};
 use crate::keys::{Holds, Keys, TABLE};
 use crate::leader::{self, Leadership, Led};
 use crate::reply::Reply;
-use crate::scripts::NotLeader;
 use crate::store::Store;
 
 /// How many entries one round trip of a scan looks at.
@@ -208,7 +208,7 @@ pub async fn repair(store: &Store, retention: Duration) -> Result<Vec<Finding>, 
 }
 
 fn anybody<T>(led: Led<T>) -> Result<T, Error> {
-    led?.map_err(|NotLeader| Error::Reply { script: "reconcile", reply: "not_leader".into() })
+    led?.map_err(|NotLeader| Error::Reply { function: "reconcile", reply: "not_leader".into() })
 }
 
 /// What a leader remembers from round to round.

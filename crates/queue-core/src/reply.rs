@@ -16,30 +16,30 @@ pub enum Reply {
 }
 
 impl Reply {
-    /// The error that says that `script` must not answer so.
-    pub fn unexpected(&self, script: &'static str) -> Error {
+    /// The error that says that `function` must not answer so.
+    pub fn unexpected(&self, function: &'static str) -> Error {
         let mut reply = format!("{self:?}");
         let cut = (0..=reply.len().min(200)).rev().find(|at| reply.is_char_boundary(*at)).unwrap_or(0);
         reply.truncate(cut);
-        Error::Reply { script, reply }
+        Error::Reply { function, reply }
     }
 
     /// The items of an array.
-    pub fn array(self, script: &'static str) -> Result<Vec<Reply>, Error> {
+    pub fn array(self, function: &'static str) -> Result<Vec<Reply>, Error> {
         match self {
             Reply::Array(items) => Ok(items),
-            other => Err(other.unexpected(script)),
+            other => Err(other.unexpected(function)),
         }
     }
 
     /// An integer, or a text that is one.
-    pub fn int(&self, script: &'static str) -> Result<i64, Error> {
+    pub fn int(&self, function: &'static str) -> Result<i64, Error> {
         match self {
             Reply::Int(number) => Some(*number),
             Reply::Bytes(_) => self.text().and_then(|text| text.parse().ok()),
             _ => None,
         }
-        .ok_or_else(|| self.unexpected(script))
+        .ok_or_else(|| self.unexpected(function))
     }
 
     /// The text, if the reply is one and valid UTF-8.
@@ -69,8 +69,8 @@ impl Reply {
     }
 
     /// Every text of an array.
-    pub fn texts(self, script: &'static str) -> Result<Vec<String>, Error> {
-        self.array(script)?.iter().map(|item| item.lossy().ok_or_else(|| item.unexpected(script))).collect()
+    pub fn texts(self, function: &'static str) -> Result<Vec<String>, Error> {
+        self.array(function)?.iter().map(|item| item.lossy().ok_or_else(|| item.unexpected(function))).collect()
     }
 }
 

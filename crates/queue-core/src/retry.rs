@@ -1,11 +1,11 @@
 //! Starting new runs of jobs that have ended, as an operator does once the cause of a failure is mended.
 
+use crate::calls::{Fields, RetryOrder, RetryReply};
 use crate::config::Secret;
 use crate::error::Error;
 use crate::ids::JobId;
 use crate::inspect::{Inspect, JobView, Kind};
 use crate::model::Status;
-use crate::scripts::{Fields, RetryOrder, RetryReply};
 use crate::store::Store;
 
 /// How often a job that keeps changing is looked at again.

@@ -8,16 +8,16 @@ use std::fmt;
 use std::str::FromStr;
 use std::time::{Duration, UNIX_EPOCH};
 
+use crate::calls::{
+    Enqueued, Fields, NotLeader, QueueLimits, SchedulePause, SchedulePut, ScheduleRead, ScheduleStep, ScheduleStepped,
+    Submission,
+};
 use crate::config::Limits;
 use crate::error::Error;
 use crate::ids::{JobId, ScheduleName, User};
 use crate::inspect::Inspect;
 use crate::leader::{Leadership, Led};
 use crate::model::cron::{Cron, CronError};
-use crate::scripts::{
-    Enqueued, Fields, NotLeader, QueueLimits, SchedulePause, SchedulePut, ScheduleRead, ScheduleStep, ScheduleStepped,
-    Submission,
-};
 use crate::store::Store;
 
 /// Most schedules in one round trip.

@@ -10,11 +10,11 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
+use crate::calls::{Beat, Fields, Finish, Finished, Mark, SessionEnd, TakeReply, Taken, Verdict};
 use crate::error::Error;
 use crate::group::Group;
 use crate::ids::{Fence, JobId, Pool, PoolPattern, SessionId};
 use crate::job::CALL_MAX;
-use crate::scripts::{Beat, Fields, Finish, Finished, Mark, SessionEnd, TakeReply, Taken, Verdict};
 use crate::store::Store;
 
 /// What a session serves and how it takes.

@@ -116,7 +116,7 @@ impl Store {
     /// Connects. Fails at once if the server can't be reached, and where it does not greet, when its time for connecting and
     /// for a command is over; afterwards reconnects by itself for as long as it lives.
     pub async fn connect(config: &RedisConfig) -> Result<Self, Error> {
-        Self::connect_with(config, Arc::new(Library::of(Version::OURS))).await
+        Self::connect_with(config, Library::ours().clone()).await
     }
 
     /// The same for a program that has another library: of an earlier build, or a later one.
@@ -738,7 +738,7 @@ fn explain(error: Error, text: &library::Text) -> Error {
     }
 }
 
-fn reply(value: Value, script: &'static str) -> Result<Reply, Error> {
+fn reply(value: Value, function: &'static str) -> Result<Reply, Error> {
     Ok(match value {
         Value::Null => Reply::Nil,
         Value::Integer(number) => Reply::Int(number),
@@ -747,8 +747,8 @@ fn reply(value: Value, script: &'static str) -> Result<Reply, Error> {
         Value::String(text) => Reply::Bytes(text.as_bytes().to_vec()),
         Value::Bytes(bytes) => Reply::Bytes(bytes.to_vec()),
         Value::Array(items) => {
-            Reply::Array(items.into_iter().map(|item| reply(item, script)).collect::<Result<_, _>>()?)
+            Reply::Array(items.into_iter().map(|item| reply(item, function)).collect::<Result<_, _>>()?)
         }
-        other => return Err(Error::Reply { script, reply: format!("a {:?}", other.kind()) }),
+        other => return Err(Error::Reply { function, reply: format!("a {:?}", other.kind()) }),
     })
 }

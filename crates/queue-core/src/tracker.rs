@@ -19,10 +19,10 @@ use tokio::task::JoinHandle;
 use tokio::time::{Instant, sleep, sleep_until, timeout_at};
 use tokio_util::sync::CancellationToken;
 
+use crate::calls::{TrackCreated, TrackEnded, TrackHold, TrackSet, TrackStarted, read_data};
 use crate::error::Error;
 use crate::ids::{Fence, IdError, SessionId, TrackId, TrackerName};
 use crate::model::track::{Codes, DataError, Failure, NoTrackStatus, Record, TrackStatus, Updates, check_data};
-use crate::scripts::{TrackCreated, TrackEnded, TrackHold, TrackSet, TrackStarted, read_data};
 use crate::store::Store;
 
 /// How long a lock lives unless a start says otherwise.

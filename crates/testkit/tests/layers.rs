@@ -120,7 +120,7 @@ fn the_words_do_no_input_or_output() {
     for word in words {
         let text = &files[&format!("crates/queue-core/src/{word}")];
         let own = text.split("#[cfg(test)]").next().unwrap_or(text);
-        for door in ["crate::store", "crate::scripts", "crate::library", "tokio", "std::fs", "std::net"] {
+        for door in ["crate::store", "crate::calls", "crate::library", "tokio", "std::fs", "std::net"] {
             assert!(code(own).all(|line| !line.contains(door)), "{word} names {door}");
         }
     }
@@ -128,7 +128,7 @@ fn the_words_do_no_input_or_output() {
 
 #[test]
 fn an_executor_never_sees_redis_or_the_queue() {
-    let doors = ["queue_core::store", "queue_core::Store", "queue_core::scripts", "queue_core::session"];
+    let doors = ["queue_core::store", "queue_core::Store", "queue_core::calls", "queue_core::session"];
     assert_eq!(naming("crates/worker/src/execute", &doors), Vec::<String>::new());
 }
 

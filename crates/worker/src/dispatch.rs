@@ -7,8 +7,8 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
+use queue_core::calls::Beat;
 use queue_core::ids::{Fence, JobId, Pool, PoolPattern};
-use queue_core::scripts::Beat;
 use queue_core::session::{Batch, Claim, Session, SessionLost};
 use queue_core::store::Message;
 use tokio::sync::{mpsc, watch};

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use queue_core::Store;
+use queue_core::calls::{Budget, NotLeader, Upkeep};
 use queue_core::config::Limits;
 use queue_core::export::Feed;
 use queue_core::ids::{JobId, SessionId};
@@ -17,7 +18,6 @@ use queue_core::leader::{self, Leadership, Led, SessionWatch};
 use queue_core::objects::{Objects, SHARDS};
 use queue_core::reconcile::{Fate, Reconciler};
 use queue_core::schedule;
-use queue_core::scripts::{Budget, NotLeader, Upkeep};
 use queue_core::store::Message;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;

@@ -4,11 +4,11 @@ mod support;
 
 use std::collections::BTreeSet;
 
+use queue_core::calls::Fields;
 use queue_core::config::Limits;
 use queue_core::ids::{ScheduleName, User};
 use queue_core::model::cron::Cron;
 use queue_core::schedule::{Definition, Missed, Schedules};
-use queue_core::scripts::Fields;
 use support::*;
 use testkit::{Daemon, RedisServer, Signal, eventually};
 

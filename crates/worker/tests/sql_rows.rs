@@ -6,9 +6,9 @@ mod support;
 use std::time::Duration;
 
 use queue_core::Store;
+use queue_core::calls::{Fields, Finished, Verdict};
 use queue_core::ids::{PoolPattern, SessionId};
 use queue_core::model::batch::{Row, RowEnd};
-use queue_core::scripts::{Fields, Finished, Verdict};
 use queue_core::session::{Claim, Fairness, Service, Session};
 use support::*;
 use testkit::state::Piece;

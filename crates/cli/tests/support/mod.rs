@@ -9,9 +9,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use queue_core::Store;
+use queue_core::calls::{Fields, Finished, Verdict};
 use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{PoolPattern, SessionId};
-use queue_core::scripts::{Fields, Finished, Verdict};
 use queue_core::session::{Claim, Fairness, Service, Session};
 use testkit::{Daemon, RedisServer};
 

@@ -7,12 +7,12 @@ use serde::de::IgnoredAny;
 use tokio::task::JoinHandle;
 
 use super::{BatchError, Batches};
+use crate::calls::{self, Fields, Load, PackedBlock};
 use crate::error::Error;
 use crate::ids::{JobId, User};
 use crate::model::Status;
 use crate::model::batch::{BLOCK_MAX_BYTES, BLOCK_MAX_ROWS, LINE_MAX, ROW_MAX_BYTES, Row, pack_rows, packed_bytes};
 use crate::model::task::{Encoding, read_msgpack};
-use crate::scripts::{self, Fields, Load, PackedBlock};
 use crate::store::Store;
 
 /// So many bytes of blocks leave in one call.
@@ -49,7 +49,7 @@ pub struct Loader {
     blocks_bytes: usize,
     rows: u64,
     bytes: u64,
-    under_way: Option<JoinHandle<Result<scripts::Loaded, Error>>>,
+    under_way: Option<JoinHandle<Result<calls::Loaded, Error>>>,
     has_sent: bool,
     before: Option<(Status, u64)>,
 }
@@ -210,17 +210,17 @@ impl Loader {
     async fn answered(&mut self) -> Result<u64, BatchError> {
         let Some(under_way) = self.under_way.take() else { return Ok(0) };
         match under_way.await.map_err(|error| Error::Unavailable(error.to_string()))?? {
-            scripts::Loaded::Taken(rows) => Ok(rows),
-            scripts::Loaded::Exists(status, rows) => {
+            calls::Loaded::Taken(rows) => Ok(rows),
+            calls::Loaded::Exists(status, rows) => {
                 self.before = Some((status, rows));
                 Ok(rows)
             }
-            scripts::Loaded::Missing => Err(BatchError::NotFound(self.next.batch.clone())),
-            scripts::Loaded::Refused(reason) => Err(BatchError::Refused(reason)),
-            scripts::Loaded::Over(status) => Err(BatchError::NotHeld(status)),
-            scripts::Loaded::Differs => Err(BatchError::Differs),
-            scripts::Loaded::TooMany { what, most } => Err(BatchError::TooMany { what, most }),
-            scripts::Loaded::NoRoom { used, mark } => Err(BatchError::NoRoom { used, mark }),
+            calls::Loaded::Missing => Err(BatchError::NotFound(self.next.batch.clone())),
+            calls::Loaded::Refused(reason) => Err(BatchError::Refused(reason)),
+            calls::Loaded::Over(status) => Err(BatchError::NotHeld(status)),
+            calls::Loaded::Differs => Err(BatchError::Differs),
+            calls::Loaded::TooMany { what, most } => Err(BatchError::TooMany { what, most }),
+            calls::Loaded::NoRoom { used, mark } => Err(BatchError::NoRoom { used, mark }),
         }
     }
 
@@ -255,7 +255,7 @@ impl Load {
 }
 
 /// A call that was answered by nobody is sent again: what has arrived is not stored twice.
-async fn send_again_and_again(store: &Store, load: &Load) -> Result<scripts::Loaded, Error> {
+async fn send_again_and_again(store: &Store, load: &Load) -> Result<calls::Loaded, Error> {
     for pause in PAUSES {
         match store.batch_load(load).await {
             Err(error) if error.is_transient() => {

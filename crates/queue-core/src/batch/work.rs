@@ -3,11 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::{BatchError, BatchView, VIEW, view_of};
+use crate::calls::{Fields, Mark};
 use crate::error::Error;
 use crate::ids::JobId;
 use crate::model::batch::{BlockName, Chunk, Row, RowResult, pack_results, unpack_results, unpack_rows};
 use crate::model::task::{Encoding, Payload};
-use crate::scripts::{Fields, Mark};
 use crate::session::Pen;
 
 /// What all rows of a batch have in common. It never changes.

@@ -22,9 +22,9 @@
 //! most where its COMMIT was sent and the note of its transaction was among the lost writes: then nobody is left who knows that
 //! there is something to ask for. Both have a test that shows the case.
 
+mod calls;
 mod properties;
 mod protocol;
-mod scripts;
 mod state;
 
 use std::collections::BTreeSet;

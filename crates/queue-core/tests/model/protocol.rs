@@ -2,8 +2,8 @@
 
 use stateright::{Model, Property};
 
+use crate::calls::{BeatReply, Mark, TakeReply, Taken};
 use crate::properties;
-use crate::scripts::{BeatReply, Mark, TakeReply, Taken};
 use crate::state::*;
 
 /// For how many intervals a beat must stand still before its session is dead.

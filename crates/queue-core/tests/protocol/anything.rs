@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use queue_core::calls::{Beat, Enqueued, Fields, Finished, Mark, SessionEnd, TakeReply, Upkeep, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::ids::{JobId, SessionId};
 use queue_core::leader::Leadership;
 use queue_core::library::{TABLE, Version};
-use queue_core::scripts::{Beat, Enqueued, Fields, Finished, Mark, SessionEnd, TakeReply, Upkeep, Verdict};
 use queue_core::session::{Claim, Session};
 use testkit::state::{self, State};
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use queue_core::batch::work::{end_fields, partial_fields};
 use queue_core::batch::{BatchError, BatchView, Batches, NewBatch, Release, RowView, Which};
+use queue_core::calls::{Fields, Finished, Mark, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::{ByteSize, Limits};
 use queue_core::ids::{App, IdError, JobId, Op, Pool, SessionId, User};
@@ -18,7 +19,6 @@ use queue_core::model::batch::{Chunk, Counts, LINE_MAX, Part, Row, RowEnd, RowRe
 use queue_core::model::task::{Encoding, Payload};
 use queue_core::producer::{NewJob, Producer, Submitted};
 use queue_core::reconcile;
-use queue_core::scripts::{Fields, Finished, Mark, Verdict};
 use queue_core::session::{Claim, Session};
 use testkit::Proxy;
 

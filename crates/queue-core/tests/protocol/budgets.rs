@@ -3,12 +3,12 @@
 
 use std::time::Duration;
 
+use queue_core::calls::{Budget, Enqueued, Fields, Submission, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
 use queue_core::ids::{JobId, User};
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
 use queue_core::retry::Retrier;
-use queue_core::scripts::{Budget, Enqueued, Fields, Submission, Verdict};
 use queue_core::session::Session;
 use testkit::{RedisServer, eventually};
 

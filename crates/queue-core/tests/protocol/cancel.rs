@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
+use queue_core::calls::{Beat, CancelOrder, CancelReply, Fields, Finished, Mark, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
 use queue_core::ids::{JobId, SessionId, User};
 use queue_core::producer::{Database, NewJob, Producer};
-use queue_core::scripts::{Beat, CancelOrder, CancelReply, Fields, Finished, Mark, Verdict};
 use serde_json::{Value, json};
 use testkit::end_of;
 

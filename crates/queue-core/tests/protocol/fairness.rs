@@ -7,8 +7,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use queue_core::calls::{Fields, Verdict};
 use queue_core::ids::Pool;
-use queue_core::scripts::{Fields, Verdict};
 use queue_core::session::{Claim, Fairness, Session};
 use testkit::end_of;
 
@@ -271,10 +271,7 @@ async fn four_racing_sessions_never_exceed_a_capacity_and_use_it_all() {
                     let counters = counters.clone();
                     work.spawn(async move {
                         for _ in 0..3 {
-                            assert_eq!(
-                                claim.pen().mark(&Fields::new()).await.unwrap(),
-                                queue_core::scripts::Mark::Held
-                            );
+                            assert_eq!(claim.pen().mark(&Fields::new()).await.unwrap(), queue_core::calls::Mark::Held);
                         }
                         counters.0.fetch_sub(1, Ordering::SeqCst);
                         run(claim, 0).await;

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
+use queue_core::calls::{Budget, Fields, Finished, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::flow::{FlowFilter, FlowStatus, FlowView, Flows, FlowsError, LaunchOptions, Launched, StepStatus};
 use queue_core::ids::{JobId, SessionId, User};
@@ -11,7 +12,6 @@ use queue_core::model::Status;
 use queue_core::model::flow::{Flow, On, Param, ParamKind, Step};
 use queue_core::reconcile::{self, Kind};
 use queue_core::retry::{Retried, Retrier};
-use queue_core::scripts::{Budget, Fields, Finished, Verdict};
 use queue_core::session::{Claim, Session};
 use serde_json::{Map, Value, json};
 

@@ -3,7 +3,7 @@
 use std::collections::HashSet;
 use std::time::Duration;
 
-use queue_core::scripts::{Finished, Verdict};
+use queue_core::calls::{Finished, Verdict};
 
 use crate::support::*;
 

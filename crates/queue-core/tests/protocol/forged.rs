@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use queue_core::batch::{BatchError, Batches, NewBatch};
+use queue_core::calls::{Finished, TakeReply, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
 use queue_core::flow::{FlowStatus, Flows, FlowsError, LaunchOptions, Launched, StepStatus};
@@ -12,7 +13,6 @@ use queue_core::model::Status;
 use queue_core::model::batch::{Part, Row, RowEnd, RowResult};
 use queue_core::model::flow::{Flow, Step};
 use queue_core::reconcile;
-use queue_core::scripts::{Finished, TakeReply, Verdict};
 use queue_core::session::{Claim, Session};
 
 use crate::flow;

@@ -10,6 +10,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use queue_core::Store;
 use queue_core::batch::work::end_fields;
 use queue_core::batch::{Batches, NewBatch};
+use queue_core::calls::{Fields, Submission, Verdict};
 use queue_core::cancel::Canceller;
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::flow::{Flows, LaunchOptions};
@@ -19,7 +20,6 @@ use queue_core::model::batch::{Part, Row, RowEnd, RowResult};
 use queue_core::model::flow::{Flow, Step};
 use queue_core::reconcile;
 use queue_core::retry::Retrier;
-use queue_core::scripts::{Fields, Submission, Verdict};
 use queue_core::session::{Claim, Session};
 
 use testkit::RedisServer;

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use queue_core::calls::{Fields, Finished};
 use queue_core::cancel::Cancelled;
 use queue_core::config::{Limits, ObjectsConfig, Url};
 use queue_core::handle::{JobError, JobHandle};
@@ -10,7 +11,6 @@ use queue_core::model::Status;
 use queue_core::model::task::{File, Message, Payload, Progress};
 use queue_core::objects::Objects;
 use queue_core::producer::{NewJob, Producer};
-use queue_core::scripts::{Fields, Finished};
 use queue_core::session::Claim;
 use serde_json::{Value, json};
 use testkit::{Proxy, end_of, eventually};

@@ -3,9 +3,9 @@
 
 use std::time::Duration;
 
+use queue_core::calls::{Finished, Mark, SessionEnd, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::ids::{JobId, SessionId};
-use queue_core::scripts::{Finished, Mark, SessionEnd, Verdict};
 use queue_core::session::Session;
 
 use crate::support::*;
@@ -359,12 +359,12 @@ async fn fields_that_are_ours_to_write_mean_nothing_when_forged() {
         // A forged `settled` does not make a finish out of nothing, nor the claim another's.
         rig.redis(&["HSET", &job_key(id(claim)), "settled", &fence.to_string(), "fence", "1", "worker", "x"]);
         assert_eq!(pen.mark(&Default::default()).await.unwrap(), Mark::Held);
-        let finish = queue_core::scripts::Finish {
+        let finish = queue_core::calls::Finish {
             id: claim.job().id.clone(),
             fence,
             verdict: final_verdict(),
             ran_us: 0,
-            fields: queue_core::scripts::Fields::new().with("status", "done"),
+            fields: queue_core::calls::Fields::new().with("status", "done"),
         };
         assert_eq!(rig.store.finish(session.id(), false, &[finish]).await.unwrap(), [Finished::Ended]);
         ran.push(id(claim).to_owned());
@@ -416,10 +416,10 @@ async fn a_job_whose_keys_are_spoiled_while_it_runs_still_ends_its_claim() {
                 _ => {
                     // The answer of its take was lost, and with it the only one who could end it: the heartbeat tells.
                     let reply = rig.store.take(session.id(), "sql:* db:*", 1, 1, 4, "jobs", &[]).await.unwrap();
-                    assert!(matches!(reply, queue_core::scripts::TakeReply::Taken { .. }), "{what}");
+                    assert!(matches!(reply, queue_core::calls::TakeReply::Taken { .. }), "{what}");
                     let fence = claim.job().fence;
                     drop(claim);
-                    let queue_core::scripts::Beat::Alive { claims, .. } = session.beat().await.unwrap() else {
+                    let queue_core::calls::Beat::Alive { claims, .. } = session.beat().await.unwrap() else {
                         panic!("{what}: lost");
                     };
                     assert_eq!(claims, [("m1".to_owned(), fence)], "{what}");
@@ -507,12 +507,12 @@ async fn limits_that_are_none_count_as_not_set() {
 }
 
 async fn put_done(rig: &Rig, session: &Session, claim: &queue_core::session::Claim) {
-    let finish = queue_core::scripts::Finish {
+    let finish = queue_core::calls::Finish {
         id: claim.job().id.clone(),
         fence: claim.job().fence,
         verdict: final_verdict(),
         ran_us: 0,
-        fields: queue_core::scripts::Fields::new().with("status", "done"),
+        fields: queue_core::calls::Fields::new().with("status", "done"),
     };
     assert_eq!(rig.store.finish(session.id(), false, &[finish]).await.unwrap(), [Finished::Ended]);
 }

@@ -1,9 +1,9 @@
 //! What readers are shown.
 
+use queue_core::calls::Verdict;
 use queue_core::events::Events;
 use queue_core::inspect::{Filter, Inspect};
 use queue_core::model::Status;
-use queue_core::scripts::Verdict;
 use testkit::end_of;
 
 use crate::support::*;

@@ -4,10 +4,10 @@
 
 use std::time::Duration;
 
+use queue_core::calls::{Fields, SessionEnd, Verdict};
 use queue_core::cancel::Canceller;
 use queue_core::ids::{JobId, SessionId};
 use queue_core::leader;
-use queue_core::scripts::{Fields, SessionEnd, Verdict};
 
 use crate::support::*;
 

@@ -5,11 +5,11 @@
 
 use std::sync::Arc;
 
+use queue_core::calls::{Enqueued, Finished};
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::ids::{JobId, User};
 use queue_core::library::{Effect, FINISH, Library, SUBMIT, TABLE, Version};
 use queue_core::producer::{Database, NewJob, Producer};
-use queue_core::scripts::{Enqueued, Finished};
 use queue_core::{Error, Store};
 use testkit::{RedisServer, Value};
 

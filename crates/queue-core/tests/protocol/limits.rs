@@ -7,10 +7,10 @@ use std::time::Duration;
 
 use proptest::prelude::*;
 use queue_core::Store;
+use queue_core::calls::{Fields, Submission, Verdict};
 use queue_core::ids::{Pool, SessionId, User};
 use queue_core::limits::{InForce, Limits, OfPool, OfUser, Reason, Set, Whose};
 use queue_core::reconcile;
-use queue_core::scripts::{Fields, Submission, Verdict};
 use queue_core::session::{Claim, Session};
 use testkit::{RedisServer, end_of};
 
@@ -462,7 +462,7 @@ async fn a_pause_lasts_until_it_is_ended_says_why_and_lets_go_on_what_runs() {
         assert_eq!(names, if *whose == Whose::All { vec![] } else { vec!["bob"] }, "{whose:?}");
         assert_eq!(running.job().user.as_str(), "ann");
         // What runs goes on, and does not go on to its next statement.
-        assert_eq!(running.pen().mark(&Fields::new()).await.unwrap(), queue_core::scripts::Mark::Held);
+        assert_eq!(running.pen().mark(&Fields::new()).await.unwrap(), queue_core::calls::Mark::Held);
         put(running, Verdict::Next).await;
         assert!(take(&session, 100).await.is_empty());
         let in_force = limits.all().await.unwrap();

@@ -3,6 +3,7 @@
 mod anything;
 mod batch;
 mod budgets;
+mod calls;
 mod cancel;
 mod fairness;
 mod flow;
@@ -22,7 +23,6 @@ mod reference;
 mod replicas;
 mod retry;
 mod schedule;
-mod scripts;
 mod sessions;
 mod slow_query;
 mod submit;

@@ -6,9 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use proptest::prelude::*;
+use queue_core::calls::{Beat, Finished, NotLeader, Verdict};
 use queue_core::ids::SessionId;
 use queue_core::reconcile::{self, Fate, Finding, Kind, Reconciler};
-use queue_core::scripts::{Beat, Finished, NotLeader, Verdict};
 use queue_core::session::{Claim, Session};
 
 use crate::support::*;

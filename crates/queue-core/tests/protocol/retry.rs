@@ -2,11 +2,11 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use queue_core::calls::{Fields, Finished, RetryOrder, RetryReply};
 use queue_core::config::Limits;
 use queue_core::ids::{JobId, User};
 use queue_core::producer::{Database, NewJob, Producer};
 use queue_core::retry::{Retried, Retrier};
-use queue_core::scripts::{Fields, Finished, RetryOrder, RetryReply};
 
 use crate::support::*;
 

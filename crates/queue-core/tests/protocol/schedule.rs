@@ -3,15 +3,15 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
+use queue_core::calls::{
+    Enqueued, Fields, NotLeader, SchedulePause, SchedulePut, ScheduleRead, ScheduleStep, ScheduleStepped,
+};
 use queue_core::config::Limits;
 use queue_core::ids::{JobId, ScheduleName, SessionId, User};
 use queue_core::leader::{self, Leadership};
 use queue_core::library::{SCHEDULE_TICK, Version};
 use queue_core::model::cron::Cron;
 use queue_core::schedule::{self, Definition, Missed, Put, PutError, Ran, Schedules, Ticked};
-use queue_core::scripts::{
-    Enqueued, Fields, NotLeader, SchedulePause, SchedulePut, ScheduleRead, ScheduleStep, ScheduleStepped,
-};
 use queue_core::{Store, reconcile};
 use testkit::{Point, Proxy, RedisServer};
 

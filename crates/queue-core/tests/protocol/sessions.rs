@@ -2,10 +2,10 @@
 
 use std::time::{Duration, Instant};
 
+use queue_core::calls::{Beat, Fields, Finish, Finished, Lead, Mark, NotLeader, SessionEnd, TakeReply, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::ids::SessionId;
 use queue_core::leader::{self, SessionWatch};
-use queue_core::scripts::{Beat, Fields, Finish, Finished, Lead, Mark, NotLeader, SessionEnd, TakeReply, Verdict};
 use testkit::eventually;
 
 use crate::support::*;

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
+use queue_core::calls::{Fields, Finished, Verdict};
 use queue_core::config::{Limits, ObjectsConfig, Url};
 use queue_core::events::Events;
 use queue_core::ids::{App, Op, SessionId, User};
@@ -11,7 +12,6 @@ use queue_core::model::Status;
 use queue_core::model::task::{File, Message, Payload};
 use queue_core::objects::Objects;
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer};
-use queue_core::scripts::{Fields, Finished, Verdict};
 use queue_core::session::Claim;
 use queue_core::slow_query::{SlowQueries, SlowQueryError, SlowQueryStatus};
 use serde_json::{Value, json};

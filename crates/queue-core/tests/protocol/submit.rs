@@ -2,6 +2,7 @@
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use queue_core::calls::Verdict;
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
 use queue_core::ids::{App, JobId, Op, SessionId, User};
@@ -13,7 +14,6 @@ use queue_core::producer::{
     Database, EnqueueError, NewJob, Priority, Producer, Submitted, TaskWork, Unique, UniqueScope, Work,
 };
 use queue_core::retry::{Retried, Retrier};
-use queue_core::scripts::Verdict;
 
 use crate::support::*;
 
@@ -178,7 +178,7 @@ async fn a_key_until_done_is_held_while_its_job_waits_and_runs_and_dies_with_it_
     let claim = take_one(&dies).await;
     reclaim(&rig, dies.id()).await;
     assert_eq!(holder(&rig, "other").await.as_deref(), Some("lost"));
-    assert_eq!(end(claim, "done").await, queue_core::scripts::Finished::Stale);
+    assert_eq!(end(claim, "done").await, queue_core::calls::Finished::Stale);
     assert_eq!(holder(&rig, "other").await.as_deref(), Some("lost"), "a stale end gives nothing up");
     end(take_one(&session).await, "done").await;
     assert!(!rig.state().has(Piece::Unique("k")));

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use queue_core::Store;
+use queue_core::calls::{Fields, Finished, QueueLimits, Submission, Verdict};
 use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{JobId, PoolPattern, SessionId, User};
 use queue_core::leader::{self, Leadership};
 use queue_core::model::batch::{RowEnd, unpack_results};
-use queue_core::scripts::{Fields, Finished, QueueLimits, Submission, Verdict};
 use queue_core::session::{Claim, Fairness, Service, Session};
 pub use testkit::PATIENCE;
 pub use testkit::state::{Piece, Priority};

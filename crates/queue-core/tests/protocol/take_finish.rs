@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use queue_core::scripts::{Fields, Finish, Finished, TakeReply, Verdict};
+use queue_core::calls::{Fields, Finish, Finished, TakeReply, Verdict};
 use testkit::{Proxy, eventually};
 
 use crate::support::*;

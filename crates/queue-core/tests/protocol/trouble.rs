@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use queue_core::Store;
+use queue_core::calls::{Beat, Finished, Lead, Mark};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::ids::{JobId, SessionId, User};
 use queue_core::leader::{self, SessionWatch};
 use queue_core::library::{self, Effect};
 use queue_core::producer::{Database, EnqueueError, NewJob, Producer, Submitted};
-use queue_core::scripts::{Beat, Finished, Lead, Mark};
 use testkit::{Direction, Proxy, RedisServer, Sentinel, Value, eventually};
 
 use crate::support::*;
@@ -289,7 +289,7 @@ async fn while_memory_is_full_work_ends_and_drains_and_nothing_new_comes_in() {
     assert!(store.notice(&[b"g".to_vec()]).await.unwrap_err().to_string().contains("OOM"));
 
     // What runs is recorded, by the worker and by the leader for one that is gone.
-    assert_eq!(running.pen().mark(&queue_core::scripts::Fields::new().with("trace", "t")).await.unwrap(), Mark::Held);
+    assert_eq!(running.pen().mark(&queue_core::calls::Fields::new().with("trace", "t")).await.unwrap(), Mark::Held);
     assert!(matches!(session.beat().await.unwrap(), Beat::Alive { .. }));
     assert_eq!(end(running, "done").await, Finished::Ended);
     let leader = SessionId::new("leader:1:a").unwrap();
@@ -332,14 +332,14 @@ async fn a_clock_that_is_set_back_or_ahead_breaks_no_order_of_holders_and_keeps_
     store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "h")]).await.unwrap();
     let first = take_one(&session).await;
     let first_fence = first.job().fence;
-    put(first, queue_core::scripts::Verdict::Back).await;
+    put(first, queue_core::calls::Verdict::Back).await;
 
     // Two pools, of which one has had its turn before the clock goes back: it is not passed over until the clock is there
     // again.
     rig.server.shift_clock(-3_600);
     let second = take_one(&session).await;
     assert!(second.job().fence > first_fence, "a later holder has the greater fence");
-    put(second, queue_core::scripts::Verdict::Back).await;
+    put(second, queue_core::calls::Verdict::Back).await;
     let jobs = [submission("bob", "b1", "other"), submission("carol", "c1", "other")];
     store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
     let mut pools = BTreeSet::new();
@@ -347,7 +347,7 @@ async fn a_clock_that_is_set_back_or_ahead_breaks_no_order_of_holders_and_keeps_
         let claim = take_one(&session).await;
         pools.insert(claim.job().pool.to_string());
         if claim.job().user.as_str() == "alice" {
-            put(claim, queue_core::scripts::Verdict::Back).await;
+            put(claim, queue_core::calls::Verdict::Back).await;
         } else {
             end(claim, "done").await;
         }

@@ -5,8 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
+use queue_core::calls::{Fields, Finished};
 use queue_core::job::{FIELDS, TOLD};
-use queue_core::scripts::{Fields, Finished};
 use serde::Deserialize;
 
 use crate::support::*;

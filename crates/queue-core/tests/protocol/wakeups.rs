@@ -107,7 +107,7 @@ async fn what_becomes_free_wakes_another_where_the_finisher_will_not_take() {
     let mut ear = rig.store.subscribe(&[rig.store.keys().wake(narrow.id().as_str())], &[]).await.unwrap();
     assert!(take(&narrow, 1).await.is_empty(), "no room");
     claim
-        .finish(final_verdict(), PATIENCE, queue_core::scripts::Fields::new().with("status", "done"), true)
+        .finish(final_verdict(), PATIENCE, queue_core::calls::Fields::new().with("status", "done"), true)
         .await
         .unwrap();
     assert_eq!(woken(&rig, &narrow, &mut ear).await, 1);
@@ -141,7 +141,7 @@ async fn who_may_not_publish_still_submits_takes_cancels_and_finishes() {
     let claim = take_one(&mute).await;
     let canceller = queue_core::cancel::Canceller::new(store.clone(), PATIENCE);
     assert_eq!(canceller.cancel(&claim.job().id).await.unwrap(), queue_core::cancel::Cancelled::Requested);
-    let queue_core::scripts::Beat::Alive { cancels, .. } = mute.beat().await.unwrap() else { panic!("alive") };
+    let queue_core::calls::Beat::Alive { cancels, .. } = mute.beat().await.unwrap() else { panic!("alive") };
     assert_eq!(cancels, ["a1"]);
     end(claim, "cancelled").await;
     assert_eq!(ids(&take(&session, 4).await), ["b1"], "found by looking");

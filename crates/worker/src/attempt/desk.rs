@@ -5,11 +5,11 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use async_trait::async_trait;
+use queue_core::calls::{Fields, Mark};
 use queue_core::ids::Pool;
 use queue_core::job::{CHECKPOINT_MAX_BYTES, TOLD};
 use queue_core::model::chunk::RowsTo;
 use queue_core::model::task::{Payload, Progress};
-use queue_core::scripts::{Fields, Mark};
 use queue_core::session::Pen;
 use tokio::sync::Notify;
 

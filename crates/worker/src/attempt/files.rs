@@ -9,10 +9,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use queue_core::batch::{BatchError, Which};
+use queue_core::calls::{Fields, Verdict};
 use queue_core::ids::JobId;
 use queue_core::model::task::File;
 use queue_core::objects::ObjectsError;
-use queue_core::scripts::{Fields, Verdict};
 use queue_core::session::Claim;
 use tokio::io::AsyncWriteExt;
 

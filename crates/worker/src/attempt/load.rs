@@ -2,13 +2,13 @@
 
 use async_trait::async_trait;
 use queue_core::batch::{BatchError, BatchReader, Batches, Loader, NewBatch, RowCursor, RowView, RowWork, Which};
+use queue_core::calls::Taken;
 use queue_core::flow::rows_of_job;
 use queue_core::ids::{JobId, User};
 use queue_core::model::batch::{Row, RowStatus};
 use queue_core::model::chunk::{RowTarget, RowsTo};
 use queue_core::model::task::Payload;
 use queue_core::producer::Database;
-use queue_core::scripts::Taken;
 
 use crate::execute::chunks::position::disagreement;
 use crate::execute::task::{Problem, RowSink};

@@ -6,10 +6,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use queue_core::batch::Batches;
+use queue_core::calls::{Fields, Finished, Taken, Verdict};
 use queue_core::model::Status;
 use queue_core::model::batch::{NoPart, Part};
 use queue_core::model::retry::{self, NoBackoff, NoSqlState, RetryChoice, RetryPolicy, Try};
-use queue_core::scripts::{Fields, Finished, Taken, Verdict};
 use queue_core::session::Claim;
 use tracing::Instrument;
 

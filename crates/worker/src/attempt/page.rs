@@ -6,8 +6,8 @@
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use queue_core::calls::{Fields, Mark, Taken};
 use queue_core::error::Error;
-use queue_core::scripts::{Fields, Mark, Taken};
 use queue_core::session::{Claim, Pen};
 
 use crate::execute::{ClaimLost, Failure, Trace};

@@ -3,10 +3,10 @@
 
 use std::collections::BTreeMap;
 
+use queue_core::calls::{Fields, Taken};
 use queue_core::job::TOLD;
 use queue_core::model::task::{File, Payload};
 use queue_core::objects::{Objects, ObjectsError};
-use queue_core::scripts::{Fields, Taken};
 
 use crate::execute::task::{Output, Problem};
 

@@ -8,9 +8,9 @@ use std::time::{Duration, Instant};
 
 use queue_core::batch::BatchError;
 use queue_core::batch::work::{Facts, end_fields, partial_fields};
+use queue_core::calls::{Fields, Mark, Taken, Verdict};
 use queue_core::error::Error;
 use queue_core::model::batch::{Chunk, Row, RowResult};
-use queue_core::scripts::{Fields, Mark, Taken, Verdict};
 use queue_core::session::Claim;
 
 use super::task::{call_limit, given_back};

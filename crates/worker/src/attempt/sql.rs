@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::FutureExt;
+use queue_core::calls::{Fields, Taken, Verdict};
 use queue_core::model::Status;
 use queue_core::model::sql::{SqlJob, Verdict as StatementVerdict};
-use queue_core::scripts::{Fields, Taken, Verdict};
 use queue_core::session::Claim;
 use tracing::Instrument;
 

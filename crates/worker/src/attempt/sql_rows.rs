@@ -7,9 +7,9 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use futures::FutureExt;
+use queue_core::calls::Fields;
 use queue_core::model::batch::{self, Row, RowResult};
 use queue_core::model::task::Message;
-use queue_core::scripts::Fields;
 use queue_core::session::Claim;
 use tracing::Instrument;
 

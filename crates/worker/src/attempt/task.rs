@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use queue_core::calls::{Fields, Mark, Taken, Verdict};
 use queue_core::model::Status;
 use queue_core::model::task::{Encoding, Payload};
-use queue_core::scripts::{Fields, Mark, Taken, Verdict};
 use queue_core::session::Claim;
 use tokio::task::JoinError;
 use tracing::Instrument;

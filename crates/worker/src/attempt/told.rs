@@ -4,9 +4,9 @@
 use std::time::{Duration, Instant};
 
 use queue_core::batch::BatchError;
+use queue_core::calls::{Fields, Verdict};
 use queue_core::ids::JobId;
 use queue_core::model::Status;
-use queue_core::scripts::{Fields, Verdict};
 use queue_core::session::Claim;
 
 use super::task::{call_limit, failed_attempt, given_back, over, panicked};

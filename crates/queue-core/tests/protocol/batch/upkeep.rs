@@ -3,9 +3,9 @@
 
 use std::collections::BTreeSet;
 
+use queue_core::calls::Budget;
 use queue_core::leader::Leadership;
 use queue_core::reconcile::{Fate, Kind};
-use queue_core::scripts::Budget;
 
 use super::*;
 

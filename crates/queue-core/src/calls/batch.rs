@@ -1,4 +1,4 @@
-//! The scripts of batches: typed calls and replies.
+//! The functions of batches: typed calls and replies.
 
 use super::{Args, Fields, Mark, expect_len};
 use crate::error::Error;
@@ -87,18 +87,18 @@ pub(crate) struct ReadBlock {
     pub(crate) results: Vec<(usize, Vec<u8>)>,
 }
 
-fn status(reply: Option<&Reply>, script: &'static str) -> Result<Status, Error> {
+fn status(reply: Option<&Reply>, function: &'static str) -> Result<Status, Error> {
     let text = reply.and_then(Reply::lossy).unwrap_or_default();
-    text.parse().map_err(|_| Error::Reply { script, reply: text })
+    text.parse().map_err(|_| Error::Reply { function, reply: text })
 }
 
-fn number(reply: Option<&Reply>, script: &'static str) -> Result<u64, Error> {
-    Ok(reply.unwrap_or(&Reply::Nil).int(script)?.max(0) as u64)
+fn number(reply: Option<&Reply>, function: &'static str) -> Result<u64, Error> {
+    Ok(reply.unwrap_or(&Reply::Nil).int(function)?.max(0) as u64)
 }
 
 impl Store {
     pub(crate) async fn batch_load(&self, load: &Load) -> Result<Loaded, Error> {
-        const SCRIPT: &str = "batch_load";
+        const NAME: &str = "batch_load";
         let mut args = Args::new()
             .text(load.batch.as_str())
             .text(load.user.as_str())
@@ -125,19 +125,19 @@ impl Store {
             Some("differs") => return Ok(Loaded::Differs),
             _ => {}
         }
-        let items = reply.array(SCRIPT)?;
+        let items = reply.array(NAME)?;
         let (one, two) = (items.get(1), items.get(2));
         match items.first().and_then(Reply::text) {
-            Some("loaded") => Ok(Loaded::Taken(number(one, SCRIPT)?)),
-            Some("exists") => Ok(Loaded::Exists(status(one, SCRIPT)?, number(two, SCRIPT)?)),
+            Some("loaded") => Ok(Loaded::Taken(number(one, NAME)?)),
+            Some("exists") => Ok(Loaded::Exists(status(one, NAME)?, number(two, NAME)?)),
             Some("refused") => Ok(Loaded::Refused(one.and_then(Reply::lossy).unwrap_or_default())),
-            Some("over") => Ok(Loaded::Over(status(one, SCRIPT)?)),
+            Some("over") => Ok(Loaded::Over(status(one, NAME)?)),
             Some("too_many") => {
                 let what = one.and_then(Reply::lossy).unwrap_or_default();
-                Ok(Loaded::TooMany { what, most: number(two, SCRIPT)? })
+                Ok(Loaded::TooMany { what, most: number(two, NAME)? })
             }
-            Some("no_room") => Ok(Loaded::NoRoom { used: number(one, SCRIPT)?, mark: number(two, SCRIPT)? }),
-            _ => Err(Reply::Array(items).unexpected(SCRIPT)),
+            Some("no_room") => Ok(Loaded::NoRoom { used: number(one, NAME)?, mark: number(two, NAME)? }),
+            _ => Err(Reply::Array(items).unexpected(NAME)),
         }
     }
 
@@ -146,31 +146,31 @@ impl Store {
     }
 
     pub(crate) async fn batch_release(&self, batch: &JobId, keep_ms: u64) -> Result<Released, Error> {
-        const SCRIPT: &str = "batch_release";
+        const NAME: &str = "batch_release";
         let reply = self.call(&BATCH_RELEASE, Args::new().text(batch.as_str()).number(keep_ms).0).await?;
         if reply.text() == Some("missing") {
             return Ok(Released::Missing);
         }
-        let items = reply.array(SCRIPT)?;
+        let items = reply.array(NAME)?;
         match items.first().and_then(Reply::text) {
-            Some("released") => Ok(Released::Now(number(items.get(1), SCRIPT)?)),
-            Some("before") => Ok(Released::Before(status(items.get(1), SCRIPT)?, number(items.get(2), SCRIPT)?)),
-            Some("over") => Ok(Released::Over(status(items.get(1), SCRIPT)?)),
-            _ => Err(Reply::Array(items).unexpected(SCRIPT)),
+            Some("released") => Ok(Released::Now(number(items.get(1), NAME)?)),
+            Some("before") => Ok(Released::Before(status(items.get(1), NAME)?, number(items.get(2), NAME)?)),
+            Some("over") => Ok(Released::Over(status(items.get(1), NAME)?)),
+            _ => Err(Reply::Array(items).unexpected(NAME)),
         }
     }
 
     pub(crate) async fn batch_abort(&self, batch: &JobId, keep_ms: u64) -> Result<Aborted, Error> {
-        const SCRIPT: &str = "batch_abort";
+        const NAME: &str = "batch_abort";
         let reply = self.call(&BATCH_ABORT, Args::new().text(batch.as_str()).number(keep_ms).0).await?;
         if reply.text() == Some("missing") {
             return Ok(Aborted::Missing);
         }
-        let items = reply.array(SCRIPT)?;
+        let items = reply.array(NAME)?;
         match items.first().and_then(Reply::text) {
             Some("aborted") => Ok(Aborted::Now),
-            Some("over") => Ok(Aborted::Over(status(items.get(1), SCRIPT)?)),
-            _ => Err(Reply::Array(items).unexpected(SCRIPT)),
+            Some("over") => Ok(Aborted::Over(status(items.get(1), NAME)?)),
+            _ => Err(Reply::Array(items).unexpected(NAME)),
         }
     }
 
@@ -201,17 +201,17 @@ impl Store {
         results: bool,
         blocks: &[BlockName],
     ) -> Result<Vec<ReadBlock>, Error> {
-        const SCRIPT: &str = "batch_read";
+        const NAME: &str = "batch_read";
         let args = Args::new().text(batch.as_str()).number(u8::from(rows)).number(u8::from(results));
         let args = blocks.iter().fold(args, |args, block| args.text(block.to_string()));
-        let replies = self.call(&BATCH_READ, args.0).await?.array(SCRIPT)?;
-        expect_len(&replies, blocks.len(), SCRIPT)?;
+        let replies = self.call(&BATCH_READ, args.0).await?.array(NAME)?;
+        expect_len(&replies, blocks.len(), NAME)?;
         let read = |reply: Reply| {
-            let mut items = reply.array(SCRIPT)?.into_iter();
+            let mut items = reply.array(NAME)?.into_iter();
             let mut block =
                 ReadBlock { rows: items.next().and_then(Reply::into_bytes).unwrap_or_default(), ..Default::default() };
             while let (Some(first), Some(results)) = (items.next(), items.next()) {
-                block.results.push((number(Some(&first), SCRIPT)? as usize, results.into_bytes().unwrap_or_default()));
+                block.results.push((number(Some(&first), NAME)? as usize, results.into_bytes().unwrap_or_default()));
             }
             Ok(block)
         };

@@ -117,7 +117,7 @@ impl Fields {
     }
 }
 
-/// A job to submit, as the script takes it.
+/// A job to submit, as the function takes it.
 #[derive(Debug, Clone)]
 pub struct Submission {
     /// Its id.
@@ -359,7 +359,7 @@ pub enum CancelReply {
     Unreadable,
 }
 
-/// A new run of a job, as the script takes it.
+/// A new run of a job, as the function takes it.
 #[derive(Clone)]
 pub struct RetryOrder {
     /// The job.
@@ -436,12 +436,12 @@ pub enum Lead {
     Nobody,
 }
 
-/// What a script of the leader says to one that does not lead (any more).
+/// What a function of the leader says to one that does not lead (any more).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 #[error("another worker leads")]
 pub struct NotLeader;
 
-/// What limits a user or a pool, as the scripts read it.
+/// What limits a user or a pool, as the functions read it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limited {
     /// Its weight; 1 if none is set.
@@ -609,8 +609,8 @@ pub enum SessionEnd {
 
 type Led<T> = Result<Result<T, NotLeader>, Error>;
 
-fn id<T, E: Into<IdError>>(parsed: Result<T, E>, script: &'static str) -> Result<T, Error> {
-    parsed.map_err(|error| Error::Reply { script, reply: error.into().to_string() })
+fn id<T, E: Into<IdError>>(parsed: Result<T, E>, function: &'static str) -> Result<T, Error> {
+    parsed.map_err(|error| Error::Reply { function, reply: error.into().to_string() })
 }
 
 impl Store {
@@ -649,7 +649,7 @@ impl Store {
     }
 
     /// Takes up to `n` jobs, of some pools no more than said. The same `number` again returns the same jobs.
-    #[allow(clippy::too_many_arguments)] // those of the script
+    #[allow(clippy::too_many_arguments)] // those of the function
     pub async fn take(
         &self,
         session: &SessionId,
@@ -922,7 +922,7 @@ impl Store {
     /// The worker's own end of its session: what it still holds goes back to the queues.
     pub async fn session_close(&self, session: &SessionId) -> Result<SessionEnd, Error> {
         let reply = self.call(&SESSION_END, Args::new().text("close").text(session.as_str()).0).await?;
-        session_end(reply)?.map_err(|NotLeader| Error::Reply { script: "session_end", reply: "not_leader".into() })
+        session_end(reply)?.map_err(|NotLeader| Error::Reply { function: "session_end", reply: "not_leader".into() })
     }
 
     /// The leader's end of a session whose beat stood still.
@@ -1170,7 +1170,7 @@ impl Store {
             .number(step.last_missed_ms)
             .text(&step.because)
             .text(step.waiting.as_deref().unwrap_or_default());
-        let (script, args) = match &step.tick {
+        let (function, args) = match &step.tick {
             Some((tick_ms, job)) => {
                 let job = std::slice::from_ref(job);
                 let args = args.number(*tick_ms).text(job[0].id.as_str()).0;
@@ -1178,7 +1178,7 @@ impl Store {
             }
             None => (&SCHEDULE_PASS, args.text("").text("").0),
         };
-        led(self.call(script, args).await?, |reply| match reply.text() {
+        led(self.call(function, args).await?, |reply| match reply.text() {
             Some("changed") => Ok(ScheduleStepped::Changed),
             Some("passed") => Ok(ScheduleStepped::Passed),
             _ => Ok(ScheduleStepped::Tick(enqueued(Reply::Array(vec![reply]), 1)?.remove(0))),
@@ -1234,8 +1234,8 @@ fn led<T>(reply: Reply, read: impl FnOnce(Reply) -> Result<T, Error>) -> Led<T> 
     if reply.text() == Some("not_leader") { Ok(Err(NotLeader)) } else { read(reply).map(Ok) }
 }
 
-fn expect_len(items: &[Reply], n: usize, script: &'static str) -> Result<(), Error> {
-    if items.len() == n { Ok(()) } else { Err(Reply::Array(items.to_vec()).unexpected(script)) }
+fn expect_len(items: &[Reply], n: usize, function: &'static str) -> Result<(), Error> {
+    if items.len() == n { Ok(()) } else { Err(Reply::Array(items.to_vec()).unexpected(function)) }
 }
 
 fn inspected(reply: Reply, fields: usize) -> Result<Inspected, Error> {

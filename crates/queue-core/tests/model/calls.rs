@@ -1,4 +1,4 @@
-//! The scripts, each by its name, reduced to what decides: hashes, queues, claims, the pool, sessions, the leader.
+//! The functions, each by its name, reduced to what decides: hashes, queues, claims, the pool, sessions, the leader.
 
 use crate::protocol::{Bug, Rules};
 use crate::state::*;

@@ -1,4 +1,4 @@
-//! The scripts of the status tracker: typed calls and replies.
+//! The functions of the status tracker: typed calls and replies.
 
 use serde_json::Value;
 

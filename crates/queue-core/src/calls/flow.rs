@@ -1,4 +1,4 @@
-//! The scripts of flows: typed calls and replies.
+//! The functions of flows: typed calls and replies.
 
 use super::{Args, Fields};
 use crate::error::Error;
@@ -81,14 +81,14 @@ fn text(items: &[Reply], at: usize) -> String {
     items.get(at).and_then(Reply::lossy).unwrap_or_default()
 }
 
-fn status(items: &[Reply], at: usize, script: &'static str) -> Result<Status, Error> {
+fn status(items: &[Reply], at: usize, function: &'static str) -> Result<Status, Error> {
     let text = text(items, at);
-    text.parse().map_err(|_| Error::Reply { script, reply: text })
+    text.parse().map_err(|_| Error::Reply { function, reply: text })
 }
 
 impl Store {
     pub(crate) async fn flow_launch(&self, launch: &FlowLaunch) -> Result<FlowLaunched, Error> {
-        const SCRIPT: &str = "flow_launch";
+        const NAME: &str = "flow_launch";
         let args = Args::new()
             .text(&launch.instance)
             .text(launch.id.as_str())
@@ -98,29 +98,29 @@ impl Store {
             .counted_fields(&launch.fields)
             .text(&launch.plan);
         let args = launch.jobs.iter().fold(args, |args, fields| args.text(packed(fields)));
-        let items = self.call(&FLOW_LAUNCH, args.0).await?.array(SCRIPT)?;
-        let number = |at: usize| Ok::<_, Error>(items.get(at).unwrap_or(&Reply::Nil).int(SCRIPT)?.max(0) as u64);
+        let items = self.call(&FLOW_LAUNCH, args.0).await?.array(NAME)?;
+        let number = |at: usize| Ok::<_, Error>(items.get(at).unwrap_or(&Reply::Nil).int(NAME)?.max(0) as u64);
         match items.first().and_then(Reply::text) {
             Some("launched") => Ok(FlowLaunched::Launched(Some(text(&items, 1)).filter(|from| !from.is_empty()))),
-            Some("exists") => Ok(FlowLaunched::Exists(status(&items, 1, SCRIPT)?)),
+            Some("exists") => Ok(FlowLaunched::Exists(status(&items, 1, NAME)?)),
             Some("running") => Ok(FlowLaunched::Running(text(&items, 1))),
             Some("done") => Ok(FlowLaunched::Done(text(&items, 1))),
             Some("abandoned") => Ok(FlowLaunched::Abandoned(text(&items, 1))),
             Some("refused") => Ok(FlowLaunched::Refused(text(&items, 1))),
             Some("no_room") => Ok(FlowLaunched::NoRoom { used: number(1)?, mark: number(2)? }),
-            _ => Err(Reply::Array(items).unexpected(SCRIPT)),
+            _ => Err(Reply::Array(items).unexpected(NAME)),
         }
     }
 
     pub(crate) async fn flow_stop(&self, flow: &JobId) -> Result<FlowStopped, Error> {
-        const SCRIPT: &str = "flow_stop";
-        let items = self.call(&FLOW_STOP, Args::new().text(flow.as_str()).0).await?.array(SCRIPT)?;
+        const NAME: &str = "flow_stop";
+        let items = self.call(&FLOW_STOP, Args::new().text(flow.as_str()).0).await?.array(NAME)?;
         match items.first().and_then(Reply::text) {
             Some("stopped") => Ok(FlowStopped::Now),
             Some("stopping") => Ok(FlowStopped::Asked),
-            Some("over") => Ok(FlowStopped::Over(status(&items, 1, SCRIPT)?)),
+            Some("over") => Ok(FlowStopped::Over(status(&items, 1, NAME)?)),
             Some("missing") => Ok(FlowStopped::Missing),
-            _ => Err(Reply::Array(items).unexpected(SCRIPT)),
+            _ => Err(Reply::Array(items).unexpected(NAME)),
         }
     }
 
@@ -137,13 +137,13 @@ impl Store {
 
     /// The steps of an execution; `None` where there is none.
     pub(crate) async fn flow_read(&self, flow: &JobId) -> Result<Option<Vec<FlowStep>>, Error> {
-        const SCRIPT: &str = "flow_read";
+        const NAME: &str = "flow_read";
         let reply = self.call(&FLOW_READ, Args::new().text(flow.as_str()).0).await?;
         if matches!(reply, Reply::Nil) {
             return Ok(None);
         }
         let read = |reply: Reply| {
-            let items = reply.array(SCRIPT)?;
+            let items = reply.array(NAME)?;
             Ok(FlowStep {
                 name: text(&items, 0),
                 after: text(&items, 1).split(' ').filter_map(|number| number.parse().ok()).collect(),
@@ -158,7 +158,7 @@ impl Store {
                 checkpoint: text(&items, 10),
             })
         };
-        reply.array(SCRIPT)?.into_iter().map(read).collect::<Result<_, Error>>().map(Some)
+        reply.array(NAME)?.into_iter().map(read).collect::<Result<_, Error>>().map(Some)
     }
 }
 

@@ -1,12 +1,12 @@
 //! The functions of the library: each loads, none minds being forgotten, a stale caller changes nothing, every reply is known.
 
-use queue_core::ids::{Fence, JobId, SessionId};
-use queue_core::leader;
-use queue_core::library;
-use queue_core::scripts::{
+use queue_core::calls::{
     Beat, CancelOrder, CancelReply, Enqueued, Fields, Finish, Finished, Lead, Mark, NotLeader, SessionEnd, TakeReply,
     Upkeep, Verdict,
 };
+use queue_core::ids::{Fence, JobId, SessionId};
+use queue_core::leader;
+use queue_core::library;
 use testkit::end_of;
 
 use crate::support::*;
