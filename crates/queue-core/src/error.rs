@@ -62,6 +62,19 @@ impl Error {
         }
     }
 
+    /// Whether the call was not run, for want of the library or of a right: sending it again is no second run, and may help
+    /// once somebody has put that right.
+    pub fn was_not_run(&self) -> bool {
+        match self {
+            Error::Unreachable(_) | Error::Library { .. } => true,
+            Error::Refused(text) => {
+                let is_of_the_call = !text.contains(" script: ");
+                is_of_the_call && (text.contains("Function not found") || text.starts_with("NOPERM"))
+            }
+            _ => false,
+        }
+    }
+
     /// Whether waiting and sending the same again may help.
     pub fn is_transient(&self) -> bool {
         match self {

@@ -24,7 +24,7 @@ use fred::types::{Builder, CustomCommand, Value};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use tokio::sync::broadcast::error::RecvError;
-use tokio::sync::{OnceCell, mpsc};
+use tokio::sync::mpsc;
 
 use crate::config::{Fault, RedisConfig};
 use crate::error::Error;
@@ -38,6 +38,8 @@ const RECONNECT_PAUSE_MAX_MS: u32 = 400;
 /// How long a server that accepts a connection may take to greet. One that hangs is left for another attempt: after a
 /// failover that finds the new primary.
 const GREETING_MAX: Duration = Duration::from_millis(1_500);
+/// How often a call is sent again because somebody took the library away in between.
+const PROVIDES_MAX: usize = 3;
 /// How long after the commands' connection came back the subscriptions' own has to have noticed by itself.
 const EARS_NOTICE_WITHIN: Duration = Duration::from_secs(1);
 
@@ -72,8 +74,8 @@ struct Functions {
     as_scripts: bool,
     /// Whoever has this connection keeps the library as new as its own.
     is_keeper: AtomicBool,
-    /// The caller was found to have all rights that functions need.
-    rights: OnceCell<()>,
+    /// The caller was found to have all rights that functions need, and was refused none since.
+    has_rights: AtomicBool,
     /// The scripts that were needed so far.
     scripts: Mutex<HashMap<&'static str, Arc<Prepared>>>,
 }
@@ -127,7 +129,7 @@ impl Store {
             library,
             as_scripts: !config.functions,
             is_keeper: false.into(),
-            rights: OnceCell::new(),
+            has_rights: false.into(),
             scripts: Mutex::default(),
         };
         let store = Self::with(builder, patience, config.command_timeout, Keys::new(), Arc::new(functions)).await?;
@@ -270,18 +272,43 @@ impl Store {
             let minor = library.version.minor.to_string();
             head.into_iter().chain([minor]).map(Value::from).chain(args.iter().cloned()).collect()
         };
+        let lacks = |answer: &Result<Value, Error>| matches!(answer, Err(Error::Refused(text)) if is_missing(text) || text.starts_with("OLDER"));
         let mut answer = self.custom(name, words(), wait.clone()).await;
-        if matches!(&answer, Err(Error::Refused(text)) if is_missing(text) || text.starts_with("OLDER")) {
+        for _ in 0..PROVIDES_MAX {
+            if !lacks(&answer) {
+                break;
+            }
             match Box::pin(self.provide_library()).await {
                 Ok(()) => answer = self.custom(name, words(), wait.clone()).await,
-                // What ends work ends it also where nothing new finds room.
+                // What ends work ends it also where nothing new finds room, and a replica can be read.
                 Err(Error::Refused(text)) if function.effect != Effect::Adds && finds_no_room(&text) => {
                     return Box::pin(self.run_as_script(function, args, wait)).await;
                 }
                 Err(error) => return Err(error),
             }
         }
-        answer.map_err(|error| explain(error, &library.text))
+        // Somebody takes it away faster than it can be called.
+        if lacks(&answer) && function.effect != Effect::Adds {
+            return Box::pin(self.run_as_script(function, args, wait)).await;
+        }
+        match answer {
+            Err(error) => Err(Box::pin(self.explain(error)).await),
+            answer => answer,
+        }
+    }
+
+    /// With our files in the place of the lines that Redis counts, where it has our text; and after a right was missing all are
+    /// asked for anew.
+    async fn explain(&self, error: Error) -> Error {
+        let Error::Refused(said) = error else { return error };
+        let Functions { library, has_rights, .. } = &*self.inner.functions;
+        if ["NOPERM", "can't run this command", "permissions"].iter().any(|words| said.contains(words)) {
+            has_rights.store(false, Ordering::SeqCst);
+        }
+        if !said.contains("user_function:") || self.library_version().await.ok().flatten() != Some(library.version) {
+            return Error::Refused(said);
+        }
+        Error::Refused(library.text.explain(&said))
     }
 
     /// The same by a script that has the function's text.
@@ -305,7 +332,10 @@ impl Store {
             // Not run: so sending the text is no second run.
             answer = self.custom(by_text, words(text.as_str().to_owned()), wait).await;
         }
-        answer.map_err(|error| explain(error, text))
+        answer.map_err(|error| match error {
+            Error::Refused(said) => Error::Refused(text.explain(&said)),
+            other => other,
+        })
     }
 
     fn prepared(&self, function: &'static Function) -> Arc<Prepared> {
@@ -374,8 +404,11 @@ impl Store {
                 tracing::info!("loaded the library {version} into redis");
                 Ok(())
             }
-            // Another was faster.
-            Err(Error::Refused(said)) if said.contains("already exists") => Ok(()),
+            Err(Error::Refused(said)) if said.contains("already exists") => match self.library_version().await? {
+                // Another was faster.
+                Some(_) => Ok(()),
+                None => Err(Error::Refused(format!("{said}: another library has the name, or one of its functions"))),
+            },
             Err(Error::Refused(said)) if said.starts_with("NOPERM") => Err(Error::Refused(format!(
                 "{said}; the library {version} is not there: who may load it does so by `drayman library load`"
             ))),
@@ -385,23 +418,22 @@ impl Store {
 
     /// Refuses a user who may not run all that functions need: one that breaks off half-way keeps what it wrote before.
     async fn check_rights(&self, function: &Function) -> Result<(), Error> {
-        let rights = &self.inner.functions.rights;
-        if function.effect == Effect::Reads || rights.initialized() {
+        let has_rights = &self.inner.functions.has_rights;
+        if function.effect == Effect::Reads || has_rights.load(Ordering::SeqCst) {
             return Ok(());
         }
-        let check: Pin<Box<dyn Future<Output = Result<(), Error>> + Send + '_>> = Box::pin(async {
-            let args = library::rights(self.keys());
-            let answer = self.run(&library::RIGHTS, args, None).await?;
-            let refused = reply(answer, library::RIGHTS.name)?.texts(library::RIGHTS.name)?;
-            if refused.is_empty() {
-                return Ok(());
-            }
-            let some: Vec<String> = refused.chunks(2).take(5).map(|pair| pair.join(" on ")).collect();
-            let more = if refused.len() > 10 { " and more" } else { "" };
-            Err(Error::Refused(format!("NOPERM this user may not run {}{more}: nothing was done", some.join(", "))))
-        });
+        let args = library::rights(self.keys());
         // In a box, as all that a call seldom needs: else each future of a call would have room for it.
-        rights.get_or_try_init(|| check).await.map(drop)
+        let run: Pin<Box<dyn Future<Output = Result<Value, Error>> + Send + '_>> =
+            Box::pin(self.run(&library::RIGHTS, args, None));
+        let refused = reply(run.await?, library::RIGHTS.name)?.texts(library::RIGHTS.name)?;
+        if refused.is_empty() {
+            has_rights.store(true, Ordering::SeqCst);
+            return Ok(());
+        }
+        let some: Vec<String> = refused.chunks(2).take(5).map(|pair| pair.join(" on ")).collect();
+        let more = if refused.len() > 10 { " and more" } else { "" };
+        Err(Error::Refused(format!("NOPERM this user may not run {}{more}: nothing was done", some.join(", "))))
     }
 
     /// Sends a command, and with it a WAIT where arguments for one are given: then the answer is those of both.
@@ -725,17 +757,9 @@ fn is_missing(refusal: &str) -> bool {
     refusal.contains("Function not found")
 }
 
-/// Whether the server takes nothing new for now: its memory is full, too few replicas listen, or its disk takes no more.
+/// Whether the server takes no library for now: its memory is full, or it is a replica.
 fn finds_no_room(refusal: &str) -> bool {
-    ["OOM", "NOREPLICAS", "MISCONF"].iter().any(|word| refusal.starts_with(word))
-}
-
-/// With our files in the place of the lines that Redis counts.
-fn explain(error: Error, text: &library::Text) -> Error {
-    match error {
-        Error::Refused(said) => Error::Refused(text.explain(&said)),
-        other => other,
-    }
+    ["OOM", "READONLY"].iter().any(|word| refusal.starts_with(word))
 }
 
 fn reply(value: Value, function: &'static str) -> Result<Reply, Error> {

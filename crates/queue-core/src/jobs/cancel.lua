@@ -45,7 +45,7 @@ end
 local replies = {}
 local i = 2
 while i <= #ARGV do
-  local id, seen, m = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 2])
+  local id, seen, m = ARGV[i], ARGV[i + 1], count_in(ARGV[i + 2])
   local fields = {unpack(ARGV, i + 3, i + 2 + m)}
   i = i + 3 + m
   replies[#replies + 1] = apart(id, '', cancel, id, seen, fields) or 'unreadable'

@@ -26,7 +26,7 @@ end
 local i = 3
 while i <= #ARGV do
   local id, fence, verdict, ran_us, ms, m = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3]), tonumber(ARGV[i + 4]),
-    tonumber(ARGV[i + 5])
+    count_in(ARGV[i + 5])
   local fields = {unpack(ARGV, i + 6, i + 5 + m)}
   i = i + 6 + m
   local claim = claim_of(id)

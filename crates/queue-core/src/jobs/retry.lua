@@ -6,7 +6,7 @@
 local replies = {}
 local i = 1
 while i <= #ARGV do
-  local id, seen, pass, m = ARGV[i], ARGV[i + 1], ARGV[i + 2], tonumber(ARGV[i + 3])
+  local id, seen, pass, m = ARGV[i], ARGV[i + 1], ARGV[i + 2], count_in(ARGV[i + 3])
   local fields = {unpack(ARGV, i + 4, i + 3 + m)}
   i = i + 4 + m
   local job, reply = K.job(id), nil

@@ -15,7 +15,7 @@ local replies, wakes = {}, {}
 if ARGV[5] == '1' then redis.call('SET', K.confirming(), now(), 'PX', 60000) end
 local i = 6
 while i <= #ARGV do
-  local id, user, m = ARGV[i], ARGV[i + 1], tonumber(ARGV[i + 4])
+  local id, user, m = ARGV[i], ARGV[i + 1], count_in(ARGV[i + 4])
   local delay = math.max(tonumber(ARGV[i + 2]), tonumber(ARGV[i + 3]) - this.now_ms)
   local fields = {unpack(ARGV, i + 5, i + 4 + m)}
   i = i + 5 + m

@@ -19,6 +19,14 @@ end
 -- Whole numbers beyond 10^14 lose digits in Lua's own conversion.
 local function int(x) return string.format('%.0f', x) end
 
+-- How many arguments follow, as the caller says it. What is no count would let a loop over them stand still.
+local function count_in(text)
+  if #(text or '') > 9 or not string.find(text or '', '^%d+$') then
+    error('an argument that says how many follow is no count: ' .. string.sub(text or 'nothing', 1, 40), 0)
+  end
+  return tonumber(text)
+end
+
 -- ISO 8601 in UTC with milliseconds, the form in which the hash of a job keeps times.
 local function iso(ms)
   local days = math.floor(ms / 86400000)

@@ -5,14 +5,14 @@
 local refused = {}
 local i = 1
 while i <= #ARGV do
-  local key = ARGV[i + 1]
-  for at = i + 2, i + 1 + ARGV[i] do
+  local count, key = count_in(ARGV[i]), ARGV[i + 1]
+  for at = i + 2, i + 1 + count do
     -- Whichever argument is a key, it is this one.
     if not redis.acl_check_cmd(ARGV[at], key, key, key, key) then
       refused[#refused + 1] = ARGV[at]
       refused[#refused + 1] = key
     end
   end
-  i = i + 2 + ARGV[i]
+  i = i + 2 + count
 end
 return refused

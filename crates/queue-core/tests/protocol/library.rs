@@ -8,7 +8,7 @@ use std::sync::Arc;
 use queue_core::calls::{Enqueued, Finished};
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::ids::{JobId, User};
-use queue_core::library::{Effect, FINISH, Library, SUBMIT, TABLE, Version};
+use queue_core::library::{CANCEL, Effect, FINISH, Library, RETRY, RIGHTS, SUBMIT, TABLE, Version};
 use queue_core::producer::{Database, NewJob, Producer};
 use queue_core::{Error, Store};
 use testkit::{RedisServer, Value};
@@ -262,6 +262,12 @@ async fn a_call_that_is_none_is_refused_with_what_is_missing() {
         &["FCALL", &name, "1", "drayman:"],
         &["FCALL", &name, "1", "drayman:", "x"],
         &["FCALL", &name, "2", "drayman:", "k", "0"],
+        &["FCALL", &name, "1", "batch:", "0"],
+        &["FCALL", &name, "1", "", "0"],
+        &["FCALL", &name, "1", "drayman:{a:b}:", "0"],
+        &["FCALL", &name, "1", "drayman:", "-1"],
+        &["FCALL", &name, "1", "drayman:", "nan"],
+        &["FCALL", &name, "1", "drayman:", "0x0"],
     ] {
         let Value::Error(said) = rig.server.raw_db(DB, call) else { panic!("{call:?}") };
         assert!(said.contains("takes one key, what our keys begin with, and the minor version"), "{said}");
@@ -271,13 +277,66 @@ async fn a_call_that_is_none_is_refused_with_what_is_missing() {
     assert_eq!(rig.dump(), before);
 }
 
+/// A loop over arguments would stand still, and Redis with it.
+#[tokio::test]
+async fn a_count_of_arguments_that_is_none_is_refused() {
+    let rig = Rig::start().await;
+    rig.store.keep_library().await.unwrap();
+    for count in ["-5", "-2", "1e9", "0.5", "nan", "", "99999999999999999999"] {
+        for (function, before) in [
+            (&SUBMIT, &["64", "64", "16384", "16384", "0", "a", "alice", "0", "0"][..]),
+            (&FINISH, &["s", "0", "a", "1", "final", "0", "0"]),
+            (&CANCEL, &["0", "a", ""]),
+            (&RETRY, &["a", "", ""]),
+            (&RIGHTS, &[]),
+        ] {
+            let args = before.iter().chain([&count]).map(|arg| arg.as_bytes().to_vec()).collect();
+            let said = rig.store.call(function, args).await.unwrap_err().to_string();
+            assert!(said.contains("is no count"), "{} {count}: {said}", function.name);
+        }
+    }
+}
+
+/// A worker without the right to load it waits until somebody else has: what its task has done is recorded then.
+#[tokio::test]
+async fn an_end_waits_for_a_library_that_is_gone() {
+    let rig = Rig::start().await;
+    rig.store.keep_library().await.unwrap();
+    let store = Store::connect(&user(&rig, "worker", &["~*", "+@all", "-function|load"])).await.unwrap();
+    let session = open(&store, service("sql:*", 4)).await;
+    submit(&store, "a").await.unwrap();
+    let claim = take_one(&session).await;
+    rig.redis(&["FUNCTION", "FLUSH"]);
+    let ended = tokio::spawn(end(claim, "done"));
+    let failed = || rig.redis(&["INFO", "commandstats"]).text().contains("cmdstat_function|load");
+    testkit::eventually("it is refused", async || failed().then_some(())).await;
+    assert_eq!(rig.status("a"), "running");
+    rig.store.keep_library().await.unwrap();
+    assert_eq!(testkit::end_of("it is recorded", ended).await.unwrap(), Finished::Ended);
+    assert_eq!(rig.status("a"), "done");
+}
+
+#[tokio::test]
+async fn a_library_of_somebody_else_in_its_place_is_named() {
+    let rig = Rig::start().await;
+    let foreign = |library: &str, function: &str| {
+        format!("#!lua name={library}\nredis.register_function('{function}', function() return 'x' end)")
+    };
+    for (library, function) in [("drayman1", "other"), ("other", "drayman1_submit")] {
+        rig.redis(&["FUNCTION", "FLUSH"]);
+        rig.redis(&["FUNCTION", "LOAD", &foreign(library, function)]);
+        let said = rig.store.keep_library().await.unwrap_err().to_string();
+        assert!(said.contains("already exists") && said.contains("another library"), "{said}");
+    }
+}
+
 #[tokio::test]
 async fn an_error_names_the_file_and_the_line_in_it() {
     let rig = Rig::start().await;
     // Too few arguments: the fault shows in the function's own text.
     let cases: [(_, &[&str], _); 2] = [
-        (&FINISH, &["session", "0", "job"], "jobs/finish.lua:"),
-        (&SUBMIT, &["1", "1", "1", "1", "0", "job", "alice"], "jobs/submit.lua:"),
+        (&FINISH, &["session", "0", "job"], "library/begin.lua:"),
+        (&SUBMIT, &["1", "1", "1", "1", "0", "job", "alice", "x", "0", "0"], "jobs/submit.lua:"),
     ];
     for (function, args, file) in cases {
         let args = args.iter().map(|arg| arg.as_bytes().to_vec()).collect();

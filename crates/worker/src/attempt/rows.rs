@@ -400,7 +400,7 @@ async fn cut_patiently(
     let mut pause = Duration::from_millis(50);
     loop {
         match claim.pen().cut(keep, earlier).await {
-            Err(error) if error.is_transient() && since.elapsed() + pause < lifetime => {
+            Err(error) if (error.is_transient() || error.was_not_run()) && since.elapsed() + pause < lifetime => {
                 tracing::debug!(%error, "rows were not cut off, asking again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(1));
