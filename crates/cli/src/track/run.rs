@@ -30,7 +30,7 @@ use crate::cli::REFUSED;
 /// behind may hold the pipe open.
 const REST: Duration = Duration::from_millis(500);
 
-/// How long recording may take once this process is told to stop.
+/// How long recording may take once this process is told to stop, or the lock is another's.
 const RECORD_WITHIN: Duration = Duration::from_secs(2);
 
 /// Signals that are passed on.
@@ -91,10 +91,15 @@ async fn attempt(connecting: impl Future<Output = Result<Tracker, Failure>>, arg
         }
     };
     let mut recording = std::pin::pin!(record(id, recording));
-    // Who is told to stop now does not wait for Redis any longer.
+    // Who is told to stop now does not wait for Redis any longer, and who has lost the lock has nothing more to say there.
+    let hurry = async {
+        if !lost {
+            signals.recv().await;
+        }
+    };
     let ended = tokio::select! {
         ended = &mut recording => Some(ended),
-        _ = signals.recv() => timeout(RECORD_WITHIN, recording).await.ok(),
+        () = hurry => timeout(RECORD_WITHIN, recording).await.ok(),
     };
     Ok(match ended {
         _ if lost => {
