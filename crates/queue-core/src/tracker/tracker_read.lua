@@ -21,7 +21,8 @@ if form == 'one' then
 end
 local status, order, from, most = ARGV[3], ARGV[4], ARGV[5], ARGV[6]
 local index, least, greatest = index_of(tracker, status), '-inf', '+inf'
-if status == 'expired' then index, greatest = K.track_locks(tracker), int(this.now_us) end
+-- As records have it: a lock is over with the ms in which it ends.
+if status == 'expired' then index, greatest = K.track_locks(tracker), int(this.now_ms * 1000 + 999) end
 if from ~= '' and order == 'oldest' then least = '(' .. from end
 if from ~= '' and order == 'newest' then greatest = '(' .. from end
 local found
