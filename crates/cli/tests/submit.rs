@@ -86,9 +86,9 @@ fn what_is_refused_is_refused_in_the_librarys_words() {
     let ran = submit(&server, &[&base[..], &[&"x".repeat(20_000)]].concat());
     assert_eq!(ran.code, 4);
     assert_eq!(ran.err, "Your payload is too large: 20006 bytes. Max size allowed is 16384 bytes\n");
-    for _ in 0..64 {
-        assert_eq!(submit(&server, &[&base[..], &["q"]].concat()).code, 0);
-    }
+    let most = "{\"query\":\"q\"}\n".repeat(64);
+    let ran = Program::new(PROGRAM, &server).run_with(&[&["submit", "--jsonl"], &base[..]].concat(), most.as_bytes());
+    assert_eq!(ran.code, 0, "{ran:?}");
     let ran = submit(&server, &[&base[..], &["q"]].concat());
     assert_eq!((ran.code, ran.err.as_str()), (4, "Failed to create job. Max number of jobs (64) queued reached\n"));
 

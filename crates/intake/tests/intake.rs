@@ -391,7 +391,10 @@ async fn killed_at_any_moment_daemons_leave_each_file_one_batch_or_one_reason() 
 #[tokio::test(flavor = "multi_thread")]
 async fn while_redis_is_away_files_stay_where_they_are_claimed_and_no_file_is_bad_for_it() {
     let house = House::build().await;
-    let daemon = house.start(&[BOOK]);
+    // Each call is given up soon: the daemon tries several, and a minute later it would be the same.
+    let config = house.config(&[BOOK]);
+    fs::write(&config, fs::read_to_string(&config).unwrap().replace("'5s'", "'500ms'")).unwrap();
+    let daemon = house.start_with(&config);
     daemon.wait_for_line("taking files in");
     house.redis.kill();
     house.put("a.jsonl", "1\n2\n");
@@ -399,7 +402,7 @@ async fn while_redis_is_away_files_stay_where_they_are_claimed_and_no_file_is_ba
     // It can be stopped meanwhile, and another goes on.
     stop(&daemon);
     house.redis.restart();
-    let daemon = house.start(&[BOOK]);
+    let daemon = house.start_with(&config);
     let batch = house.sources(1).await.remove("a.jsonl").unwrap();
     assert_eq!(batch.counts.rows, 2);
     house.settled().await;

@@ -72,7 +72,7 @@ fn around_every_change_of_the_clock_each_tick_comes_as_stated() {
             let all = zone.following(begin(from)).map(|change| change.timestamp());
             all.take_while(move |change| *change < begin(to)).chain([begin(from)])
         };
-        for change in years(2011, 2013).chain(years(2025, 2033)).chain(years(2039, 2041)) {
+        for change in years(2011, 2013).chain(years(2025, 2030)).chain(years(2039, 2041)) {
             changes += 1;
             let (from, to) = (change - 30.hours(), change + 30.hours());
             let minutes: Vec<(Timestamp, DateTime)> = (0..=60 * 60)
@@ -80,16 +80,19 @@ fn around_every_change_of_the_clock_each_tick_comes_as_stated() {
                 .map(|time| (time, zone.to_datetime(time)))
                 .collect();
             for (expression, matches, daily) in CASES {
-                let matches = |wall: &DateTime| matches(wall.hour(), wall.minute());
                 let expected: BTreeSet<Timestamp> = match daily {
-                    false => minutes.iter().filter(|(_, wall)| matches(wall)).map(|(time, _)| *time).collect(),
+                    false => {
+                        let named = minutes.iter().filter(|(_, wall)| matches(wall.hour(), wall.minute()));
+                        named.map(|(time, _)| *time).collect()
+                    }
                     // The first minute at which the wall clock shows the time, or one after it.
                     true => {
                         let mut days = BTreeSet::new();
                         let (mut day, last) = (minutes[0].1.date(), minutes[minutes.len() - 1].1.date());
                         while day <= last {
-                            let times = (0..24).flat_map(|h| (0..60).map(move |m| Time::constant(h, m, 0, 0)));
-                            days.extend(times.map(|time| day.to_datetime(time)).filter(|wall| matches(wall)));
+                            let times = (0..24).flat_map(|h| (0..60).map(move |m| (h, m)));
+                            let named = times.filter(|(h, m)| matches(*h, *m));
+                            days.extend(named.map(|(h, m)| day.to_datetime(Time::constant(h, m, 0, 0))));
                             day = day.tomorrow().unwrap();
                         }
                         let first =
@@ -104,7 +107,7 @@ fn around_every_change_of_the_clock_each_tick_comes_as_stated() {
             }
         }
     }
-    assert!(changes > 200, "{changes}");
+    assert!(changes > 150, "{changes}");
 }
 
 #[test]
