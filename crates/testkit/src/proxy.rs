@@ -189,6 +189,13 @@ impl Proxy {
         *self.shared.gate() = Some(Box::new(gate));
     }
 
+    /// A gate that every call of one function comes to, by its name in Redis, and all else passes.
+    pub fn gate_calls(&self, function: String, mut stop: impl FnMut() -> Option<Point> + Send + 'static) {
+        self.gate(
+            move |words| if words.get(1).is_some_and(|word| *word == function.as_bytes()) { stop() } else { None },
+        );
+    }
+
     /// Shows commands to nobody any more, on connections that are made from now on.
     pub fn open_gate(&self) {
         *self.shared.gate() = None;

@@ -172,9 +172,8 @@ async fn a_leader_that_is_killed_around_a_tick_neither_loses_nor_doubles_it() {
     let session = SessionId::new("leader:1:a").unwrap();
     for point in [Point::BeforeCall, Point::BeforeReply, Point::AfterReply] {
         let due = stand(&rig, "s", now_ms(&rig).await - HOUR_MS).await;
-        let name = SCHEDULE_TICK.qualified(Version::OURS);
         let proxy = Proxy::start(rig.server.addr());
-        proxy.gate(move |words| words.get(1).is_some_and(|word| *word == name.as_bytes()).then_some(point));
+        proxy.gate_calls(SCHEDULE_TICK.qualified(Version::OURS), move || Some(point));
         let killed = rig.connect_through(&proxy).await;
         let leadership = leader::hold(&killed, &session, Duration::from_secs(60)).await.unwrap().unwrap();
         let call = tokio::spawn(async move { schedule::tick(&leadership, &limits(64)).await });

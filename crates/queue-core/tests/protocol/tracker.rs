@@ -498,13 +498,8 @@ async fn calls_that_are_cut_at_any_point_are_made_again_and_count_once() {
     let cases = points.into_iter().flat_map(|point| [&TRACKER_START, &TRACKER_END].map(|function| (function, point)));
     for (nth, (function, point)) in cases.enumerate() {
         let proxy = Proxy::start(rig.server.addr());
-        let name = function.qualified(Version::OURS);
-        let mut stopped = false;
-        proxy.gate(move |words| {
-            let hit = !stopped && words.len() > 1 && words[1] == name.as_bytes();
-            stopped |= hit;
-            hit.then_some(point)
-        });
+        let mut gate = Some(point);
+        proxy.gate_calls(function.qualified(Version::OURS), move || gate.take());
         let far = Tracker::new(rig.connect_through(&proxy).await, "invoices").unwrap();
         let id = format!("job {nth}");
         tracker.create(&id, NewRecord::default()).await.unwrap();
