@@ -33,7 +33,7 @@ const AGAIN_AFTER_MAX: Duration = Duration::from_secs(30);
 /// Runs until it is told to stop. Files that are in hand then stay claimed, and are gone on with by whoever comes next.
 pub async fn run(config: Config, shutdown: Shutdown) -> anyhow::Result<()> {
     let store = Store::connect(&config.redis).await.context("redis can't be reached")?;
-    store.keep_library().await.context("the library can't be loaded")?;
+    store.keep_library_from_now_on().await.context("the library can't be loaded")?;
     let needs_objects = config
         .folders
         .iter()

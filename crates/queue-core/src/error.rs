@@ -68,11 +68,20 @@ impl Error {
         match self {
             Error::Unreachable(_) | Error::Library { .. } => true,
             Error::Refused(text) => {
-                let is_of_the_call = !text.contains(" script: ");
-                is_of_the_call && (text.contains("Function not found") || text.starts_with("NOPERM"))
+                self.is_missing_function() || text.starts_with("NOPERM") && !text.contains(" script: ")
             }
             _ => false,
         }
+    }
+
+    /// Whether what must be said, like the end of a run, is worth saying again: the call was not run, or the server was away.
+    pub fn is_worth_repeating(&self) -> bool {
+        self.is_transient() || self.was_not_run()
+    }
+
+    /// Whether the server knows no function of this name.
+    pub(crate) fn is_missing_function(&self) -> bool {
+        matches!(self, Error::Refused(text) if text.contains("Function not found") && !text.contains(" script: "))
     }
 
     /// Whether waiting and sending the same again may help.

@@ -195,7 +195,8 @@ impl std::str::FromStr for Version {
 #[derive(Debug, Clone, Default)]
 pub struct Text {
     text: String,
-    /// The number of lines so far, and the file that goes on there.
+    lines: usize,
+    /// How many lines stand before a file.
     files: Vec<(usize, &'static str)>,
 }
 
@@ -206,17 +207,17 @@ impl Text {
     }
 
     fn push(&mut self, text: &str) -> &mut Self {
+        let text = text.strip_suffix('\n').unwrap_or(text);
         self.text.push_str(text);
-        if !text.ends_with('\n') {
-            self.text.push('\n');
-        }
+        self.text.push('\n');
+        self.lines += text.matches('\n').count() + 1;
         self
     }
 
     fn push_file(&mut self, file: &'static str, text: &str) -> &mut Self {
-        self.files.push((self.text.lines().count(), file));
+        self.files.push((self.lines, file));
         self.push(text);
-        self.files.push((self.text.lines().count(), ""));
+        self.files.push((self.lines, ""));
         self
     }
 

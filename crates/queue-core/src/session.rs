@@ -247,7 +247,7 @@ async fn send_finishes(
     loop {
         match store.finish(session, wake, &ends).await {
             Ok(replies) => return replies.into_iter().map(Ok).collect(),
-            Err(error) if (error.is_transient() || error.was_not_run()) && !abandon.is_cancelled() => {
+            Err(error) if error.is_worth_repeating() && !abandon.is_cancelled() => {
                 tracing::warn!(error = %error, jobs = ends.len(), "results could not be recorded, trying again");
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}

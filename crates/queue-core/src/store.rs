@@ -272,7 +272,10 @@ impl Store {
             let minor = library.version.minor.to_string();
             head.into_iter().chain([minor]).map(Value::from).chain(args.iter().cloned()).collect()
         };
-        let lacks = |answer: &Result<Value, Error>| matches!(answer, Err(Error::Refused(text)) if is_missing(text) || text.starts_with("OLDER"));
+        let lacks = |answer: &Result<Value, Error>| {
+            let is_older = |error: &Error| matches!(error, Error::Refused(text) if text.starts_with("OLDER"));
+            answer.as_ref().is_err_and(|error| error.is_missing_function() || is_older(error))
+        };
         let mut answer = self.custom(name, words(), wait.clone()).await;
         for _ in 0..PROVIDES_MAX {
             if !lacks(&answer) {
@@ -366,6 +369,20 @@ impl Store {
         Ok((found, self.library_version().await?.unwrap_or(ours)))
     }
 
+    /// The same at a daemon's start, which a server that takes nothing new for now does not prevent: until it does, what ends
+    /// work needs no library.
+    pub async fn keep_library_from_now_on(&self) -> Result<(), Error> {
+        match self.keep_library().await {
+            Ok((Some(found), now)) if found > self.inner.functions.library.version => {
+                tracing::info!("redis has the library {now}, a later one than ours");
+            }
+            Ok(_) => {}
+            Err(error) if error.is_transient() => tracing::warn!(%error, "the library can't be loaded now"),
+            Err(error) => return Err(error),
+        }
+        Ok(())
+    }
+
     /// Which library of this program's major version the server has; `None` if it has none.
     pub async fn library_version(&self) -> Result<Option<Version>, Error> {
         let name = library::VERSION.qualified(self.inner.functions.library.version);
@@ -375,7 +392,7 @@ impl Store {
                 let version = answer.text().and_then(|text| text.parse().ok());
                 version.map(Some).ok_or_else(|| answer.unexpected("version"))
             }
-            Err(Error::Refused(text)) if is_missing(&text) => Ok(None),
+            Err(error) if error.is_missing_function() => Ok(None),
             Err(error) => Err(error),
         }
     }
@@ -751,11 +768,6 @@ fn translate(error: FredError) -> Error {
 
 /// What calls as scripts mean.
 pub(crate) const NO_FUNCTIONS: &str = "producers in other languages can't call the library, and each call costs more";
-
-/// Whether a call was not run because the server has no such function.
-fn is_missing(refusal: &str) -> bool {
-    refusal.contains("Function not found")
-}
 
 /// Whether the server takes no library for now: its memory is full, or it is a replica.
 fn finds_no_room(refusal: &str) -> bool {

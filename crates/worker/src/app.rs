@@ -7,7 +7,6 @@ use anyhow::Context;
 use queue_core::Store;
 use queue_core::batch::Batches;
 use queue_core::ids::{PoolPattern, SessionId, User};
-use queue_core::library::Version;
 use queue_core::objects::Objects;
 use queue_core::session::{Service, Session};
 use tokio::sync::watch;
@@ -44,19 +43,6 @@ const LAST_RESULTS: Duration = Duration::from_secs(5);
 /// How long handlers may take to end what they have started.
 const HANDLERS_CLOSE: Duration = Duration::from_secs(10);
 
-/// Has Redis know the functions that workers call. Where it takes nothing new for now, work is ended without them.
-async fn keep_library(store: &Store) -> anyhow::Result<()> {
-    match store.keep_library().await {
-        Ok((found, now)) if found.is_some_and(|found| found > Version::OURS) => {
-            tracing::info!("redis has the library {now}, a later one than ours");
-        }
-        Ok(_) => {}
-        Err(error) if error.is_transient() => tracing::warn!(%error, "the library can't be loaded now"),
-        Err(error) => return Err(error).context("the library can't be loaded"),
-    }
-    Ok(())
-}
-
 /// Runs a worker with the handlers of its configuration and others until `shutdown` says stop and everything is given back.
 /// Of the configuration only the limits may change meanwhile.
 pub async fn run(
@@ -75,7 +61,7 @@ pub async fn run(
     let objects = Objects::open(&config.objects)?;
     let store =
         Store::connect(&config.redis).await.with_context(|| format!("cannot connect to {}", config.redis.url))?;
-    keep_library(&store).await?;
+    store.keep_library_from_now_on().await.context("the library can't be loaded")?;
     for warning in store.check_server().await.context("the server cannot be used")? {
         tracing::warn!("{warning}");
     }

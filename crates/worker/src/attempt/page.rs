@@ -62,9 +62,7 @@ impl Page {
         let mut pause = Duration::from_millis(50);
         loop {
             match ask().await {
-                Err(error)
-                    if (error.is_transient() || error.was_not_run()) && since.elapsed() + pause < self.lifetime =>
-                {
+                Err(error) if error.is_worth_repeating() && since.elapsed() + pause < self.lifetime => {
                     tracing::debug!(%error, "Redis could not be asked under the claim, asking again");
                     tokio::time::sleep(pause).await;
                     pause = (pause * 2).min(Duration::from_secs(1));

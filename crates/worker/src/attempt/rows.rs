@@ -48,7 +48,7 @@ pub(super) async fn settle(
         Ok(Some(read)) => read,
         // The batch is gone: there is nobody to tell.
         Ok(None) => return Some(all_failed(chunk.count, "gone", "its batch is gone", rules)),
-        Err(BatchError::Redis(error)) if error.is_transient() => {
+        Err(BatchError::Redis(error)) if error.is_worth_repeating() => {
             tracing::warn!(%error, "rows can't be read, they are tried again");
             return Some(soon(Fields::new()));
         }
@@ -66,7 +66,7 @@ pub(super) async fn settle(
             Ok(Mark::CancelAsked) => return Some(ended(&results, rules)),
             Ok(Mark::Stale) => return None,
             // Whether they are is not known: the record alone says which rows are whose.
-            Err(error) if error.is_transient() => {
+            Err(error) if error.is_worth_repeating() => {
                 tracing::warn!(%error, "whether rows were set apart is not known");
                 return None;
             }
@@ -375,7 +375,7 @@ async fn cut(claim: &Claim, keep: usize, earlier: &[Option<RowResult>], stop: &S
             stop.ask(Cause::ClaimLost);
             keep
         }
-        Err(error) if error.is_transient() => {
+        Err(error) if error.is_worth_repeating() => {
             // They may be another chunk's by now, and would be counted twice.
             tracing::warn!(%error, "whether rows were left to others is not known");
             stop.ask(Cause::ClaimLost);
@@ -400,7 +400,7 @@ async fn cut_patiently(
     let mut pause = Duration::from_millis(50);
     loop {
         match claim.pen().cut(keep, earlier).await {
-            Err(error) if (error.is_transient() || error.was_not_run()) && since.elapsed() + pause < lifetime => {
+            Err(error) if error.is_worth_repeating() && since.elapsed() + pause < lifetime => {
                 tracing::debug!(%error, "rows were not cut off, asking again");
                 tokio::time::sleep(pause).await;
                 pause = (pause * 2).min(Duration::from_secs(1));
