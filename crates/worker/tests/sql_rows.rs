@@ -102,15 +102,19 @@ fn rows() -> Vec<Option<Row>> {
     vec![row(3, r#"{"a": 1}"#), None, row(4, r#"{"a": 1}"#), row(5, r#"{"a": 2}"#)]
 }
 
+fn answers(ran: &Ran) -> &[Option<RowAnswer>] {
+    let Ran::Answered(answers, _) = ran else { panic!("not answered: {ran:?}") };
+    answers
+}
+
 fn ends(ran: &Ran) -> Vec<String> {
-    let Ran::Answered(answers) = ran else { panic!("not answered: {ran:?}") };
     let end = |answer: &Option<RowAnswer>| match answer {
         None => "-".to_owned(),
         Some(RowAnswer::Ended(result)) if result.end == RowEnd::Done => "done".to_owned(),
         Some(RowAnswer::Ended(result)) => result.messages[0].errcode.clone(),
         Some(RowAnswer::Failed(problem)) => panic!("{problem:?}"),
     };
-    answers.iter().map(end).collect()
+    answers(ran).iter().map(end).collect()
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -121,7 +125,7 @@ async fn the_answers_of_a_chunk_whose_worker_was_lost_after_its_commit_are_those
     assert_eq!(ends(&first), ["done", "-", "23505", "done"]);
     house.lose(claim).await;
     let claim = house.take().await;
-    assert_eq!(house.run(&claim).await, first);
+    assert_eq!(answers(&house.run(&claim).await), answers(&first));
     assert_eq!(house.effects().await, 2);
 
     // Were they lost, nobody would say that the rows had failed of something else.
@@ -168,5 +172,6 @@ async fn a_chunk_that_is_told_to_stop_or_is_another_s_leaves_nothing_but_what_wa
     house.lose(claim).await;
     let claim = house.take().await;
     let port = house.postgres.host_port().1;
-    assert_eq!(run(&claim, &house.executor, house.facts(port), rows(), &stop).await, first);
+    let again = run(&claim, &house.executor, house.facts(port), rows(), &stop).await;
+    assert_eq!(answers(&again), answers(&first));
 }

@@ -6,8 +6,9 @@
 local INHERITED, chunk_id, chunk_part, write_part, deal, add_to_count, settle_batch, end_part, abort_batch, release_batch
 do
 
--- A chunk should keep its handler busy for about this long, so that nobody waits long for a place.
-local CHUNK_US = 50000
+-- The rows of a chunk should take about this long, so that nobody waits long for a place. Where a chunk costs more than that
+-- besides, like a transaction over a slow network, they may take as long as it, but no longer than the second time.
+local CHUNK_US, LONG_CHUNK_US = 50000, 250000
 -- Rows of a chunk while it is not known how long one takes.
 local FIRST_ROWS = 10
 -- What a part takes over from its batch.
@@ -138,7 +139,7 @@ local function keep_results(batch, block, first, results, done, failed, skipped,
 end
 
 -- A chunk whose rows have all ended. `says` has the `results`, packed, and how many are `done`, `failed` and `skipped`.
-local function end_chunk(id, user, says, ran_us, retention_ms)
+local function end_chunk(id, user, says, retention_ms)
   local _, batch, block, first, count = part_of(id)
   if tonumber(says.done) + tonumber(says.failed) ~= count then
     -- Rows of it have not ended. They go back: nobody else would.
@@ -148,10 +149,13 @@ local function end_chunk(id, user, says, ran_us, retention_ms)
   end
   local left = keep_results(batch, block, first, says.results, tonumber(says.done), tonumber(says.failed),
     tonumber(says.skipped or 0), says.has_files == '1')
-  if ran_us > 0 then
+  -- From take to end it has waited too: for a thread, for Redis, for other chunks. That is no row's time.
+  local own, fixed = tonumber(says.row_us or nil), tonumber(says.fixed_us or nil)
+  if own and fixed then
+    own = math.max(0.01, own * CHUNK_US / math.min(math.max(CHUNK_US, fixed), LONG_CHUNK_US))
     local pace = tonumber(redis.call('HGET', K.batch(batch), 'pace') or 0)
-    local own = ran_us / count
-    pace = pace > 0 and 0.6 * pace + 0.4 * own or own
+    -- By factors: one chunk that was a thousand times slower is forgotten after a few.
+    pace = pace > 0 and pace ^ 0.6 * own ^ 0.4 or own
     redis.call('HSET', K.batch(batch), 'pace', string.format('%.2f', pace))
     redis.call('HSET', K.job(batch), 'updated_at', now())
   end
@@ -160,11 +164,11 @@ local function end_chunk(id, user, says, ran_us, retention_ms)
 end
 
 -- The end of a part, as its worker says it.
-function end_part(id, user, says, ran_us, retention_ms)
+function end_part(id, user, says, retention_ms)
   local what, batch = part_of(id)
   -- Its batch was aborted meanwhile.
   if not what then return redis.call('DEL', K.job(id)) end
-  if what == 'rows' then return end_chunk(id, user, says, ran_us, retention_ms) end
+  if what == 'rows' then return end_chunk(id, user, says, retention_ms) end
   if what ~= 'files' then return end
   drop_part(batch, id)
   -- The rows have ended: whoever removed or rewrote the record since has decided otherwise.
@@ -179,13 +183,13 @@ lost_part = function(id, user, reason)
   local what, _, _, _, count = part_of(id)
   if what ~= 'rows' then
     if what ~= 'files' then return false end
-    end_part(id, user, {failed_reason = reason}, 0, MAX_REJECTED_MS)
+    end_part(id, user, {failed_reason = reason}, MAX_REJECTED_MS)
     return true
   end
   local row = {2, '', {{msgid = 10, errcode = 'worker_lost', vals = {reason}}}}
   local rows = {}
   for i = 1, count do rows[i] = row end
-  end_part(id, user, {results = cmsgpack.pack(rows), done = 0, failed = count}, 0, MAX_REJECTED_MS)
+  end_part(id, user, {results = cmsgpack.pack(rows), done = 0, failed = count}, MAX_REJECTED_MS)
   return true
 end
 

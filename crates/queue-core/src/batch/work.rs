@@ -1,6 +1,7 @@
 //! What a worker reads and writes of a batch while it holds a claim on a part of it.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use super::{BatchError, BatchView, VIEW, view_of};
 use crate::calls::{Fields, Mark};
@@ -21,6 +22,27 @@ pub struct Facts {
     pub statement: Option<String>,
     /// Where it runs: the fields that a SQL job has for that.
     pub connection: BTreeMap<String, Vec<u8>>,
+}
+
+/// How long a chunk took that was run: what the size of those to come follows from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pace {
+    row: Duration,
+    fixed: Duration,
+}
+
+impl Pace {
+    /// Of `rows` rows that took so long together, and what the chunk cost besides however many there are. `None` without rows.
+    pub fn of(took: Duration, rows: usize, fixed: Duration) -> Option<Self> {
+        let rows = u32::try_from(rows).ok().filter(|rows| *rows > 0)?;
+        Some(Self { row: took / rows, fixed })
+    }
+
+    /// The fields that say so.
+    pub fn with(self, fields: Fields) -> Fields {
+        let micros = |time: Duration| format!("{:.2}", time.as_secs_f64() * 1e6);
+        fields.with("row_us", micros(self.row)).with("fixed_us", micros(self.fixed))
+    }
 }
 
 /// The fields of a batch that say where a statement runs.

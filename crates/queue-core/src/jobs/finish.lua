@@ -47,7 +47,7 @@ while i <= #ARGV do
     if verdict == 'later' and redis.call('SISMEMBER', K.cancels(session), id) == 1 then ms = 0 end
     local function write()
       if verdict == 'part' then
-        end_part(id, claim.user, says, ran_us, ms)
+        end_part(id, claim.user, says, ms)
       elseif verdict == 'next' then
         if record(id, claim.user, 'user', claim.user, 'status', 'pending', 'settled', fence, unpack(fields))
           and put_first(id, line_of(pool, claim.user)) then

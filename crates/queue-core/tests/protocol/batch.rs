@@ -6,7 +6,7 @@ mod upkeep;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use queue_core::batch::work::{end_fields, partial_fields};
+use queue_core::batch::work::{Pace, end_fields, partial_fields};
 use queue_core::batch::{BatchError, BatchView, Batches, NewBatch, Release, RowView, Which};
 use queue_core::calls::{Fields, Finished, Mark, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
@@ -120,10 +120,9 @@ fn part_verdict() -> Verdict {
     Verdict::Part { keep_ms: KEEP_MS }
 }
 
-/// Each row takes 5 ms, so that chunks have ten.
+/// Nobody says how long a row takes, so chunks have ten.
 async fn end_rows(claim: Claim, results: &[Option<RowResult>]) -> Finished {
-    let ran = Duration::from_millis(5) * results.len() as u32;
-    claim.finish(part_verdict(), ran, end_fields(results), false).await.unwrap()
+    claim.finish(part_verdict(), Duration::ZERO, end_fields(results), false).await.unwrap()
 }
 
 /// Ends all rows of a chunk in one way.
@@ -522,6 +521,46 @@ async fn take_rows(session: &Session, least: usize) -> Claim {
         }
         assert_eq!(all_ended(claim, RowEnd::Done).await, Finished::Ended);
     }
+}
+
+#[tokio::test]
+async fn a_chunk_has_as_many_rows_as_take_a_while_by_themselves_however_long_it_waited() {
+    let rig = Rig::start().await;
+    let (batches, session) = (batches(&rig), rig.session(POOL, 1).await);
+    const MILLI: Duration = Duration::from_millis(1);
+    batches.submit(new("b1"), rows(1..=9_000)).await.unwrap();
+    // How many rows the next chunk has after this one: its rows took so long each, it cost so much besides, and was out for a minute.
+    let after = async |row: Duration, fixed: Duration| {
+        let claim = take_one(&session).await;
+        let count = chunk(&claim).count;
+        let pace = Pace::of(row * count as u32, count, fixed).unwrap();
+        let fields = pace.with(end_fields(&ended(vec![RowEnd::Done; count])));
+        assert_eq!(claim.finish(part_verdict(), 60_000 * MILLI, fields, false).await.unwrap(), Finished::Ended);
+        let next = take_one(&session).await;
+        let count = chunk(&next).count;
+        next.finish(Verdict::Next, Duration::ZERO, Fields::new(), false).await.unwrap();
+        count
+    };
+    assert_eq!(after(MILLI, Duration::ZERO).await, 50, "50 ms");
+    assert_eq!(after(MILLI, 40 * MILLI).await, 50, "which pays for what a chunk costs");
+    let settled = async |row, fixed| {
+        let mut count = 0;
+        for _ in 0..12 {
+            count = after(row, fixed).await;
+        }
+        count
+    };
+    // What earlier chunks said counts for less each time.
+    let so_many = |found: usize, expected: usize| assert!(found.abs_diff(expected) <= 1, "{found} for {expected}");
+    // As long as the rest of it, but a quarter of a second at most.
+    so_many(settled(MILLI, 120 * MILLI).await, 120);
+    so_many(settled(2 * MILLI, 3_000 * MILLI).await, 125);
+    assert_eq!(settled(10_000 * MILLI, Duration::ZERO).await, 1);
+    let back = settled(MILLI, Duration::ZERO).await;
+    so_many(back, 49);
+    // A chunk of which nobody says how long it took changes nothing.
+    all_ended(take_one(&session).await, RowEnd::Done).await;
+    assert_eq!(chunk(&take_one(&session).await).count, back);
 }
 
 /// Some rows of a chunk have ended, the others are to be tried later.

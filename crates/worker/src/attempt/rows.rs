@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use queue_core::batch::BatchError;
-use queue_core::batch::work::{Facts, end_fields, partial_fields};
+use queue_core::batch::work::{Facts, Pace, end_fields, partial_fields};
 use queue_core::calls::{Fields, Mark, Taken, Verdict};
 use queue_core::error::Error;
 use queue_core::model::batch::{Chunk, Row, RowResult};
@@ -94,10 +94,10 @@ pub(super) async fn settle(
         };
         let ran = match sql_rows::run(claim, &*means.sql, facts, open, stop).await {
             sql_rows::Ran::ClaimLost => return None,
-            sql_rows::Ran::Answered(answers) => Ran::answered(answers),
-            sql_rows::Ran::Stopped => Ran::answered(results.iter().map(|_| None).collect()),
+            sql_rows::Ran::Answered(answers, pace) => Ran::answered(answers, pace),
+            sql_rows::Ran::Stopped => Ran::answered(results.iter().map(|_| None).collect(), None),
             sql_rows::Ran::Failed(problem) => {
-                Ran::answered(results.iter().map(|_| Some(RowAnswer::Failed(problem.clone()))).collect())
+                Ran::answered(results.iter().map(|_| Some(RowAnswer::Failed(problem.clone()))).collect(), None)
             }
             // With its trace: the database must be asked before any of the rows ends.
             sql_rows::Ran::Unsettled(problem) => {
@@ -184,7 +184,13 @@ fn settle_answers(
             let tried = History { step: None, started, ended: &at, error: &super::task::cut(&reason) };
             retries.later(partial_fields(&kept_chunk, &results), tried, "rows failed", after)
         }
-        _ if results.iter().all(Option::is_some) => ended(&results, rules),
+        _ if results.iter().all(Option::is_some) => {
+            let mut ending = ended(&results, rules);
+            if let Some(pace) = ran.pace {
+                ending.fields = pace.with(ending.fields);
+            }
+            ending
+        }
         _ if results.iter().all(Option::is_none) => given_back(),
         _ => next(&kept_chunk, &results),
     })
@@ -267,13 +273,15 @@ struct Ran {
     /// What is to be said of rows that were begun and not answered.
     unanswered: Problem,
     not_ready: Option<String>,
+    /// How long they took.
+    pace: Option<Pace>,
 }
 
 impl Ran {
     /// Nothing but answers: rows without one were not begun.
-    fn answered(answers: Vec<Option<RowAnswer>>) -> Self {
+    fn answered(answers: Vec<Option<RowAnswer>>, pace: Option<Pace>) -> Self {
         let kept = answers.len();
-        Self { answers, begun: 0, kept, unanswered: Problem::retry("it was not answered"), not_ready: None }
+        Self { answers, begun: 0, kept, unanswered: Problem::retry("it was not answered"), not_ready: None, pace }
     }
 
     /// Writes down the rows that have ended.
@@ -357,7 +365,9 @@ async fn run(
         kept = cut(claim, begun, earlier, stop, lifetime).await.min(kept);
     }
     let kept = if begun == 0 { 0 } else { kept };
-    Ran { answers: feed.take_answers(), begun, kept, unanswered, not_ready }
+    let (took, answers) = (feed.took(), feed.take_answers());
+    let pace = took.and_then(|took| Pace::of(took, answers.iter().flatten().count(), Duration::ZERO));
+    Ran { answers, begun, kept, unanswered, not_ready, pace }
 }
 
 /// Leaves all but the first rows to others. Returns how many the chunk has then.

@@ -3,10 +3,11 @@
 //! Its trace and the answers to its rows are noted together before COMMIT. So a chunk whose worker was lost is either run again, or
 //! ends with the answers that its transaction had.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_trait::async_trait;
 use futures::FutureExt;
+use queue_core::batch::work::Pace;
 use queue_core::calls::Fields;
 use queue_core::model::batch::{self, Row, RowResult};
 use queue_core::model::task::Message;
@@ -40,8 +41,9 @@ pub struct Facts {
 /// What became of a chunk.
 #[derive(Debug, PartialEq)]
 pub enum Ran {
-    /// The answers to its rows, by their places. Rows without one were not begun, or had ended before.
-    Answered(Vec<Option<RowAnswer>>),
+    /// The answers to its rows, by their places. Rows without one were not begun, or had ended before. Rows that were run now say
+    /// how long they took.
+    Answered(Vec<Option<RowAnswer>>, Option<Pace>),
     /// Nothing took effect, because the stop was asked for. What an earlier execution began had none either.
     Stopped,
     /// The claim is another's: nothing may be recorded.
@@ -59,7 +61,7 @@ pub async fn run(claim: &Claim, executor: &dyn Executor, facts: Facts, rows: Vec
     let earlier = earlier(taken, STEP);
     let open: Vec<bool> = rows.iter().map(Option::is_some).collect();
     let all = |answer: RowResult| {
-        Ran::Answered(open.iter().map(|open| open.then(|| RowAnswer::Ended(answer.clone()))).collect())
+        Ran::Answered(open.iter().map(|open| open.then(|| RowAnswer::Ended(answer.clone()))).collect(), None)
     };
     let unknown = |reason: String| all(RowResult::failed("unknown", reason));
     let work = RowsWork {
@@ -81,6 +83,7 @@ pub async fn run(claim: &Claim, executor: &dyn Executor, facts: Facts, rows: Vec
             .collect(),
     };
     let page = RowsPage { page: Page::of(claim, stop, facts.session_lifetime), places: open.len() };
+    let begin = Instant::now();
     let running =
         executor.execute_rows(work, &page, stop.token()).instrument(tracing::info_span!("statement", step = STEP));
     // A bug in an executor must not take the worker's other jobs with it, nor leave these rows without an end.
@@ -88,9 +91,14 @@ pub async fn run(claim: &Claim, executor: &dyn Executor, facts: Facts, rows: Vec
         SqlRowsEnd::Unknown("the worker panicked while the statement ran; whether it took effect is not known".into())
     });
     match end {
-        SqlRowsEnd::Committed(answers) => Ran::Answered(by_place(answers, open.len(), RowAnswer::Ended)),
+        SqlRowsEnd::Committed(answers, took) => {
+            let pace = Pace::of(took, answers.len(), begin.elapsed().saturating_sub(took));
+            Ran::Answered(by_place(answers, open.len(), RowAnswer::Ended), pace)
+        }
         SqlRowsEnd::EarlierCommitted => match page.noted().await {
-            Ok(answers) => Ran::Answered(answers.into_iter().map(|answer| answer.map(RowAnswer::Ended)).collect()),
+            Ok(answers) => {
+                Ran::Answered(answers.into_iter().map(|answer| answer.map(RowAnswer::Ended)).collect(), None)
+            }
             Err(reason) => unknown(format!("the rows were worked on by a worker that was lost, and {reason}")),
         },
         SqlRowsEnd::Stopped => Ran::Stopped,

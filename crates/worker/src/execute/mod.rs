@@ -168,8 +168,9 @@ pub type RowAnswers = Vec<(usize, RowResult)>;
 /// How a statement for rows ended.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum SqlRowsEnd {
-    /// The transaction is committed. It holds what these rows did; rows without an answer were not begun.
-    Committed(RowAnswers),
+    /// The transaction is committed. It holds what these rows did; rows without an answer were not begun. The rows took this long,
+    /// without the transaction around them.
+    Committed(RowAnswers, Duration),
     /// The transaction of an earlier execution is committed, and nothing was run now: the answers that were noted with it stand.
     EarlierCommitted,
     /// Nothing took effect, of no row.

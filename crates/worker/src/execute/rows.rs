@@ -150,6 +150,9 @@ struct State {
     /// Rows that are begun and not answered, and when the first of them was.
     open: usize,
     since: Option<Instant>,
+    /// When the first row was begun, and the last answer came.
+    begun_at: Option<Instant>,
+    answered_at: Option<Instant>,
 }
 
 impl Feed {
@@ -188,7 +191,8 @@ impl Feed {
         }
         state.open += begun.len();
         if !begun.is_empty() {
-            state.since.get_or_insert_with(Instant::now);
+            let since = *state.since.get_or_insert_with(Instant::now);
+            state.begun_at.get_or_insert(since);
         }
         begun
     }
@@ -210,7 +214,9 @@ impl Feed {
             state.answered_bytes += answer.bytes();
             state.answers[place] = Some(answer);
             state.open = state.open.saturating_sub(1);
-            state.since = (state.open > 0).then(Instant::now);
+            let now = Instant::now();
+            state.since = (state.open > 0).then_some(now);
+            state.answered_at = Some(now);
         }
     }
 
@@ -232,6 +238,13 @@ impl Feed {
     pub fn has_more(&self) -> bool {
         let state = self.state();
         state.next < state.end && state.answered_bytes < ANSWERS_MAX_BYTES
+    }
+
+    /// How long the rows that were answered took, from when the first of them was begun; `None` if there is none. What the chunk
+    /// waited for before is not among it: a thread, a program, Redis.
+    pub fn took(&self) -> Option<Duration> {
+        let state = self.state();
+        Some(state.answered_at?.duration_since(state.begun_at?))
     }
 
     /// What became of the rows; the answers leave the feed. Rows that were begun and not answered have `None`, as those have that were

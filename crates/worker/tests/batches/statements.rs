@@ -1,5 +1,7 @@
 //! Statements for rows, run by workers that are killed: each row takes effect once, or not at all.
 
+use std::time::Duration;
+
 use queue_core::ids::User;
 use queue_core::model::batch::RowStatus;
 use queue_core::producer::Database;
@@ -54,6 +56,31 @@ async fn rows_for_a_statement_take_effect_once_however_often_their_workers_are_k
         }
     }
     drop(survivor);
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn rows_for_a_database_that_is_far_away_go_there_many_at_a_time() {
+    let house = SqlHouse::build().await;
+    let batches = Batches::new(house.store.clone(), Limits::default());
+    house.postgres.query(DATABASE, "CREATE TABLE bookings (id int, transaction bigint)").await;
+    let far = testkit::Proxy::start(house.postgres.addr());
+    far.delay(Duration::from_millis(20));
+    let (host, port) = (house.postgres.host_port().0, far.addr().port());
+    let database =
+        Database::Connection { host, port, dbname: DATABASE.into(), dbuser: "postgres".into(), pass: String::new() };
+    let new = NewBatch {
+        id: job_id("b1"),
+        ..NewBatch::sql(User::new("ann").unwrap(), database, "INSERT INTO bookings VALUES (:n::int, txid_current())")
+    };
+    batches.submit(new, rows(1..=6_000)).await.unwrap();
+    let worker = house.daemon(&[]);
+    let view = end_of("the batch ends", batches.wait(&job_id("b1"), None)).await.unwrap();
+    assert_eq!((view.status, view.counts), (Status::Done, counts(6_000, 6_000, 0, 0)));
+    let found = house.postgres.query(DATABASE, "SELECT count(*), count(DISTINCT transaction) FROM bookings").await;
+    let [rows, transactions] = [0, 1].map(|column| found[0][column].as_ref().unwrap().parse::<u64>().unwrap());
+    // The first ones have ten, as many at once as the worker has places; none is back to that or less.
+    assert!(rows == 6_000 && transactions < 150, "{rows} rows in {transactions} transactions");
+    drop(worker);
 }
 
 #[tokio::test(flavor = "multi_thread")]

@@ -107,7 +107,7 @@ async fn run(executor: &SqlExecutor, work: RowsWork) -> SqlRowsEnd {
 
 fn committed(end: SqlRowsEnd) -> RowAnswers {
     match end {
-        SqlRowsEnd::Committed(answers) => answers,
+        SqlRowsEnd::Committed(answers, _) => answers,
         other => panic!("not committed: {other:?}"),
     }
 }
@@ -557,7 +557,7 @@ async fn a_stop_in_the_middle_leaves_nothing() {
             let found = format!("SELECT count(*) FROM t WHERE a = {round}");
             let found = if on_file { files.count(&found) } else { count(&client, &found).await };
             match end {
-                SqlRowsEnd::Committed(_) => assert_eq!(found, 300),
+                SqlRowsEnd::Committed(..) => assert_eq!(found, 300),
                 SqlRowsEnd::Stopped => assert_eq!(found, 0),
                 other => panic!("{other:?}"),
             }
@@ -650,7 +650,7 @@ async fn a_commit_whose_answer_is_lost_is_looked_into() {
         let Target::Host { host, dbname, dbuser, pass, .. } = cluster.target(&db) else { unreachable!() };
         let target = Target::Host { host, port: proxy.port, dbname, dbuser, pass };
         match run(&in_clear, rows_work(target, "INSERT INTO t VALUES ($1)", [json!([1]), json!([2])])).await {
-            SqlRowsEnd::Committed(answers) => assert_eq!((ends(&answers).len(), found), (2, 2)),
+            SqlRowsEnd::Committed(answers, _) => assert_eq!((ends(&answers).len(), found), (2, 2)),
             SqlRowsEnd::Failed(failure) => assert_eq!((failure.retryable, found), (true, 0)),
             other => panic!("{other:?}"),
         }

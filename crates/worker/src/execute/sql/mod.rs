@@ -209,7 +209,7 @@ impl Executor for SqlExecutor {
             Err(reason) => Err(refused(reason)),
         };
         match ended {
-            Ok(answers) => SqlRowsEnd::Committed(answers),
+            Ok((answers, took)) => SqlRowsEnd::Committed(answers, took),
             Err(End::Done(_)) => SqlRowsEnd::EarlierCommitted,
             Err(End::Failed(failure)) => SqlRowsEnd::Failed(failure),
             Err(End::Stopped) => SqlRowsEnd::Stopped,

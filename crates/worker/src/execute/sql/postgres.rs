@@ -96,7 +96,7 @@ pub(super) async fn execute_rows(
     rows: &[SqlRow],
     book: Book<'_>,
     stop: &CancellationToken,
-) -> Result<RowAnswers, End> {
+) -> Result<(RowAnswers, Duration), End> {
     let identity = Identity::new(&work.job, work.fence);
     let execution = Execution { server, lost, work, book, stop, identity };
     execution.run_rows(rows).await

@@ -83,7 +83,7 @@ pub(super) async fn execute_rows(
     rows: Vec<SqlRow>,
     book: Book<'_>,
     stop: &CancellationToken,
-) -> Result<RowAnswers, End> {
+) -> Result<(RowAnswers, Duration), End> {
     on_thread(file, lost, work, book, stop, move |run| run.run_rows(&rows)).await
 }
 

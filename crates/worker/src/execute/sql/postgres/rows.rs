@@ -34,13 +34,13 @@ const RELEASE: &str = "RELEASE SAVEPOINT drayman_rows";
 const NEXT: &str = "RELEASE SAVEPOINT drayman_rows; SAVEPOINT drayman_rows";
 
 impl Execution<'_> {
-    pub(super) async fn run_rows(&self, rows: &[SqlRow]) -> Result<RowAnswers, End> {
+    pub(super) async fn run_rows(&self, rows: &[SqlRow]) -> Result<(RowAnswers, Duration), End> {
         let mut link = self.settled().await?;
         self.begin(&link, BEGIN).await?;
         match self.rows_in_transaction(&mut link, rows).await {
-            Ok(answers) => match transaction(&link).await {
+            Ok((answers, took)) => match transaction(&link).await {
                 Ok(id) => match self.commit(link, id, &answers).await {
-                    End::Done(_) => Ok(answers),
+                    End::Done(_) => Ok((answers, took)),
                     end => Err(end),
                 },
                 Err(fault) => Err(self.broken(link, Broken::By(fault)).await),
@@ -49,7 +49,7 @@ impl Execution<'_> {
         }
     }
 
-    async fn rows_in_transaction(&self, link: &mut Link, rows: &[SqlRow]) -> Result<RowAnswers, Broken> {
+    async fn rows_in_transaction(&self, link: &mut Link, rows: &[SqlRow]) -> Result<(RowAnswers, Duration), Broken> {
         let (sql, parameters) =
             parameters(&self.work.sql, Dialect::Postgres).map_err(|reason| Broken::Refused(refused(&reason)))?;
         let text = commented(&Work { sql, ..self.work.clone() });
@@ -71,10 +71,12 @@ impl Execution<'_> {
                 Err(unfit) => answers.push((row.place, unfit)),
             }
         }
+        let begin = Instant::now();
         let ran = self.groups(link, &statement, &values).await?;
+        let took = begin.elapsed();
         answers.extend(ran.into_iter().map(|(index, answer)| (places[index], answer)));
         answers.sort_by_key(|(place, _)| *place);
-        Ok(answers)
+        Ok((answers, took))
     }
 
     /// Runs all rows, as far as there is room for what they return. The answers come by their places in `rows`.

@@ -1,6 +1,7 @@
 //! A statement for rows in a SQLite file: each row in a savepoint of its own, for there is no way to the server that it could cost.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use queue_core::model::batch::RowResult;
 use rusqlite::ffi::ErrorCode;
@@ -45,17 +46,19 @@ enum Tried {
 
 impl Run {
     /// Runs the statement for all rows and commits, or leaves nothing.
-    pub(super) fn run_rows(&self, rows: &[SqlRow]) -> Result<RowAnswers, End> {
+    pub(super) fn run_rows(&self, rows: &[SqlRow]) -> Result<(RowAnswers, Duration), End> {
         let mut connection = self.open()?;
         let mut overdue = Vec::new();
         loop {
             self.begin(&connection)?;
+            let begin = Instant::now();
             match self.try_rows(&mut connection, rows, &overdue)? {
                 Tried::Through(answers, read_only) => {
+                    let took = begin.elapsed();
                     if !read_only {
                         self.commit(&connection, answers.clone())?;
                     }
-                    return Ok(answers);
+                    return Ok((answers, took));
                 }
                 // The others are run again, without it.
                 Tried::Undone(place) => overdue.push(place),
