@@ -34,7 +34,8 @@ struct House {
 impl House {
     async fn build() -> Self {
         let redis = RedisServer::start();
-        let config = RedisConfig { url: Url::new(redis.url_db(DB)), ..RedisConfig::default() };
+        let url = Url::new(redis.url_db(DB));
+        let config = RedisConfig { url, command_timeout: Duration::from_secs(30), ..RedisConfig::default() };
         let store = Store::connect(&config).await.unwrap();
         let folder = Scratch::new("intake");
         fs::create_dir(folder.path().join("in")).unwrap();
@@ -59,7 +60,7 @@ impl House {
     fn config(&self, folders: &[&str]) -> PathBuf {
         let path = self.folder.path().join("intake.toml");
         let mut text = format!(
-            "[redis]\nurl = '{}'\ncommand_timeout = '5s'\n[intake]\npoll_interval = '50ms'\n[objects]\nurl = 'file://{}/objects'\n",
+            "[redis]\nurl = '{}'\ncommand_timeout = '30s'\n[intake]\npoll_interval = '50ms'\n[objects]\nurl = 'file://{}/objects'\n",
             self.redis.url_db(DB),
             self.folder.path().display()
         );
@@ -393,7 +394,7 @@ async fn while_redis_is_away_files_stay_where_they_are_claimed_and_no_file_is_ba
     let house = House::build().await;
     // Each call is given up soon: the daemon tries several, and a minute later it would be the same.
     let config = house.config(&[BOOK]);
-    fs::write(&config, fs::read_to_string(&config).unwrap().replace("'5s'", "'500ms'")).unwrap();
+    fs::write(&config, fs::read_to_string(&config).unwrap().replace("'30s'", "'500ms'")).unwrap();
     let daemon = house.start_with(&config);
     daemon.wait_for_line("taking files in");
     house.redis.kill();

@@ -213,7 +213,7 @@ keys! {
     /// for each its name, those that it comes after, and on which end; the flow's `user`, `instance` and how long it is to `keep` in ms. That it
     /// is here shows that a flow was launched under this id. Lives as long as the execution's record.
     flow_steps(flow) = "drayman:{tag}flow_steps:{}", Hash;
-    /// An instance of a flow, by its digest: its `last` execution, and how many `launches` it had. Expires with the record of the last one.
+    /// An instance of a flow, by its digest: its `last` execution, the one `before` while that is made, and how many `launches` it had. Expires with the record of the last one.
     flow_instance(instance) = "drayman:{tag}flow_instance:{}", Hash;
     /// The leader's word that memory is nearly full: bytes used and the mark above which nothing new is accepted. Lives for
     /// some seconds unless renewed.

@@ -139,6 +139,8 @@ kinds! {
     ServiceUnlisted = "service-unlisted";
     /// A user has waiting jobs and has not been ready for a minute. Repaired: made ready.
     QueueUnnoticed = "queue-unnoticed";
+    /// The index of the lines of tasks that are not empty is wrong. Repaired.
+    LineIndex = "line-index";
     /// Lines of a user are kept from their turn by limits that allow it. Repaired: they get it.
     LineBarred = "line-barred";
     /// A unique key names a job that does not hold it any more. Repaired: removed.
@@ -286,6 +288,7 @@ impl<'a> Round<'a> {
         for key in [Keys::tasks, Keys::high, Keys::low] {
             lines.extend(self.keys_of(&key(&keys, "*"), key(&keys, "").len()).await?);
         }
+        lines.extend(self.set_members(&keys.lines()).await?);
         let barred = self.keys_of(&keys.barred("*"), keys.barred("").len()).await?;
         led!(self.look("barred", &barred));
         led!(self.look("lines", &lines.into_iter().collect::<Vec<_>>()));

@@ -229,6 +229,10 @@ impl Claim {
     }
 }
 
+/// What [`State::save`] has found: names, times of expiry in ms since 1970 or 0, values.
+#[derive(Debug, Clone)]
+pub struct Saved(Vec<(String, i64, Vec<u8>)>);
+
 impl State {
     fn client(&self) -> MutexGuard<'_, RawClient> {
         self.client.lock().unwrap_or_else(|poison| poison.into_inner())
@@ -260,6 +264,35 @@ impl State {
     #[track_caller]
     pub fn digest(&self) -> BTreeMap<String, String> {
         dump(&mut self.client())
+    }
+
+    /// All of it, to be brought back.
+    #[track_caller]
+    pub fn save(&self) -> Saved {
+        let mut client = self.client();
+        let keys = client.call(&["KEYS", "*"]).texts();
+        let save = |key: String| {
+            let expiry = client.call(&["PEXPIRETIME", &key]).int().max(0);
+            let dump = client.call(&["DUMP", &key]).bytes().to_vec();
+            (key, expiry, dump)
+        };
+        Saved(keys.into_iter().map(save).collect())
+    }
+
+    /// As it was when it was saved, also what expires.
+    #[track_caller]
+    pub fn bring_back(&self, saved: &Saved) {
+        let mut client = self.client();
+        client.call(&["FLUSHDB"]);
+        for (key, expiry, dump) in &saved.0 {
+            let expiry = expiry.to_string();
+            let command = [b"RESTORE", key.as_bytes(), expiry.as_bytes(), dump, b"ABSTTL"];
+            client.send(&command).expect("the server reads");
+        }
+        for (key, ..) in &saved.0 {
+            let reply = client.receive().expect("the server answers");
+            assert!(!matches!(reply, Value::Error(_)), "{key}: {reply:?}");
+        }
     }
 
     // Any piece.

@@ -16,9 +16,14 @@ end
 if there ~= 'none' then return {'refused', 'a job of another kind, or of another flow, has this id'} end
 if used then return {'no_room', used, mark} end
 
-local last = redis.call('HGET', instance, 'last')
-local l = last and is_flow(last) and try('HMGET', K.job(last), 'status', 'abandoned_at')
-if not l or not l[1] then last = false end
+-- The latest execution; where a launch broke off before it had made one, the one before.
+local function execution_of(name)
+  local id = redis.call('HGET', instance, name)
+  local l = id and id ~= flow and is_flow(id) and try('HMGET', K.job(id), 'status', 'abandoned_at')
+  if l and l[1] then return id, l end
+end
+local last, l = execution_of('last')
+if not last then last, l = execution_of('before') end
 if last and l[1] == 'running' then return {'running', last} end
 if last and not is_forced then
   if l[2] then return {'abandoned', last} end
@@ -28,13 +33,6 @@ local goes_on = last and not is_forced and l[1] ~= 'done'
 
 -- Whatever is left of one whose record somebody has removed.
 redis.call('DEL', key)
-redis.call('HSET', job, 'user', user, 'kind', 'flow', 'status', 'running', 'created_at', now(), 'started_at', now(), 'updated_at', now(),
-  'instance', ARGV[1], unpack(fields))
-if goes_on then redis.call('HSET', job, 'goes_on_from', last) end
-redis.call('ZADD', K.flows(), int(this.now_ms), flow)
-redis.call('HSET', instance, 'last', flow)
-redis.call('HINCRBY', instance, 'launches', 1)
-redis.call('PERSIST', instance)
 
 -- What is done stays so, by the names of the steps; but what follows failures, or any end, follows those of this execution.
 local done, kept, left = {}, {}, {}
@@ -69,6 +67,15 @@ for number, step in ipairs(cmsgpack.unpack(packed)) do
     set_step(key, number, 'waiting', facts)
   end
 end
+-- The record comes last: a launch that broke off before is made anew, and behind it all is there that goes on.
+redis.call('PERSIST', instance)
+local launches = tonumber(redis.call('HGET', instance, 'launches') or 0) or 0
+redis.call('HSET', instance, 'last', flow, 'before', last or '', 'launches', int(launches + 1))
+redis.call('ZADD', K.flows(), int(this.now_ms), flow)
+redis.call('HSET', job, 'user', user, 'kind', 'flow', 'status', 'running', 'created_at', now(), 'started_at', now(), 'updated_at', now(),
+  'instance', ARGV[1], unpack(fields))
+if goes_on then redis.call('HSET', job, 'goes_on_from', last) end
+redis.call('HDEL', instance, 'before')
 publish(user, flow, 'running')
 advance(flow)
 return {'launched', goes_on and last or ''}

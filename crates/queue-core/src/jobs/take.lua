@@ -100,8 +100,7 @@ local function claim_head(id, line, user, pool, h, queue, has_bands, start, susp
     id, is_left = deal(id, user)
     h = {status = 'pending', kind = 'part'}
     if is_left then pass_head(line, queue, has_bands) else more = pop_head(line, queue, has_bands) end
-  else
-    more = pop_head(line, queue, has_bands)
+    queue = nil
   end
   local job = K.job(id)
   -- One µs apart, so that fences tell the order of jobs that are taken together.
@@ -115,6 +114,8 @@ local function claim_head(id, line, user, pool, h, queue, has_bands, start, susp
   local tag = int(start + math.max(1, math.floor(cost / own.weight)))
   redis.call('HSET', K.claims(), id, table.concat({session, fence, pool, user, int(cost), tag, fairness}, '\t'))
   redis.call('HSET', K.work(session), id, take)
+  -- Only now: of a job that others have pushed nothing else says that it is there.
+  if queue then more = pop_head(line, queue, has_bands) end
   local busy = redis.call('HINCRBY', K.busy(pool), user, 1)
   redis.call('HINCRBY', K.active(), user, 1)
   count_start('user:' .. user, own)

@@ -438,7 +438,8 @@ function LOOK.wip(items)
         -- One that still says `running` may be a foreign worker's.
         -- Nor is one that a foreign worker takes just now: that leaves the queue first.
         local ended = not status or is_over(status, fallback_status)
-        if claimant[id] or (status ~= 'running' and (ended or quiet or in_queue(id, try('HGET', K.job(id), 'user') or user))) then
+        local is_due = redis.call('ZSCORE', K.due(), id)
+        if claimant[id] or is_due or (status ~= 'running' and (ended or quiet or in_queue(id, try('HGET', K.job(id), 'user') or user))) then
           found('wip-stray', id, 'the list of work in progress of ' .. user .. ' names the job, which nobody works on',
             function() try('LREM', wip, 0, id) end)
         end
@@ -575,6 +576,15 @@ end
 function LOOK.lines(items)
   for _, line in ipairs(items) do
     local kind, user = parts_of(line)
+    -- The index of users is shared with others, and is looked through all the time.
+    if kind and kind ~= 'sql' then
+      local there = redis.call('EXISTS', queue_of(line), K.high(line), K.low(line)) > 0
+      local listed = try('SISMEMBER', K.lines(), line)
+      if listed and (listed == 1) ~= there then
+        found('line-index', line, 'the line and the index of those that are not empty do not agree',
+          function() if there then index(line) else unindex(line) end end)
+      end
+    end
     if user and is_user(user) then
       local queue = head_queue(line)
       if redis.call('SISMEMBER', K.barred(user), line) == 0 and holds(queue, 'list') and is_quiet(queue) then
@@ -606,7 +616,7 @@ function LOOK.active()
   for user in pairs(counts) do users[user] = users[user] or '0' end
   for user, text in pairs(users) do
     local has = counts[user] or 0
-    if text ~= int(has) then
+    if text ~= int(has) or has == 0 then
       found('user-miscount', user, 'the user counts ' .. text .. ' running jobs over all pools and has ' .. int(has), function()
         if has == 0 then redis.call('HDEL', K.active(), user) else redis.call('HSET', K.active(), user, has) end
         lift_and_wake(user)

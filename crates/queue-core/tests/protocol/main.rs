@@ -2,6 +2,7 @@
 
 mod anything;
 mod batch;
+mod breaks;
 mod budgets;
 mod calls;
 mod cancel;

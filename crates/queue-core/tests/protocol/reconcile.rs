@@ -159,6 +159,8 @@ const REPAIRED: &[(&[Kind], &[&str])] = &[
     ),
     (&[Kind::WipMissing, Kind::WipIndex], &["DEL batch:wip:user:alice batch:wip:users"]),
     (&[Kind::WipIndex], &["SREM batch:wip:users alice", "SADD batch:wip:users zoe"]),
+    (&[Kind::LineIndex], &["SADD drayman:lines app.op:zoe"]),
+    (&[Kind::UserMiscount], &["HSET drayman:active zoe 0"]),
     (&[Kind::PoolMalformed], &["HSET drayman:pool:sql:h capacity many user_limit some"]),
     (&[Kind::PoolMalformed, Kind::PoolMiscount], &["HSET drayman:pool:sql:h running some"]),
     (&[Kind::PoolMalformed, Kind::PoolTimeless], &["HSET drayman:pool:sql:h v nan-ish"]),

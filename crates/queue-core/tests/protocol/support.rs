@@ -131,7 +131,7 @@ impl Rig {
 }
 
 pub fn config(url: String) -> RedisConfig {
-    RedisConfig { url: Url::new(url), ..RedisConfig::default() }
+    RedisConfig { url: Url::new(url), command_timeout: Duration::from_secs(30), ..RedisConfig::default() }
 }
 
 pub fn service(pools: &str, capacity: u32) -> Service {

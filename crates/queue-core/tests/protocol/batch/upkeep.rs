@@ -202,8 +202,8 @@ async fn what_disagrees_about_batches_is_found_and_repaired_and_each_row_ends_on
     let all_bands: Lost =
         |_| [Priority::Low, Priority::High, Priority::Normal].map(|band| Piece::Tasks("ann", POOL, band)).into();
     let cases: &[(&[Kind], Lost)] = &[
-        (&[Kind::BatchLost, Kind::PendingLost], all_bands),
-        (&[Kind::PendingLost], |_| vec![Piece::Tasks("eve", POOL, Priority::High)]),
+        (&[Kind::BatchLost, Kind::PendingLost, Kind::LineIndex], all_bands),
+        (&[Kind::PendingLost, Kind::LineIndex], |_| vec![Piece::Tasks("eve", POOL, Priority::High)]),
         (&[Kind::BatchUnsettled], |_| vec![Piece::Job("files:files")]),
         (&[Kind::BatchUnsettled], |_| vec![Piece::Job("files:files"), Piece::BatchParts("files")]),
         (&[Kind::RunningLost, Kind::PoolMiscount, Kind::UserMiscount], |one| vec![Piece::Claims, Piece::HeldBy(one)]),
