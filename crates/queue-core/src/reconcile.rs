@@ -95,6 +95,10 @@ kinds! {
     BatchLost = "batch-lost";
     /// A batch waits for rows, or for the end of its files, that nobody has any more. Reported: it can be aborted.
     BatchPartsLost = "batch-parts-lost";
+    /// A chunk of a batch was dealt or ended, and that broke off half way. Repaired: it waits at the front of its line, or is gone.
+    BatchChunk = "batch-chunk";
+    /// The record of a batch shows other counts than it has. Repaired: written anew.
+    BatchView = "batch-view";
     /// All rows of a batch have ended, and it has not. Repaired: its files are assembled, and it ends.
     BatchUnsettled = "batch-unsettled";
     /// A step of a flow has ended, or its job is gone, and the flow does not know. Repaired: it goes on; a step whose job is gone has failed.
@@ -280,6 +284,7 @@ impl<'a> Round<'a> {
         led!(self.look("sessions", &sessions));
         led!(self.walk("due", "ZSCAN", &keys.due()));
         led!(self.walk("missing", "ZSCAN", &keys.missing()));
+        led!(self.walk("batches", "ZSCAN", &keys.batches()));
         // Before the walk through the queues, which counts as a touch.
         let mut lines: BTreeSet<Vec<u8>> = BTreeSet::new();
         for user in self.keys_of(&keys.queue("*"), keys.queue("").len()).await? {

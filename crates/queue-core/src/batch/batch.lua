@@ -3,7 +3,7 @@
 -- and nothing is counted with what stands there, for others may write it.
 -- A PART is a job of kind 'part': a chunk of rows that was dealt, or what is to be done when all have ended.
 
-local INHERITED, chunk_id, chunk_part, write_part, deal, add_to_count, settle_batch, end_part, abort_batch, release_batch
+local INHERITED, chunk_id, chunk_part, write_part, deal, faults_of_batch, move_counts, settle_batch, end_part, abort_batch, release_batch
 do
 
 -- The rows of a chunk should take about this long, so that nobody waits long for a place. Where a chunk costs more than that
@@ -22,11 +22,22 @@ function chunk_part(batch, block, first, count, has_partial)
   return table.concat({'rows', batch, block, int(first), int(count), has_partial and 'partial' or nil}, ' ')
 end
 
--- Adds to a count of a batch.
-function add_to_count(batch, name, more)
-  local count = redis.call('HINCRBY', K.batch(batch), name, more)
-  redis.call('HSET', K.job(batch), name, count)
-  return count
+local NUMBERS_SEEN = {'rows', 'left', 'done', 'skipped', 'failed', 'aborted', 'bytes'}
+
+-- Moves counts of a batch, `by` their names, together with other fields: in one command, so that nothing breaks off in between. What
+-- readers see is written anew from them. Returns the batch's rows, and how many are left.
+function move_counts(batch, by, ...)
+  local counts, flat, seen = redis.call('HMGET', K.batch(batch), unpack(NUMBERS_SEEN)), {...}, {}
+  for i, name in ipairs(NUMBERS_SEEN) do
+    local count = (tonumber(counts[i] or 0) or 0) + (by[name] or 0)
+    seen[2 * i - 1], seen[2 * i] = name, int(count)
+    if by[name] then
+      counts[i], flat[#flat + 1], flat[#flat + 2] = count, name, int(count)
+    end
+  end
+  if #flat > 0 then redis.call('HSET', K.batch(batch), unpack(flat)) end
+  redis.call('HSET', K.job(batch), 'updated_at', now(), unpack(seen))
+  return tonumber(counts[1]), tonumber(counts[2])
 end
 
 -- Writes the hash of a part of a batch.
@@ -56,27 +67,82 @@ local function cursor_at(batch, load, place, loads)
   return nil
 end
 
+-- Makes the chunk that a batch was dealing: its rows are no longer the batch's, and are written down as nobody's yet.
+local function make_chunk(batch, user, id, count)
+  local b = redis.call('HMGET', K.job(batch), 'priority', unpack(INHERITED))
+  local _, _, block, first = part_named(id)
+  write_part(id, user, chunk_part(batch, block, first, count), b[1] or '', {unpack(b, 2, 1 + #INHERITED)})
+  redis.call('HSET', K.batch_parts(batch), id, count)
+  redis.call('HDEL', K.batch(batch), 'dealing')
+end
+
+-- The chunk that a batch was dealing when that broke off, and its rows; nothing if it was made, or its rows are the batch's still.
+local function half_dealt(batch)
+  local o = redis.call('HMGET', K.batch(batch), 'dealing', 'cursor')
+  local id, count = string.match(o[1] or '', '^(%S+) (%d+)$')
+  if not id then return nil end
+  local _, _, block, first = part_named(id)
+  local load, place, at = string.match(o[2] or '', '^(%d+) (%d+) (%d+) ')
+  local is_open = load and load .. '.' .. place == block and tonumber(at) == first
+  if is_open or redis.call('HEXISTS', K.batch_parts(batch), id) == 1 then return nil end
+  return id, tonumber(count)
+end
+
+-- What a call that broke off has left of a batch, as what puts it right: a chunk that was half dealt goes to the front of its line, one
+-- that has half ended goes; what readers see is written anew. Nil where there is no such thing.
+function faults_of_batch(batch)
+  local own = redis.call('HMGET', K.batch(batch), 'user', 'ended')
+  local user, ended, go_on, show_anew = own[1], own[2], nil, nil
+  if not user or redis.call('TYPE', K.job(batch)).ok ~= 'hash' then return nil end
+  local id, count = half_dealt(batch)
+  if ended and redis.call('HEXISTS', K.batch_parts(batch), ended) == 1 then
+    go_on = function() drop_part(batch, ended) end
+  elseif id then
+    go_on = function()
+      make_chunk(batch, user, id, count)
+      local line = line_by_hash(id, user)
+      if put_first(id, line) then place_and_wake(line) end
+    end
+  end
+  local seen = redis.call('HMGET', K.job(batch), unpack(NUMBERS_SEEN))
+  for i, number in ipairs(redis.call('HMGET', K.batch(batch), unpack(NUMBERS_SEEN))) do
+    if number ~= seen[i] then show_anew = function() move_counts(batch, {}) end end
+  end
+  return go_on, show_anew
+end
+
 -- Deals the next rows of a batch as a chunk. Returns its id, and whether others are left to deal.
 function deal(batch, user)
   local job, own = K.job(batch), K.batch(batch)
-  local b = redis.call('HMGET', job, 'status', 'priority', unpack(INHERITED))
-  local o = redis.call('HMGET', own, 'cursor', 'pace', 'loads')
+  local o = redis.call('HMGET', own, 'cursor', 'pace', 'loads', 'dealing')
+  local begun, rows = nil, nil
+  if o[4] then begun, rows = half_dealt(batch) end
+  if begun then
+    make_chunk(batch, user, begun, rows)
+    return begun, o[1] ~= false
+  end
   local load, place, at, of = string.match(o[1], '^(%d+) (%d+) (%d+) (%d+)$')
   load, place, at, of = tonumber(load), tonumber(place), tonumber(at), tonumber(of)
   local pace = tonumber(o[2] or nil)
   local count = math.max(1, math.min(pace and math.floor(CHUNK_US / math.max(1, pace)) or FIRST_ROWS, of - at))
   local block = load .. '.' .. place
   local id = chunk_id(batch, block, at)
-  write_part(id, user, chunk_part(batch, block, at, count), b[2] or '', {unpack(b, 3, 2 + #INHERITED)})
-  redis.call('HSET', K.batch_parts(batch), id, count)
   local cursor
   if at + count < of then
     cursor = table.concat({load, place, at + count, of}, ' ')
   else
     cursor = cursor_at(batch, load, place + 1, tonumber(o[3]))
   end
-  if cursor then redis.call('HSET', own, 'cursor', cursor) else redis.call('HDEL', own, 'cursor') end
-  if b[1] == 'pending' then
+  -- From here on the rows are the chunk's, which is known by its name until it is made.
+  local dealing = id .. ' ' .. int(count)
+  if cursor then
+    redis.call('HSET', own, 'cursor', cursor, 'dealing', dealing)
+  else
+    redis.call('HSET', own, 'dealing', dealing)
+    redis.call('HDEL', own, 'cursor')
+  end
+  make_chunk(batch, user, id, count)
+  if redis.call('HGET', job, 'status') == 'pending' then
     redis.call('HSET', job, 'status', 'running', 'started_at', now(), 'updated_at', now())
     publish(user, batch, 'running')
   end
@@ -99,10 +165,10 @@ local function end_batch(batch, files, retention_ms, reason)
   local o = redis.call('HMGET', own, 'user', 'failed', 'bytes', 'keep')
   local user, status = o[1], (b[2] and 'cancelled') or ((reason or tonumber(o[2]) > 0) and 'failed') or 'done'
   retention_ms = tonumber(o[4] or nil) or retention_ms
-  redis.call('HDEL', own, 'cursor', 'pace', 'loads')
+  redis.call('HDEL', own, 'cursor', 'pace', 'loads', 'ended', 'dealing')
   redis.call('HSET', own, 'over', 0)
   -- Whatever others have written there: the record says how it ended.
-  for _, name in ipairs({'rows', 'left', 'done', 'skipped', 'failed', 'aborted'}) do add_to_count(batch, name, 0) end
+  move_counts(batch, {})
   redis.call('HSET', job, 'status', status, 'ended_at', now(), 'updated_at', now(), 'files', files)
   if reason then redis.call('HSET', job, 'failed_reason', reason) end
   redis.call('DEL', K.batch_parts(batch))
@@ -124,18 +190,18 @@ function settle_batch(batch, retention_ms)
   queue_part(batch, 'files', o[1], 'high')
 end
 
--- Keeps what became of rows of a chunk, and counts them.
-local function keep_results(batch, block, first, results, done, failed, skipped, has_files)
+-- Keeps what became of rows of a chunk, and counts them, with other fields of the batch. Returns how many rows are left.
+local function keep_results(batch, block, first, results, done, failed, skipped, has_files, ...)
   local key = K.batch_results(batch)
-  redis.call('HSET', key, block .. ':' .. int(first), results)
-  redis.call('HSET', key, block, (redis.call('HGET', key, block) or '') .. int(first) .. ' ')
-  add_to_count(batch, 'done', done)
-  add_to_count(batch, 'failed', failed)
-  if skipped > 0 then add_to_count(batch, 'skipped', skipped) end
-  add_to_count(batch, 'bytes', #results)
-  if has_files then redis.call('HSET', K.batch(batch), 'has_files', '1') end
-  -- Not negated: minus zero is no number to Redis.
-  return add_to_count(batch, 'left', 0 - done - failed)
+  local begins, mine = redis.call('HGET', key, block) or '', int(first) .. ' '
+  -- They may be there already, of an end that broke off.
+  if not string.find(' ' .. begins, ' ' .. mine, 1, true) then begins = begins .. mine end
+  redis.call('HSET', key, block .. ':' .. int(first), results, block, begins)
+  local more = {...}
+  if has_files then more[#more + 1], more[#more + 2] = 'has_files', '1' end
+  local _, left = move_counts(batch, {done = done, failed = failed, skipped = skipped, bytes = #results, left = 0 - done - failed},
+    unpack(more))
+  return left
 end
 
 -- A chunk whose rows have all ended. `says` has the `results`, packed, and how many are `done`, `failed` and `skipped`.
@@ -147,8 +213,8 @@ local function end_chunk(id, user, says, retention_ms)
     put_first(id, line_by_hash(id, user))
     return
   end
-  local left = keep_results(batch, block, first, says.results, tonumber(says.done), tonumber(says.failed),
-    tonumber(says.skipped or 0), says.has_files == '1')
+  -- It has ended with the command that counts its rows: whatever of it is left behind that is no part any more.
+  local more = {'ended', id}
   -- From take to end it has waited too: for a thread, for Redis, for other chunks. That is no row's time.
   local own, fixed = tonumber(says.row_us or nil), tonumber(says.fixed_us or nil)
   if own and fixed then
@@ -156,9 +222,10 @@ local function end_chunk(id, user, says, retention_ms)
     local pace = tonumber(redis.call('HGET', K.batch(batch), 'pace') or 0)
     -- By factors: one chunk that was a thousand times slower is forgotten after a few.
     pace = pace > 0 and pace ^ 0.6 * own ^ 0.4 or own
-    redis.call('HSET', K.batch(batch), 'pace', string.format('%.2f', pace))
-    redis.call('HSET', K.job(batch), 'updated_at', now())
+    more[3], more[4] = 'pace', string.format('%.2f', pace)
   end
+  local left = keep_results(batch, block, first, says.results, tonumber(says.done), tonumber(says.failed),
+    tonumber(says.skipped or 0), says.has_files == '1', unpack(more))
   drop_part(batch, id)
   if left <= 0 then settle_batch(batch, retention_ms) end
 end
@@ -224,7 +291,7 @@ function abort_batch(batch, retention_ms)
   local left = redis.call('HGET', own, 'left')
   redis.call('HSET', own, 'aborted', left, 'left', 0)
   redis.call('HSET', job, 'aborted', left, 'left', 0, 'aborted_at', now(), 'status', 'running', 'updated_at', now())
-  redis.call('HDEL', own, 'cursor')
+  redis.call('HDEL', own, 'cursor', 'dealing')
   local line = line_by_hash(batch, o[1])
   local queue = queue_of(line, band_of(batch))
   if (try('LLEN', queue) or 0) <= 1000 then
@@ -252,13 +319,13 @@ function release_batch(batch, retention_ms)
     end
   end
   local cursor = cursor_at(batch, 0, 0, tonumber(o[2]))
+  if cursor then redis.call('HSET', own, 'cursor', cursor) end
   redis.call('HSET', job, 'status', 'pending', 'enqueued_at', now(), 'updated_at', now())
   publish(user, batch, 'pending')
   if not cursor then
     redis.call('HSET', job, 'status', 'running')
     return settle_batch(batch, retention_ms)
   end
-  redis.call('HSET', own, 'cursor', cursor)
   local line = line_by_hash(batch, user)
   redis.call('LPUSH', queue_of(line, band_of(batch)), batch)
   index(line)

@@ -22,14 +22,16 @@ if held == 'none' then
   if fields[1] == nil then return 'missing' end
   -- Whatever is left of one whose record somebody has removed.
   remove_record(batch)
+  local keep = {}
+  for f = 1, m, 2 do
+    if fields[f] == 'keep' then keep = {'keep', fields[f + 1]} end
+  end
+  -- The record comes last: what broke off before is begun anew.
+  redis.call('HSET', own, 'user', user, 'rows', 0, 'left', 0, 'done', 0, 'skipped', 0, 'failed', 0, 'aborted', 0, 'bytes', 0,
+    'loads', 0, unpack(keep))
+  redis.call('ZADD', K.batches(), int(this.now_ms), batch)
   redis.call('HSET', job, 'user', user, 'kind', 'batch', 'status', 'held', 'created_at', now(), 'updated_at', now(), 'rows', 0,
     'left', 0, 'done', 0, 'skipped', 0, 'failed', 0, 'aborted', 0, 'bytes', 0, unpack(fields))
-  redis.call('HSET', own, 'user', user, 'rows', 0, 'left', 0, 'done', 0, 'skipped', 0, 'failed', 0, 'aborted', 0, 'bytes', 0,
-    'loads', 0)
-  for f = 1, m, 2 do
-    if fields[f] == 'keep' then redis.call('HSET', own, 'keep', fields[f + 1]) end
-  end
-  redis.call('ZADD', K.batches(), int(this.now_ms), batch)
   publish(user, batch, 'held')
 elseif held ~= 'hash' then
   return {'refused', 'its key holds a ' .. held .. ', not a hash'}
@@ -68,6 +70,10 @@ for i = 12 + m, #ARGV, 5 do
   end
 end
 if place > count then return 'differs' end
+-- Its rows count from one command on, which knows it again where this broke off behind it.
+local joined = 'joined:' .. load
+local is_joined = redis.call('HEXISTS', own, joined) == 1
+if is_joined then rows, bytes = 0, 0 end
 if tonumber(o[3]) + rows + new_rows > most_rows then return {'too_many', 'rows', most_rows} end
 if tonumber(o[4]) + bytes + new_bytes > most_bytes then return {'too_many', 'bytes', most_bytes} end
 for i = 12 + m, #ARGV, 5 do
@@ -79,14 +85,17 @@ for i = 12 + m, #ARGV, 5 do
   end
 end
 rows, bytes = rows + new_rows, bytes + new_bytes
-redis.call('HSET', blocks, 'load:' .. key, table.concat({load, is_end and 'done' or 'open', int(count), int(rows), int(bytes)}, ' '))
-redis.call('HSET', job, 'updated_at', now())
+local function note(state)
+  redis.call('HSET', blocks, 'load:' .. key, table.concat({load, state, int(count), int(rows), int(bytes)}, ' '))
+end
 local total = tonumber(o[3])
+note('open')
 if is_end then
   if count > 0 then redis.call('HSET', blocks, load, int(count)) end
-  total = add_to_count(batch, 'rows', int(rows))
-  add_to_count(batch, 'left', int(rows))
-  add_to_count(batch, 'bytes', int(bytes))
+  total = move_counts(batch, {rows = rows, left = rows, bytes = bytes}, joined, '1')
+  note('done')
   if is_release then release_batch(batch, retention_ms) end
+else
+  redis.call('HSET', job, 'updated_at', now())
 end
 return {'loaded', total}

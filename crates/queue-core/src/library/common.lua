@@ -159,7 +159,12 @@ end
 local function part_of(id)
   local what, batch, block, first = part_named(id)
   if not what or not is_batch(batch) then return nil end
-  local count = what == 'done' and redis.call('HGET', K.batch(batch), 'over') or redis.call('HGET', K.batch_parts(batch), id)
+  local count
+  if what == 'done' then
+    count = redis.call('HGET', K.batch(batch), 'over')
+  elseif redis.call('HGET', K.batch(batch), 'ended') ~= id then
+    count = redis.call('HGET', K.batch_parts(batch), id)
+  end
   if count then return what, batch, block, first, tonumber(count) end
 end
 
@@ -381,8 +386,8 @@ end
 
 -- Removes a part of a batch that is not to be done, or not any more.
 local function drop_part(batch, id)
-  redis.call('HDEL', K.batch_parts(batch), id)
   redis.call('DEL', K.job(id))
+  redis.call('HDEL', K.batch_parts(batch), id)
 end
 
 -- Removes a job's record, and what else there is of a batch or a flow.

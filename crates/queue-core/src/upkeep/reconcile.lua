@@ -4,8 +4,8 @@
 -- ARGV: 'check' (changes nothing) or 'repair', leader's session and term (both '' where no leader calls), how long the record
 --   of a finished job is kept in ms, what to look at, then its items:
 --   'keys':     key and the type that it must have, in turn ('' if no key of ours has such a name)
---   'sessions', 'claims', 'due', 'missing', 'jobs', 'finished', 'wip', 'pools', 'parked', 'lines', 'barred', 'uniques':
---               sessions, ids, ids, entries, ids, ids, users, pools, services, lines, users, unique keys
+--   'sessions', 'claims', 'due', 'missing', 'batches', 'jobs', 'finished', 'wip', 'pools', 'parked', 'lines', 'barred', 'uniques':
+--               sessions, ids, ids, entries, ids, ids, ids, users, pools, services, lines, users, unique keys
 --   'leader', 'sums', 'active': nothing
 -- Reply: 'not_leader', or for each finding {kind, what, sentence, 'reported', 'repairable' or 'repaired'}
 local repairing, session, term, retention_ms, aspect = ARGV[1] == 'repair', ARGV[2], ARGV[3], tonumber(ARGV[4]), ARGV[5]
@@ -194,6 +194,14 @@ function LOOK.claims(items)
     local id, claim = orphan[1], orphan[2]
     found('claim-orphaned', id, 'the job is claimed by session ' .. claim.session .. ', which does not exist; it goes back',
       function() end_claim(id, claim) end)
+  end
+end
+
+function LOOK.batches(items)
+  for _, id in ipairs(items) do
+    local go_on, show_anew = faults_of_batch(id)
+    if go_on then found('batch-chunk', id, 'a chunk of the batch was dealt or ended, and that broke off half way', go_on) end
+    if show_anew then found('batch-view', id, 'the record of the batch shows other numbers than it has', show_anew) end
   end
 end
 

@@ -271,7 +271,8 @@ fn every_kind_has_a_damage_that_shows_it() {
         Kind::JobOwnerless,
     ];
     // Those of batches and flows have scenes of their own.
-    let elsewhere = [Kind::BatchLost, Kind::BatchPartsLost, Kind::BatchUnsettled, Kind::FlowStuck];
+    let batches = [Kind::BatchLost, Kind::BatchPartsLost, Kind::BatchUnsettled, Kind::BatchChunk, Kind::BatchView];
+    let elsewhere = batches.into_iter().chain([Kind::FlowStuck]);
     assert_eq!(
         shown.into_iter().chain(reported).chain(elsewhere).collect::<BTreeSet<_>>(),
         Kind::ALL.iter().copied().collect()
