@@ -22,6 +22,7 @@ function chunk_part(batch, block, first, count, has_partial)
   return table.concat({'rows', batch, block, int(first), int(count), has_partial and 'partial' or nil}, ' ')
 end
 
+-- The counts of a batch, which its record shows too.
 local NUMBERS_SEEN = {'rows', 'left', 'done', 'skipped', 'failed', 'aborted', 'bytes'}
 
 -- Moves counts of a batch, `by` their names, together with other fields: in one command, so that nothing breaks off in between. What
@@ -106,7 +107,10 @@ function faults_of_batch(batch)
   end
   local seen = redis.call('HMGET', K.job(batch), unpack(NUMBERS_SEEN))
   for i, number in ipairs(redis.call('HMGET', K.batch(batch), unpack(NUMBERS_SEEN))) do
-    if number ~= seen[i] then show_anew = function() move_counts(batch, {}) end end
+    if number ~= seen[i] then
+      show_anew = function() move_counts(batch, {}) end
+      break
+    end
   end
   return go_on, show_anew
 end
@@ -310,7 +314,7 @@ function release_batch(batch, retention_ms)
   local fields = redis.call('HGETALL', blocks)
   for i = 1, #fields, 2 do
     local load, count = string.match(fields[i + 1], '^(%d+) open (%d+)')
-    if load and string.sub(fields[i], 1, 5) == 'load:' then
+    if load and string.sub(fields[i], 1, 5) == 'load:' and redis.call('HEXISTS', own, 'joined:' .. load) == 0 then
       for place = 0, tonumber(count) - 1 do
         redis.call('HDEL', K.batch_rows(batch), load .. '.' .. place)
         redis.call('HDEL', blocks, load .. '.' .. place)
