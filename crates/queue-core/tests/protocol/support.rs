@@ -83,7 +83,7 @@ impl Rig {
 
     pub async fn lead(&self) -> Leadership {
         let session = SessionId::new("leader:1:a").unwrap();
-        leader::hold(&self.store, &session, Duration::from_secs(60)).await.unwrap().expect("nobody else leads")
+        leader::hold(&self.store, &session, Duration::from_secs(3_600)).await.unwrap().expect("nobody else leads")
     }
 
     pub fn hash(&self, id: &str) -> BTreeMap<String, String> {
