@@ -189,7 +189,8 @@ keys! {
     batches = "drayman:{tag}batches", SortedSet;
     /// What a batch is, as our functions alone say it: that it is here shows that one was handed over under this id. `user`, `keep` in ms, how
     /// many `loads` it had, the counts that its record shows too, how far its rows are dealt (`cursor`: `<load> <place> <row> <rows of this
-    /// block>`, absent once all are dealt and while it is held), the µs that a row counts for when the next chunk is dealt (`pace`), and the chunk that is being dealt (`dealing`), the chunk that `ended` last, which loads have `joined:<load>`, and that it is `over`.
+    /// block>`, absent once all are dealt and while it is held), the µs that a row counts for when the next chunk is dealt (`pace`), and the chunk that is being dealt (`dealing`), the chunk that `ended` last, which loads have
+    /// `joined:<load>`, that it is `releasing`, `aborting` or `ending` while that lasts, and that it is `over`.
     batch(batch) = "drayman:{tag}batch:{}", Hash;
     /// Rows of a batch, packed, by block: `<load>.<place>`. Live as long as the batch's record, as all that belongs to it.
     batch_rows(batch) = "drayman:{tag}batch_rows:{}", Hash;

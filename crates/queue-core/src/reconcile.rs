@@ -95,8 +95,11 @@ kinds! {
     BatchLost = "batch-lost";
     /// A batch waits for rows, or for the end of its files, that nobody has any more. Reported: it can be aborted.
     BatchPartsLost = "batch-parts-lost";
-    /// A chunk of a batch was dealt or ended, and that broke off half way. Repaired: it waits at the front of its line, or is gone.
-    BatchChunk = "batch-chunk";
+    /// Something was done to a batch, like a chunk dealt or ended, a release, an abort, and that broke off half way. Repaired: brought to its
+    /// end.
+    BatchBroken = "batch-broken";
+    /// A job is a part of a batch that does not know it. Repaired: removed.
+    PartStray = "part-stray";
     /// The record of a batch shows other counts than it has. Repaired: written anew.
     BatchView = "batch-view";
     /// All rows of a batch have ended, and it has not. Repaired: its files are assembled, and it ends.
@@ -149,6 +152,10 @@ kinds! {
     LineBarred = "line-barred";
     /// A unique key names a job that does not hold it any more. Repaired: removed.
     UniqueStray = "unique-stray";
+    /// A schedule stands elsewhere in the order of ticks than its own next one says, or nowhere. Repaired: entered.
+    ScheduleUnlisted = "schedule-unlisted";
+    /// The indexes of a tracker do not agree with a record. Repaired: they follow the record.
+    TrackIndex = "track-index";
 }
 
 impl fmt::Display for Kind {
@@ -403,7 +410,7 @@ impl<'a> Round<'a> {
         while let Some(at) = cursor {
             // A page at a time: applications may track any number of jobs.
             let (next, keys) = self.step("SCAN", &[&at, b"MATCH", pattern.as_bytes(), b"COUNT", SCAN_COUNT]).await?;
-            let mut items = Vec::new();
+            let (mut items, mut schedules, mut tracked) = (Vec::new(), Vec::new(), Vec::new());
             for key in keys.into_iter().filter(|key| !key.starts_with(&others)) {
                 let row =
                     rows.iter().find(|(_, text, named, _)| if *named { key.starts_with(text) } else { key == *text });
@@ -414,12 +421,16 @@ impl<'a> Round<'a> {
                         "session" | "work" | "cancels" => ours.sessions.push(named),
                         "pool" | "ready" | "debt" | "busy" => _ = pools.insert(named),
                         "parked" => _ = services.insert(named),
+                        "schedule" => schedules.push(named),
+                        "track" => tracked.push(named),
                         _ => {}
                     }
                 }
                 items.extend([key, wanted.as_bytes().to_vec()]);
             }
             led!(self.look("keys", &items));
+            led!(self.look("schedules", &schedules));
+            led!(self.look("tracked", &tracked));
             cursor = next;
         }
         // A scan may find a key twice.

@@ -89,15 +89,76 @@ local function half_dealt(batch)
   return id, tonumber(count)
 end
 
--- What a call that broke off has left of a batch, as what puts it right: a chunk that was half dealt goes to the front of its line, one
--- that has half ended goes; what readers see is written anew. Nil where there is no such thing.
-function faults_of_batch(batch)
-  local own = redis.call('HMGET', K.batch(batch), 'user', 'ended')
+local end_batch
+
+-- Takes results of a chunk back that were kept and not counted, for it goes on.
+local function drop_results(batch, block, first)
+  local key, mine = K.batch_results(batch), int(first)
+  local begins = {}
+  for begin in string.gmatch(redis.call('HGET', key, block) or '', '%d+') do
+    if begin ~= mine then begins[#begins + 1] = begin .. ' ' end
+  end
+  redis.call('HDEL', key, block .. ':' .. mine)
+  if #begins > 0 then redis.call('HSET', key, block, table.concat(begins)) else redis.call('HDEL', key, block) end
+end
+
+-- Puts a batch that is being released behind the others of its line, where it may stand if that broke off before.
+local function end_release(batch, retention_ms, is_again)
+  local job, own = K.job(batch), K.batch(batch)
+  local user, has_rows = redis.call('HGET', own, 'user'), redis.call('HEXISTS', own, 'cursor') == 1
+  redis.call('HSET', job, 'status', 'pending', 'enqueued_at', now(), 'updated_at', now())
+  publish(user, batch, 'pending')
+  if not has_rows then
+    redis.call('HSET', job, 'status', 'running')
+    return settle_batch(batch, retention_ms)
+  end
+  local line = line_by_hash(batch, user)
+  local queue = queue_of(line, band_of(batch))
+  if is_again then redis.call('LREM', queue, 0, batch) end
+  redis.call('LPUSH', queue, batch)
+  index(line)
+  place_and_wake(line)
+  redis.call('HDEL', own, 'releasing')
+end
+
+-- What a call that broke off has left of a batch, as what puts it right: what was begun is brought to its end, and what readers see is
+-- written anew. Nil where there is no such thing.
+function faults_of_batch(batch, retention_ms)
+  local own = redis.call('HMGET', K.batch(batch), 'user', 'ended', 'aborting', 'releasing', 'loads', 'rows', 'ending', 'reason')
   local user, ended, go_on, show_anew = own[1], own[2], nil, nil
-  if not user or redis.call('TYPE', K.job(batch)).ok ~= 'hash' then return nil end
+  if not user then return nil end
+  local held = redis.call('TYPE', K.job(batch)).ok
+  -- Nothing of it was handed over.
+  if held == 'none' and own[5] == '0' and own[6] == '0' then
+    return function()
+      remove_record(batch)
+      redis.call('ZREM', K.batches(), batch)
+    end
+  end
+  if held ~= 'hash' then return nil end
+  local uncounted = {}
+  for _, part in ipairs(redis.call('HKEYS', K.batch_parts(batch))) do
+    local what, _, block, first = part_of(part)
+    if what == 'rows' and redis.call('HEXISTS', K.batch_results(batch), block .. ':' .. int(first)) == 1 then
+      uncounted[#uncounted + 1] = {block, first}
+    end
+  end
   local id, count = half_dealt(batch)
-  if ended and redis.call('HEXISTS', K.batch_parts(batch), ended) == 1 then
-    go_on = function() drop_part(batch, ended) end
+  if own[7] then
+    go_on = function() end_batch(batch, own[7], retention_ms, own[8] ~= '' and own[8] or nil) end
+  elseif own[3] then
+    go_on = function() abort_batch(batch, retention_ms) end
+  elseif own[4] then
+    go_on = function() end_release(batch, retention_ms, true) end
+  elseif ended and redis.call('HEXISTS', K.batch_parts(batch), ended) == 1 then
+    go_on = function()
+      drop_part(batch, ended)
+      if tonumber(redis.call('HGET', K.batch(batch), 'left')) <= 0 then settle_batch(batch, retention_ms) end
+    end
+  elseif #uncounted > 0 then
+    go_on = function()
+      for _, chunk in ipairs(uncounted) do drop_results(batch, chunk[1], chunk[2]) end
+    end
   elseif id then
     go_on = function()
       make_chunk(batch, user, id, count)
@@ -163,14 +224,13 @@ local function queue_part(batch, what, user, band, ...)
 end
 
 -- A batch is over: its record says how, the time of all that belongs to it begins, and its application is told.
-local function end_batch(batch, files, retention_ms, reason)
+function end_batch(batch, files, retention_ms, reason)
   local job, own = K.job(batch), K.batch(batch)
   local b = redis.call('HMGET', job, 'app', 'aborted_at')
   local o = redis.call('HMGET', own, 'user', 'failed', 'bytes', 'keep')
   local user, status = o[1], (b[2] and 'cancelled') or ((reason or tonumber(o[2]) > 0) and 'failed') or 'done'
   retention_ms = tonumber(o[4] or nil) or retention_ms
-  redis.call('HDEL', own, 'cursor', 'pace', 'loads', 'ended', 'dealing')
-  redis.call('HSET', own, 'over', 0)
+  redis.call('HSET', own, 'over', 0, 'ending', files, 'reason', reason or '')
   -- Whatever others have written there: the record says how it ended.
   move_counts(batch, {})
   redis.call('HSET', job, 'status', status, 'ended_at', now(), 'updated_at', now(), 'files', files)
@@ -184,6 +244,7 @@ local function end_batch(batch, files, retention_ms, reason)
     queue_part(batch, 'done', user, 'high', 'max_attempts', TOLD_ATTEMPTS, 'backoff', 'exponential', 'retry_delay', TOLD_DELAY_MS,
       'retry_delay_max', TOLD_DELAY_MAX_MS)
   end
+  redis.call('HDEL', own, 'pace', 'loads', 'ended', 'releasing', 'aborting', 'ending', 'reason')
 end
 
 -- All rows have ended. Where some of them wrote output text, it is to be assembled first.
@@ -265,13 +326,16 @@ lost_part = function(id, user, reason)
 end
 
 -- Ends a batch early: rows of which nothing became yet are aborted at once, whoever works on some is told. What had ended before
--- is kept. Returns {'aborted'}, or {'over', status}.
+-- is kept. Returns {'aborted'}, or {'over', status}. One that broke off is brought to its end.
 function abort_batch(batch, retention_ms)
   local job, own = K.job(batch), K.batch(batch)
   local b = redis.call('HMGET', job, 'status', 'aborted_at')
-  local o = redis.call('HMGET', own, 'user', 'left')
+  local o = redis.call('HMGET', own, 'user', 'left', 'aborting')
   -- Nothing is left to abort where all rows have ended and their files are being assembled.
-  if FINAL[b[1]] or b[2] or (b[1] == 'running' and tonumber(o[2]) <= 0) then return {'over', b[1] or ''} end
+  if not o[3] and (FINAL[b[1]] or b[2] or (b[1] == 'running' and tonumber(o[2]) <= 0)) then return {'over', b[1] or ''} end
+  -- From here on no rows are dealt, and it ends.
+  redis.call('HSET', own, 'aborting', now())
+  redis.call('HDEL', own, 'cursor', 'dealing')
   for _, id in ipairs(redis.call('HKEYS', K.batch_parts(batch))) do
     local _, _, block, first, count = part_of(id)
     local p = try('HMGET', K.job(id), 'partial', 'partial_counts', 'status') or {}
@@ -279,12 +343,11 @@ function abort_batch(batch, retention_ms)
     done, failed, skipped = tonumber(done), tonumber(failed), tonumber(skipped)
     -- What ended at an earlier attempt counts, also while others of its chunk are tried again; but nothing that can't be so.
     if block and done and p[1] and done + failed <= count and skipped <= done then
-      keep_results(batch, block, first, p[1], done, failed, skipped, has_files == '1')
+      keep_results(batch, block, first, p[1], done, failed, skipped, has_files == '1', 'ended', id)
     end
     local claim = claim_of(id)
     if claim then
-      redis.call('SADD', K.cancels(claim.session), id)
-      tell(K.cancel(claim.session), id)
+      ask_to_cancel(id, claim)
     elseif p[3] == 'scheduled' then
       unschedule(id)
       drop_part(batch, id)
@@ -292,10 +355,9 @@ function abort_batch(batch, retention_ms)
     -- One that stands in its line is dropped where its turn comes.
     redis.call('HDEL', K.batch_parts(batch), id)
   end
-  local left = redis.call('HGET', own, 'left')
-  redis.call('HSET', own, 'aborted', left, 'left', 0)
-  redis.call('HSET', job, 'aborted', left, 'left', 0, 'aborted_at', now(), 'status', 'running', 'updated_at', now())
-  redis.call('HDEL', own, 'cursor', 'dealing')
+  local left = tonumber(redis.call('HGET', own, 'left'))
+  move_counts(batch, {aborted = left, left = -left})
+  redis.call('HSET', job, 'aborted_at', now(), 'status', 'running', 'updated_at', now())
   local line = line_by_hash(batch, o[1])
   local queue = queue_of(line, band_of(batch))
   if (try('LLEN', queue) or 0) <= 1000 then
@@ -303,14 +365,14 @@ function abort_batch(batch, retention_ms)
     place(line)
   end
   settle_batch(batch, retention_ms)
+  redis.call('HDEL', own, 'aborting')
   return {'aborted'}
 end
 
 -- Lets the rows of a held batch be dealt. Rows of loads that were never finished are nobody's.
 function release_batch(batch, retention_ms)
-  local job, own, blocks = K.job(batch), K.batch(batch), K.batch_blocks(batch)
-  local o = redis.call('HMGET', own, 'user', 'loads')
-  local user = o[1]
+  local own, blocks = K.batch(batch), K.batch_blocks(batch)
+  local loads = tonumber(redis.call('HGET', own, 'loads'))
   local fields = redis.call('HGETALL', blocks)
   for i = 1, #fields, 2 do
     local load, count = string.match(fields[i + 1], '^(%d+) open (%d+)')
@@ -322,18 +384,9 @@ function release_batch(batch, retention_ms)
       redis.call('HDEL', blocks, fields[i])
     end
   end
-  local cursor = cursor_at(batch, 0, 0, tonumber(o[2]))
-  if cursor then redis.call('HSET', own, 'cursor', cursor) end
-  redis.call('HSET', job, 'status', 'pending', 'enqueued_at', now(), 'updated_at', now())
-  publish(user, batch, 'pending')
-  if not cursor then
-    redis.call('HSET', job, 'status', 'running')
-    return settle_batch(batch, retention_ms)
-  end
-  local line = line_by_hash(batch, user)
-  redis.call('LPUSH', queue_of(line, band_of(batch)), batch)
-  index(line)
-  place_and_wake(line)
+  local cursor = cursor_at(batch, 0, 0, loads)
+  redis.call('HSET', own, 'releasing', now(), unpack(cursor and {'cursor', cursor} or {}))
+  return end_release(batch, retention_ms)
 end
 
 -- For steps of flows whose rows these are.

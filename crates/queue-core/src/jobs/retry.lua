@@ -37,14 +37,15 @@ while i <= #ARGV do
       reply = {'refused', 'another job holds its unique key: ' .. holder_of(unique)}
     else
       local run = (redis.call('HSTRLEN', job, 'run') <= 9 and tonumber(redis.call('HGET', job, 'run') or 1) or 1) + 1
-      redis.call('HDEL', job, 'started_at', 'ended_at', 'failed_reason', 'results', 'trace', 'attempts', 'unclean', 'lost_worker',
-        'cancel_requested_at', 'result', 'result_encoding', 'result_object', 'result_bytes', 'messages', 'files', 'progress', 'log')
-      if pass ~= '' then redis.call('HSET', job, 'pass', string.sub(pass, 2)) end
-      redis.call('HSET', job, 'run', int(run), 'updated_at', now(), unpack(fields))
+      -- Until it says that it waits, it is an ended job that has no lifetime, and gets one again where this breaks off.
       redis.call('PERSIST', job)
       forget({id})
       -- Whoever ended it by its hash alone while it waited for its time left it on the schedule.
       unschedule(id)
+      redis.call('HDEL', job, 'started_at', 'ended_at', 'failed_reason', 'results', 'trace', 'attempts', 'unclean', 'lost_worker',
+        'cancel_requested_at', 'result', 'result_encoding', 'result_object', 'result_bytes', 'messages', 'files', 'progress', 'log')
+      if pass ~= '' then redis.call('HSET', job, 'pass', string.sub(pass, 2)) end
+      redis.call('HSET', job, 'run', int(run), 'updated_at', now(), unpack(fields))
       -- A copy that was queued before is the same job: it has one place.
       if redis.call('LLEN', queue) <= 1000 then redis.call('LREM', queue, 0, id) end
       redis.call('LPUSH', queue, id)

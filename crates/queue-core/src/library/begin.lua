@@ -6,6 +6,7 @@
 -- moves      the lines to which ids have moved from others, for `place` to see to
 -- missed     how many ids without a hash were met
 -- moved_on   what is written at the end: the virtual times of pools, and the greatest turn
+-- comparing  what a comparison of keys has found (look.lua)
 -- suspects   the jobs that sessions run as suspects; `cancelling`, whether they are asked to cancel any
 local this
 

@@ -805,7 +805,9 @@ local function put_first(id, line)
     return true
   end
   local _, user = parts_of(line)
-  reject(id, user, 'its queue holds a ' .. redis.call('TYPE', queue).ok .. ', not a list', true)
+  local reason = 'its queue holds a ' .. redis.call('TYPE', queue).ok .. ', not a list'
+  -- A part of a batch waits until that is mended, for a batch without it would never end.
+  if part_of(id) then set_aside(id, user, reason) else reject(id, user, reason, true) end
   return false
 end
 

@@ -18,12 +18,16 @@ if tick ~= '' and tonumber(tick) > this.now_ms then return 'changed' end
 if id ~= '' then
   reply = submit({unpack(ARGV, 13)})[1]
   if reply ~= 'queued' and reply ~= 'exists' then return reply end
-  redis.call('HSET', key, 'last_tick', tick, 'last_job', id)
 end
+-- In one command, so that nothing is counted twice where this broke off.
+local fields = {'due', following}
+local function add(...) for _, value in ipairs({...}) do fields[#fields + 1] = value end end
+if id ~= '' then add('last_tick', tick, 'last_job', id) end
+if waiting ~= '' then add('waiting', waiting) end
 if tonumber(missed) > 0 then
-  redis.call('HSET', key, 'misses', int((tonumber(h[4]) or 0) + missed), 'last_missed', last_missed, 'missed_because', because)
+  add('misses', int((tonumber(h[4]) or 0) + missed), 'last_missed', last_missed, 'missed_because', because)
 end
-redis.call('HSET', key, 'due', following)
-if waiting == '' then redis.call('HDEL', key, 'waiting') else redis.call('HSET', key, 'waiting', waiting) end
+redis.call('HSET', key, unpack(fields))
+if waiting == '' then redis.call('HDEL', key, 'waiting') end
 redis.call('ZADD', K.schedules(), tonumber(following) and following or '+inf', name)
 return reply

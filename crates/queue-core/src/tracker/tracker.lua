@@ -41,10 +41,11 @@ local function code_of(codes, status)
 end
 
 -- Gives a record another status and the fields and values that go with it. Only in progress it is locked; once it has
--- ended for good it is kept for as long as its application said.
+-- ended for good it is kept for as long as its application said. The record comes first, and says what it `was`: by it the indexes are
+-- put right should that break off.
 local function move_record(tracker, id, r, to, fields)
   local record = record_of(tracker, id)
-  redis.call('HSET', record, 'status', to, 'code', code_of(r.codes, to), 'update_at', now(), unpack(fields))
+  redis.call('HSET', record, 'status', to, 'code', code_of(r.codes, to), 'was', r.status or to, 'update_at', now(), unpack(fields))
   if r.status and r.status ~= to then redis.call('ZREM', index_of(tracker, r.status), id) end
   redis.call('ZADD', index_of(tracker, to), int(this.now_us), id)
   if to == 'succeeded' or to == 'failed' or to == 'ignored' then
@@ -80,10 +81,46 @@ local function trim(tracker)
   end
 end
 
--- Gives a lock, new or held, another time to live.
+-- Enters a lock among those of its tracker, by when it expires.
+local function list_lock(tracker, id, until_ms) redis.call('ZADD', K.track_locks(tracker), int(until_ms * 1000), id) end
+
+-- Gives a lock that is held another time to live.
 local function lock_for(tracker, id, expire_ms)
   redis.call('HSET', record_of(tracker, id), 'lock_until', int(this.now_ms + expire_ms))
-  redis.call('ZADD', K.track_locks(tracker), int(this.now_us + expire_ms * 1000), id)
+  list_lock(tracker, id, this.now_ms + expire_ms)
+end
+
+-- What does not agree with a record of a tracker, as what puts it right: the indexes, its lock, its lifetime. Nil where all does.
+local function faults_of_record(tracker, id)
+  local r, record = look_at(tracker, id), record_of(tracker, id)
+  local was = r and (try('HGET', record, 'was') or r.status)
+  if not r or wrong_type(tracker, id, r.status, was, unpack(WORDS)) then return nil end
+  local repairs = {}
+  local function unless(holds, ...)
+    local command = {...}
+    if not holds then repairs[#repairs + 1] = function() redis.call(unpack(command)) end end
+  end
+  local function score(key) return redis.call('ZSCORE', key, id) end
+  for _, status in ipairs({was, unpack(WORDS)}) do
+    if status ~= r.status then unless(not score(index_of(tracker, status)), 'ZREM', index_of(tracker, status), id) end
+  end
+  unless(score(index_of(tracker, r.status)), 'ZADD', index_of(tracker, r.status), int(this.now_us), id)
+  local locks, expiring, left = K.track_locks(tracker), K.track_expiring(tracker), redis.call('PTTL', record)
+  if r.status == 'in_progress' then
+    if r.lock then unless(tonumber(score(locks) or 0) == r.lock_until * 1000, 'ZADD', locks, int(r.lock_until * 1000), id) end
+  else
+    unless(not r.lock, 'HDEL', record, 'lock', 'lock_at', 'lock_until')
+    unless(not score(locks), 'ZREM', locks, id)
+  end
+  if r.keep_ms > 0 and (r.status == 'succeeded' or r.status == 'ignored') then
+    unless(left > 0, 'PEXPIRE', record, int(r.keep_ms))
+    unless(score(expiring), 'ZADD', expiring, int(this.now_ms + (left > 0 and left or r.keep_ms)), id)
+  else
+    unless(left < 0, 'PERSIST', record)
+    unless(not score(expiring), 'ZREM', expiring, id)
+  end
+  if #repairs == 0 then return nil end
+  return function() for _, repair in ipairs(repairs) do repair() end end
 end
 
 -- The fields that say that the holder of an expired lock is lost: an attempt that failed.

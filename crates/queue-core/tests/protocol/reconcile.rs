@@ -187,6 +187,14 @@ const REPAIRED: &[(&[Kind], &[&str])] = &[
     (&[Kind::ServiceUnlisted], &["SREM drayman:services sql:*"]),
     (&[Kind::LineBarred], &["SADD drayman:barred:alice sql:alice"]),
     (&[Kind::UniqueStray], &["SET drayman:unique:key nonsense"]),
+    (&[Kind::ScheduleUnlisted], &["HSET drayman:schedule:nightly cron x due 17", "ZADD drayman:schedules 18 nightly"]),
+    (&[Kind::ScheduleUnlisted], &["HSET drayman:schedule:nightly cron x due 17 paused then"]),
+    (
+        &[Kind::TrackIndex],
+        &["HSET drayman:track:invoices:a status pending was failed", "ZADD drayman:track_status:invoices:failed 1 a"],
+    ),
+    (&[Kind::TrackIndex], &["HSET drayman:track:invoices:a status in_progress lock l lock_until 5 fence 1"]),
+    (&[Kind::TrackIndex], &["HSET drayman:track:invoices:a status ignored keep_ms 9000000 lock l"]),
     (&[Kind::QueueUnnoticed], &["HSET batch:jobs:zz user zoe host z", "LPUSH batch:queue:zoe zz"]),
 ];
 
@@ -254,7 +262,7 @@ async fn what_only_an_operator_can_put_right_is_reported_and_left() {
 
 #[test]
 fn the_script_names_the_kinds_that_there_are() {
-    let script = include_str!("../../src/upkeep/reconcile.lua");
+    let script = include_str!("../../src/upkeep/look.lua");
     let named: BTreeSet<&str> = script.split("found('").skip(1).map(|rest| rest.split('\'').next().unwrap()).collect();
     assert_eq!(named, Kind::ALL.iter().map(|kind| kind.word()).collect());
 }
@@ -271,7 +279,14 @@ fn every_kind_has_a_damage_that_shows_it() {
         Kind::JobOwnerless,
     ];
     // Those of batches and flows have scenes of their own.
-    let batches = [Kind::BatchLost, Kind::BatchPartsLost, Kind::BatchUnsettled, Kind::BatchChunk, Kind::BatchView];
+    let batches = [
+        Kind::BatchLost,
+        Kind::BatchPartsLost,
+        Kind::BatchUnsettled,
+        Kind::BatchBroken,
+        Kind::BatchView,
+        Kind::PartStray,
+    ];
     let elsewhere = batches.into_iter().chain([Kind::FlowStuck]);
     assert_eq!(
         shown.into_iter().chain(reported).chain(elsewhere).collect::<BTreeSet<_>>(),

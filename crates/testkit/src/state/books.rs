@@ -30,6 +30,44 @@ impl State {
     pub fn check_books(&self, row_ends: impl Fn(&[u8]) -> Result<RowEnds, String>) {
         let (claims, due) = self.check_books_of_jobs();
         self.check_batches(&claims, &due, &row_ends);
+        self.check_schedules();
+        self.check_trackers();
+    }
+
+    /// Checks that each schedule stands among the schedules where its next tick says.
+    #[track_caller]
+    fn check_schedules(&self) {
+        for (key, _) in self.keys("drayman:schedule:*").into_iter().filter(|(_, kind)| kind == "hash") {
+            let schedule = self.ask(&["HGETALL", &key]).map();
+            let stands = self.ask(&["ZSCORE", "drayman:schedules", &key["drayman:schedule:".len()..]]).text();
+            let due = if schedule.contains_key("paused") { "inf" } else { &schedule["due"] };
+            assert_eq!(stands, due, "{key}");
+        }
+    }
+
+    /// Checks that the indexes of trackers say the same as the records.
+    #[track_caller]
+    fn check_trackers(&self) {
+        let mut wanted: BTreeSet<(String, String)> = BTreeSet::new();
+        for (key, _) in self.keys("drayman:track:*").into_iter().filter(|(_, kind)| kind == "hash") {
+            let record = self.ask(&["HGETALL", &key]).map();
+            let (tracker, id) = key["drayman:track:".len()..].split_once(':').expect("a tracker and an id");
+            let mut stands = |index: String| wanted.insert((index, id.to_owned()));
+            stands(format!("drayman:track_status:{tracker}:{}", record["status"]));
+            if record.contains_key("lock") {
+                stands(format!("drayman:track_locks:{tracker}"));
+            }
+            if self.ask(&["PTTL", &key]).int() > 0 {
+                stands(format!("drayman:track_expiring:{tracker}"));
+            }
+            assert_eq!(record.contains_key("lock"), record["status"] == "in_progress", "the lock of {key}");
+        }
+        let indexes = self.keys("drayman:track_*").into_iter().filter(|(_, kind)| kind == "zset");
+        let entries = indexes.flat_map(|(index, _)| {
+            let ids = self.ask(&["ZRANGE", &index, "0", "-1"]).texts();
+            ids.into_iter().map(move |id| (index.clone(), id))
+        });
+        assert_eq!(entries.collect::<BTreeSet<_>>(), wanted, "the indexes of trackers and the records");
     }
 
     /// The same but for what the records of batches say, which others may have rewritten. The claims, and what is
@@ -154,7 +192,6 @@ impl State {
             self.ask(&["ZRANGE", "drayman:batches", "0", "-1"]).texts().into_iter().collect();
         let mut parts: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         let mut batches: BTreeMap<String, BTreeMap<String, String>> = BTreeMap::new();
-        let mut counts: BTreeMap<String, u64> = BTreeMap::new();
         for (key, _) in self.keys("batch:jobs:*").into_iter().filter(|(_, kind)| kind == "hash") {
             let id = key["batch:jobs:".len()..].to_owned();
             match self.ask(&["HGET", &key, "kind"]) {
@@ -168,7 +205,6 @@ impl State {
                     let part = self.ask(&["HGET", &key, "part"]).text();
                     let words: Vec<&str> = part.split(' ').collect();
                     if words[0] != "done" {
-                        counts.insert(id.clone(), words.get(4).map_or(0, |count| count.parse().unwrap()));
                         parts.entry(words[1].to_owned()).or_default().insert(id);
                     }
                 }
@@ -184,8 +220,8 @@ impl State {
             let (done, failed, aborted) = (number("done"), number("failed"), number("aborted"));
             assert_eq!(rows, left + done + failed + aborted, "rows of {id}: {batch:?}");
             assert!(number("skipped") <= done, "{id}");
-            let said: BTreeSet<String> =
-                self.ask(&["HKEYS", &format!("drayman:batch_parts:{id}")]).texts().into_iter().collect();
+            let counts = self.ask(&["HGETALL", &format!("drayman:batch_parts:{id}")]).map();
+            let said: BTreeSet<String> = counts.keys().cloned().collect();
             let is_over = ["done", "failed", "cancelled"].contains(&status);
             let is_aborted = batch.contains_key("aborted_at");
             for name in ["user", "rows", "left", "done", "skipped", "failed", "aborted"] {
@@ -225,7 +261,7 @@ impl State {
             match status {
                 "held" => assert!(said.is_empty() && left == rows, "{id} is held"),
                 "pending" | "running" if !is_aborted => {
-                    let at_work: u64 = there.iter().map(|part| counts[part]).sum();
+                    let at_work: u64 = counts.values().map(|count| count.parse::<u64>().unwrap()).sum();
                     assert_eq!(left, undealt + at_work, "what is left of {id}");
                     assert!(left > 0 || said.contains(&format!("{id}:files")), "{id} is {status} and nothing is left");
                 }
