@@ -267,9 +267,10 @@ local function holder_of(key)
   if not scope then return nil end
   if scope == 'period' then return id end
   local h = try('HMGET', K.job(id), 'status', 'fallback_status', 'unique')
-  if not h or h[3] ~= key or is_over(h[1], h[2]) then return nil end
-  if scope == 'queued' and redis.call('HEXISTS', K.claims(), id) == 1 then return nil end
-  return id
+  if not h or h[3] ~= key then return nil end
+  -- One that runs has not ended, whatever others have written: somebody works on it.
+  if redis.call('HEXISTS', K.claims(), id) == 1 then return scope ~= 'queued' and id or nil end
+  return not is_over(h[1], h[2]) and id or nil
 end
 
 -- Takes a unique key for a job: false if another one holds it.

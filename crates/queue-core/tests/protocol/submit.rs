@@ -160,7 +160,12 @@ async fn a_key_until_done_is_held_while_its_job_waits_and_runs_and_dies_with_it_
     producer.enqueue(unique("foreign", UniqueScope::UntilDone)).await.unwrap();
     rig.state().set_field("foreign", "status", "cancelled");
     assert_eq!(holder(&rig, "next").await, None, "and the key goes to the next");
-    end(take_one(&session).await, "done").await;
+    // While it runs that is no end: somebody works on it still.
+    let runs = take_one(&session).await;
+    rig.state().set_field(id(&runs), "status", "cancelled");
+    assert_eq!(holder(&rig, "other").await.as_deref(), Some("next"));
+    end(runs, "done").await;
+    assert!(!rig.state().has(Piece::Unique("k")));
     // Its hash is gone.
     producer.enqueue(unique("gone", UniqueScope::UntilDone)).await.unwrap();
     rig.state().lose(Piece::Job("gone"));
