@@ -2,7 +2,10 @@
 //! repeated, is bounded, and does no harm if two believe that they lead: the functions compare the term first.
 
 use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use futures::future;
 
 use crate::calls::{Budget, Lead, NotLeader, SessionEnd, Upkeep};
 use crate::error::Error;
@@ -10,8 +13,15 @@ use crate::ids::SessionId;
 use crate::reply::{Reply, info_field};
 use crate::store::Store;
 
-/// How many entries one round trip of a scan looks at.
+/// How many entries of a set one round trip looks at, and how many keys: most of these may be others'.
 const SCAN_COUNT: &[u8] = b"500";
+pub(crate) const KEYS_COUNT: &[u8] = b"2000";
+
+/// How many users, lines, hashes and pools one call looks at: each takes Redis a few ms at most, whatever stands there.
+const USERS_PAGE: usize = 25;
+const LINES_PAGE: usize = 200;
+const HASHES_PAGE: usize = 20;
+const POOLS_PAGE: usize = 200;
 
 /// One term of leadership.
 #[derive(Debug, Clone)]
@@ -19,12 +29,52 @@ pub struct Leadership {
     store: Store,
     session: SessionId,
     term: u64,
+    /// Nobody waits for what the leader does, but who asks for it by hand.
+    pace: Option<Arc<Pace>>,
 }
+
+/// What goes through all keys takes this share of Redis' time in all, however many there are.
+const SHARE: f64 = 0.01;
+/// So much of its time is taken at once where there was nothing to do before: what is small is soon done.
+const AT_ONCE: Duration = Duration::from_millis(200);
+
+/// The pace of what goes through all keys. A call costs as long as its answer takes: a Redis that is busy, or far away, is asked less.
+#[derive(Debug, Default)]
+pub(crate) struct Pace {
+    /// When all that was done has been waited for; the past where there is something to spare.
+    even: Mutex<Option<Instant>>,
+}
+
+impl Pace {
+    /// Makes a call, and waits until the next one may be made.
+    pub(crate) async fn keep<T>(&self, call: impl Future<Output = T>) -> T {
+        let begun = Instant::now();
+        // On the heap, for calls are large futures.
+        let done = Box::pin(call).await;
+        tokio::time::sleep(self.owes(begun.elapsed(), Instant::now())).await;
+        done
+    }
+
+    /// How long is to be waited behind a call that took so long.
+    fn owes(&self, took: Duration, now: Instant) -> Duration {
+        let mut even = self.even.lock().unwrap_or_else(PoisonError::into_inner);
+        let spare = now.checked_sub(AT_ONCE.div_f64(SHARE));
+        let next = even.or(spare).max(spare).unwrap_or(now) + took.div_f64(SHARE);
+        *even = Some(next);
+        next.saturating_duration_since(now)
+    }
+}
+
+/// What the leader knows of queues that anybody pushes to: how long each was when it was looked at last.
+#[derive(Debug, Default)]
+pub struct Lengths(HashMap<Vec<u8>, u64>);
 
 /// Takes or renews the leadership.
 pub async fn hold(store: &Store, session: &SessionId, ttl: Duration) -> Result<Option<Leadership>, Error> {
     Ok(match store.lead(session, Some(ttl.as_millis() as u64)).await? {
-        Lead::Leader(term) => Some(Leadership { store: store.clone(), session: session.clone(), term }),
+        Lead::Leader(term) => {
+            Some(Leadership { store: store.clone(), session: session.clone(), term, pace: Some(Arc::default()) })
+        }
         Lead::Follower(_) | Lead::Nobody => None,
     })
 }
@@ -55,6 +105,22 @@ impl Leadership {
 
     pub(crate) fn store(&self) -> &Store {
         &self.store
+    }
+
+    /// The same for who waits for what it does: it takes as much of Redis' time as there is.
+    pub fn in_haste(self) -> Self {
+        Self { pace: None, ..self }
+    }
+
+    pub(crate) fn pace(&self) -> Option<&Pace> {
+        self.pace.as_deref()
+    }
+
+    async fn paced<T>(&self, call: impl Future<Output = T>) -> T {
+        match self.pace() {
+            Some(pace) => pace.keep(call).await,
+            None => Box::pin(call).await,
+        }
     }
 
     pub(crate) fn session(&self) -> &SessionId {
@@ -94,23 +160,48 @@ impl Leadership {
         }
     }
 
+    /// Looks at the queues that the index names and that have become longer or shorter since. Where nobody pushes or takes, that is
+    /// one question for each queue.
+    pub async fn scan_changes(&self, seen: &mut Lengths) -> Led<u64> {
+        let keys = self.store.keys().clone();
+        let (mut ready, mut now) = (0, HashMap::new());
+        let mut users = Members::of(keys.queued_users());
+        while let Some(page) = users.next(&self.store).await? {
+            let lengths = page.iter().map(|user| async {
+                let queue = [keys.queue("").as_bytes(), user].concat();
+                match self.store.command("LLEN", &[&queue]).await {
+                    // Others have made something else of it: the look says so.
+                    Err(error) if error.is_wrong_type() => Ok(None),
+                    reply => Ok::<_, Error>(Some(reply?.int("LLEN")? as u64)),
+                }
+            });
+            let lengths = future::try_join_all(lengths).await?;
+            let is_new =
+                |(user, length): &(&Vec<u8>, &Option<u64>)| length.is_none() || seen.0.get(*user) != length.as_ref();
+            let changed: Vec<Vec<u8>> =
+                page.iter().zip(&lengths).filter(is_new).map(|(user, _)| user.clone()).collect();
+            for users in changed.chunks(USERS_PAGE) {
+                ready += self.store.look(users).await?;
+            }
+            now.extend(page.into_iter().zip(lengths).filter_map(|(user, length)| Some((user, length?))));
+        }
+        seen.0 = now;
+        Ok(Ok(ready))
+    }
+
     /// Looks at all lines that the indexes name: the queues of users, and the lines of tasks.
     pub async fn scan_index(&self) -> Led<u64> {
         let mut ready = 0;
-        let keys = self.store.keys().clone();
-        for (index, is_tasks) in [(keys.queued_users(), false), (keys.lines(), true)] {
-            let mut cursor = Some(b"0".to_vec());
-            while let Some(at) = cursor {
-                let args: [&[u8]; 4] = [index.as_bytes(), &at, b"COUNT", SCAN_COUNT];
-                let (next, found) = match scan(&self.store, "SSCAN", &args).await {
-                    // Others have made something else of the index: the queues are found by their keys.
-                    Err(error) if error.is_wrong_type() => break,
-                    other => other?,
-                };
-                if !found.is_empty() {
-                    ready += if is_tasks { self.store.place(&found).await? } else { self.store.look(&found).await? };
-                }
-                cursor = (next != b"0").then_some(next);
+        let mut users = Members::of(self.store.keys().queued_users());
+        while let Some(page) = users.next(&self.store).await? {
+            for users in page.chunks(USERS_PAGE) {
+                ready += self.paced(self.store.look(users)).await?;
+            }
+        }
+        let mut lines = Members::of(self.store.keys().lines());
+        while let Some(page) = lines.next(&self.store).await? {
+            for lines in page.chunks(LINES_PAGE) {
+                ready += self.paced(self.store.place(lines)).await?;
             }
         }
         Ok(Ok(ready))
@@ -121,9 +212,11 @@ impl Leadership {
         let prefix = self.store.keys().queue("").len();
         let mut ready = 0;
         let mut found = Scan::new(self.store.keys().queue("*"), "list");
-        while let Some(keys) = found.next(&self.store).await? {
+        while let Some(keys) = self.paced(found.next(&self.store)).await? {
             let users: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
-            ready += self.store.look(&users).await?;
+            for users in users.chunks(USERS_PAGE) {
+                ready += self.paced(self.store.look(users)).await?;
+            }
         }
         Ok(Ok(ready))
     }
@@ -133,9 +226,10 @@ impl Leadership {
         let prefix = self.store.keys().old_queue("").len();
         let mut moved = 0;
         let mut found = Scan::new(self.store.keys().old_queue("*"), "list");
-        while let Some(keys) = found.next(&self.store).await? {
+        while let Some(keys) = self.paced(found.next(&self.store)).await? {
             for key in keys {
                 loop {
+                    // Not at the pace: these are jobs that wait.
                     let (count, more) = led!(self.store.old_queue(&self.session, self.term, &key[prefix..]).await);
                     moved += count;
                     if !more {
@@ -149,25 +243,28 @@ impl Leadership {
 
     /// Removes hashes that nobody has touched for so long and that are final or referenced by nothing.
     pub async fn sweep(&self, untouched: Duration) -> Led<u64> {
-        let prefix = self.store.keys().job("").len();
+        let (prefix, untouched_ms) = (self.store.keys().job("").len(), untouched.as_millis() as u64);
         let mut removed = 0;
         let mut found = Scan::new(self.store.keys().job("*"), "hash");
-        while let Some(keys) = found.next(&self.store).await? {
+        while let Some(keys) = self.paced(found.next(&self.store)).await? {
             let ids: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
-            removed += led!(self.store.sweep(&self.session, self.term, untouched.as_millis() as u64, &ids).await);
+            for ids in ids.chunks(HASHES_PAGE) {
+                removed += led!(self.paced(self.store.sweep(&self.session, self.term, untouched_ms, ids)).await);
+            }
         }
         Ok(Ok(removed))
     }
 
     /// Forgets pools in which nothing has run and nobody was ready for so long.
     pub async fn forget_idle_pools(&self, idle: Duration) -> Led<u64> {
-        let prefix = self.store.keys().pool("").len();
+        let (prefix, idle_ms) = (self.store.keys().pool("").len(), idle.as_millis() as u64);
         let mut forgotten = 0;
         let mut found = Scan::new(self.store.keys().pool("*"), "hash");
-        while let Some(keys) = found.next(&self.store).await? {
+        while let Some(keys) = self.paced(found.next(&self.store)).await? {
             let pools: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
-            let idle_ms = idle.as_millis() as u64;
-            forgotten += led!(self.store.pool_sweep(&self.session, self.term, idle_ms, &pools).await);
+            for pools in pools.chunks(POOLS_PAGE) {
+                forgotten += led!(self.paced(self.store.pool_sweep(&self.session, self.term, idle_ms, pools)).await);
+            }
         }
         Ok(Ok(forgotten))
     }
@@ -176,7 +273,8 @@ impl Leadership {
     pub async fn clear_wip(&self) -> Led<u64> {
         let mut removed = 0;
         for user in self.store.members(&self.store.keys().wip_users()).await? {
-            removed += led!(self.store.wip(&self.session, self.term, &user.into_bytes().unwrap_or_default()).await);
+            let user = user.into_bytes().unwrap_or_default();
+            removed += led!(self.paced(self.store.wip(&self.session, self.term, &user)).await);
         }
         Ok(Ok(removed))
     }
@@ -219,10 +317,40 @@ impl Scan {
     async fn next(&mut self, store: &Store) -> Result<Option<Vec<Vec<u8>>>, Error> {
         let Some(cursor) = &self.cursor else { return Ok(None) };
         let args: [&[u8]; 7] =
-            [cursor, b"MATCH", self.pattern.as_bytes(), b"COUNT", SCAN_COUNT, b"TYPE", self.holds.as_bytes()];
+            [cursor, b"MATCH", self.pattern.as_bytes(), b"COUNT", KEYS_COUNT, b"TYPE", self.holds.as_bytes()];
         let (next, keys) = scan(store, "SCAN", &args).await?;
         self.cursor = (next != b"0").then_some(next);
         Ok(Some(keys))
+    }
+}
+
+/// The members of a set, a chunk of them each round trip.
+struct Members {
+    set: String,
+    /// Where to go on; `None` at the end.
+    cursor: Option<Vec<u8>>,
+}
+
+impl Members {
+    fn of(set: String) -> Self {
+        Self { set, cursor: Some(b"0".to_vec()) }
+    }
+
+    /// The next members, which may be none.
+    async fn next(&mut self, store: &Store) -> Result<Option<Vec<Vec<u8>>>, Error> {
+        let Some(cursor) = &self.cursor else { return Ok(None) };
+        match scan(store, "SSCAN", &[self.set.as_bytes(), cursor, b"COUNT", SCAN_COUNT]).await {
+            // Others have made something else of an index: the queues are found by their keys.
+            Err(error) if error.is_wrong_type() => {
+                self.cursor = None;
+                Ok(None)
+            }
+            found => {
+                let (next, members) = found?;
+                self.cursor = (next != b"0").then_some(next);
+                Ok(Some(members))
+            }
+        }
     }
 }
 
@@ -287,5 +415,31 @@ impl SessionWatch {
             }
         }
         Ok(Ok(dead))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_goes_through_all_keys_takes_its_share_of_the_time_and_what_is_small_does_not_wait() {
+        let (pace, begun) = (Pace::default(), Instant::now() + Duration::from_secs(3_600));
+        let call = Duration::from_millis(5);
+        let mut now = begun;
+        for calls in 1..=2_000 {
+            now += call;
+            let wait = pace.owes(call, now);
+            if call * calls < AT_ONCE {
+                assert_eq!(wait, Duration::ZERO, "{calls}");
+            }
+            now += wait;
+        }
+        let share = (call * 2_000 - AT_ONCE).div_duration_f64(now - begun);
+        assert!((share - SHARE).abs() < SHARE / 20.0, "{share}");
+        // Who has paused may go on at once, but not for longer than at first.
+        now += Duration::from_secs(3_600);
+        assert_eq!(pace.owes(AT_ONCE - call, now), Duration::ZERO);
+        assert!(pace.owes(2 * call, now) > Duration::ZERO);
     }
 }

@@ -13,22 +13,24 @@ use std::fmt;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
+use futures::FutureExt as _;
+use futures::future::BoxFuture;
 use serde::Serialize;
 
 use crate::calls::NotLeader;
 use crate::error::Error;
 use crate::ids::SessionId;
 use crate::inspect::{Inspect, Place};
-use crate::keys::{Holds, Keys, TABLE};
-use crate::leader::{self, Leadership, Led};
+use crate::keys::{Holds, TABLE};
+use crate::leader::{self, KEYS_COUNT, Leadership, Led, Pace};
 use crate::reply::Reply;
 use crate::store::Store;
 
-/// How many entries one round trip of a scan looks at.
+/// How many entries of a hash or sorted set one round trip of a scan looks at.
 const SCAN_COUNT: &[u8] = b"500";
 
 /// Most items that one call compares; of jobs that stand in no place fewer, for each may need a search through a queue.
-const PAGE: usize = 200;
+const PAGE: usize = 100;
 const JOBS_PAGE: usize = 10;
 
 /// How long what can only be reported is not looked at again by the same leader. Each look counts as a touch of the job's
@@ -237,6 +239,7 @@ impl Reconciler {
         self.known.retain(|_, since| since.elapsed() < KNOWN_FOR);
         let leader = Some((leadership.session(), leadership.term()));
         let mut round = Round::new(leadership.store(), true, leader, retention);
+        round.pace = leadership.pace();
         round.known_jobs = self.known.keys().map(|(_, what)| what.as_bytes().to_vec()).collect();
         let findings = match round.run().await? {
             Ok(findings) => findings,
@@ -266,6 +269,8 @@ struct Round<'a> {
     repair: bool,
     leader: Option<(&'a SessionId, u64)>,
     retention_ms: u64,
+    /// Nobody waits for a leader's.
+    pace: Option<&'a Pace>,
     /// Jobs that are not looked at again yet.
     known_jobs: HashSet<Vec<u8>>,
     findings: Vec<Finding>,
@@ -274,7 +279,7 @@ struct Round<'a> {
 impl<'a> Round<'a> {
     fn new(store: &'a Store, repair: bool, leader: Option<(&'a SessionId, u64)>, retention: Duration) -> Self {
         let retention_ms = retention.as_millis() as u64;
-        Self { store, repair, leader, retention_ms, known_jobs: HashSet::new(), findings: Vec::new() }
+        Self { store, repair, leader, retention_ms, pace: None, known_jobs: HashSet::new(), findings: Vec::new() }
     }
 
     /// What others rest on comes first: numbers that functions compute with, then claims, then what names them.
@@ -293,19 +298,13 @@ impl<'a> Round<'a> {
         led!(self.walk("missing", "ZSCAN", &keys.missing()));
         led!(self.walk("batches", "ZSCAN", &keys.batches()));
         // Before the walk through the queues, which counts as a touch.
-        let mut lines: BTreeSet<Vec<u8>> = BTreeSet::new();
-        for user in self.keys_of(&keys.queue("*"), keys.queue("").len()).await? {
-            lines.insert([b"sql:", user.as_slice()].concat());
-        }
-        for key in [Keys::tasks, Keys::high, Keys::low] {
-            lines.extend(self.keys_of(&key(&keys, "*"), key(&keys, "").len()).await?);
-        }
+        let (queues, wip) = self.open_keys().await?;
+        let mut lines: BTreeSet<Vec<u8>> = ours.lines.into_iter().collect();
+        lines.extend(queues.iter().map(|user| [b"sql:", user.as_slice()].concat()));
         lines.extend(self.set_members(&keys.lines()).await?);
-        let barred = self.keys_of(&keys.barred("*"), keys.barred("").len()).await?;
-        led!(self.look("barred", &barred));
+        led!(self.look("barred", &ours.barred));
         led!(self.look("lines", &lines.into_iter().collect::<Vec<_>>()));
-        let uniques = self.keys_of(&keys.unique("*"), keys.unique("").len()).await?;
-        led!(self.look("uniques", &uniques));
+        led!(self.look("uniques", &ours.uniques));
         led!(self.unplaced_jobs());
         for (command, key) in [("ZSCAN", keys.finished()), ("ZSCAN", keys.expiring()), ("HSCAN", keys.kept())] {
             led!(self.walk("finished", command, &key));
@@ -313,7 +312,7 @@ impl<'a> Round<'a> {
         led!(self.look("sums", &[Vec::new()]));
         let mut users: BTreeSet<Vec<u8>> = self.set_members(&keys.wip_users()).await?.into_iter().collect();
         users.extend(self.claimants(3).await?);
-        users.extend(self.keys_of(&keys.wip("*"), keys.wip("").len()).await?);
+        users.extend(wip);
         led!(self.look("wip", &users.into_iter().collect::<Vec<_>>()));
         led!(self.look("parked", &ours.services));
         Ok(Ok(self.findings))
@@ -323,7 +322,8 @@ impl<'a> Round<'a> {
     async fn look(&mut self, aspect: &'static str, items: &[Vec<u8>]) -> Led<()> {
         let page = if aspect == "jobs" { JOBS_PAGE } else { PAGE };
         for page in items.chunks(page) {
-            match self.store.reconcile(self.repair, self.leader, self.retention_ms, aspect, page).await {
+            let compared = self.store.reconcile(self.repair, self.leader, self.retention_ms, aspect, page);
+            match self.paced(compared).await {
                 Ok(Ok(found)) => {
                     for finding in found {
                         self.findings.push(Finding::read(finding)?);
@@ -352,10 +352,18 @@ impl<'a> Round<'a> {
 
     /// One step of a scan: where to go on, and what was found; nothing where the key is of another type.
     async fn step(&self, command: &'static str, args: &[&[u8]]) -> Result<(Option<Vec<u8>>, Vec<Vec<u8>>), Error> {
-        match leader::scan(self.store, command, args).await {
+        match self.paced(leader::scan(self.store, command, args)).await {
             Err(error) if error.is_wrong_type() => Ok((None, Vec::new())),
             Err(error) => Err(error),
             Ok((next, found)) => Ok((Some(next).filter(|cursor| cursor != b"0"), found)),
+        }
+    }
+
+    /// On the heap, for these are many of large futures.
+    fn paced<'b, T: Send + 'b>(&'b self, call: impl Future<Output = T> + Send + 'b) -> BoxFuture<'b, T> {
+        match self.pace {
+            Some(pace) => pace.keep(call).boxed(),
+            None => call.boxed(),
         }
     }
 
@@ -363,16 +371,20 @@ impl<'a> Round<'a> {
         Ok(self.store.members(key).await?.into_iter().filter_map(Reply::into_bytes).collect())
     }
 
-    /// What stands behind a prefix in the keys of a pattern, each once.
-    async fn keys_of(&self, pattern: &str, prefix: usize) -> Result<Vec<Vec<u8>>, Error> {
-        let mut found = BTreeSet::new();
+    /// The users who have a queue that anybody pushes to, and those who have a list of work in progress.
+    async fn open_keys(&self) -> Result<(BTreeSet<Vec<u8>>, BTreeSet<Vec<u8>>), Error> {
+        let (queue, wip) = (self.store.keys().queue(""), self.store.keys().wip(""));
+        let (mut queues, mut lists) = (BTreeSet::new(), BTreeSet::new());
         let mut cursor = Some(b"0".to_vec());
         while let Some(at) = cursor {
-            let (next, keys) = self.step("SCAN", &[&at, b"MATCH", pattern.as_bytes(), b"COUNT", SCAN_COUNT]).await?;
-            found.extend(keys.into_iter().map(|key| key[prefix..].to_vec()));
+            // Both at once, for what takes long is to go through all keys.
+            let (next, keys) = self.step("SCAN", &[&at, b"MATCH", b"batch:[qw]*", b"COUNT", KEYS_COUNT]).await?;
+            for (stem, named) in [(&queue, &mut queues), (&wip, &mut lists)] {
+                named.extend(keys.iter().filter_map(|key| Some(key.strip_prefix(stem.as_bytes())?.to_vec())));
+            }
             cursor = next;
         }
-        Ok(found.into_iter().collect())
+        Ok((queues, lists))
     }
 
     /// The pools (2) or users (3) of all claims.
@@ -409,7 +421,7 @@ impl<'a> Round<'a> {
         let mut cursor = Some(b"0".to_vec());
         while let Some(at) = cursor {
             // A page at a time: applications may track any number of jobs.
-            let (next, keys) = self.step("SCAN", &[&at, b"MATCH", pattern.as_bytes(), b"COUNT", SCAN_COUNT]).await?;
+            let (next, keys) = self.step("SCAN", &[&at, b"MATCH", pattern.as_bytes(), b"COUNT", KEYS_COUNT]).await?;
             let (mut items, mut schedules, mut tracked) = (Vec::new(), Vec::new(), Vec::new());
             for key in keys.into_iter().filter(|key| !key.starts_with(&others)) {
                 let row =
@@ -421,6 +433,9 @@ impl<'a> Round<'a> {
                         "session" | "work" | "cancels" => ours.sessions.push(named),
                         "pool" | "ready" | "debt" | "busy" => _ = pools.insert(named),
                         "parked" => _ = services.insert(named),
+                        "tasks" | "high" | "low" => ours.lines.push(named),
+                        "barred" => ours.barred.push(named),
+                        "unique" => ours.uniques.push(named),
                         "schedule" => schedules.push(named),
                         "track" => tracked.push(named),
                         _ => {}
@@ -455,7 +470,7 @@ impl<'a> Round<'a> {
         let (pattern, prefix) = (keys.job("*"), keys.job("").len());
         let mut cursor = Some(b"0".to_vec());
         while let Some(at) = cursor {
-            let args: [&[u8]; 7] = [&at, b"MATCH", pattern.as_bytes(), b"COUNT", SCAN_COUNT, b"TYPE", b"hash"];
+            let args: [&[u8]; 7] = [&at, b"MATCH", pattern.as_bytes(), b"COUNT", KEYS_COUNT, b"TYPE", b"hash"];
             let (next, found) = self.step("SCAN", &args).await?;
             let ids: Vec<Vec<u8>> = found
                 .into_iter()
@@ -475,4 +490,7 @@ struct Ours {
     sessions: Vec<Vec<u8>>,
     pools: Vec<Vec<u8>>,
     services: Vec<Vec<u8>>,
+    lines: Vec<Vec<u8>>,
+    barred: Vec<Vec<u8>>,
+    uniques: Vec<Vec<u8>>,
 }

@@ -14,7 +14,7 @@ use queue_core::config::Limits;
 use queue_core::export::Feed;
 use queue_core::ids::{JobId, SessionId};
 use queue_core::inspect::Inspect;
-use queue_core::leader::{self, Leadership, Led, SessionWatch};
+use queue_core::leader::{self, Leadership, Led, Lengths, SessionWatch};
 use queue_core::objects::{Objects, SHARDS};
 use queue_core::reconcile::{Fate, Reconciler};
 use queue_core::schedule;
@@ -153,12 +153,20 @@ struct Term {
 impl Term {
     fn begin(store: &Store, leadership: Leadership, settings: &Settings) -> Self {
         let keep_untouched = settings.keep_untouched;
+        let lengths = Arc::<Mutex<Lengths>>::default();
         let mut rounds = vec![
-            AbortOnDropHandle::new(tokio::spawn(follow_announcements(store.clone(), leadership.clone()))),
+            AbortOnDropHandle::new(tokio::spawn(follow_announcements(
+                store.clone(),
+                leadership.clone(),
+                lengths.clone(),
+            ))),
             AbortOnDropHandle::new(tokio::spawn(make_ticks(leadership.clone(), settings.limits.clone()))),
-            every(settings.scan_interval, &leadership, |leadership| async move {
-                led!(leadership.scan_index());
-                Ok(Ok(()))
+            every(settings.scan_interval, &leadership, move |leadership| {
+                let lengths = lengths.clone();
+                async move {
+                    led!(leadership.scan_changes(&mut *lengths.lock().await));
+                    Ok(Ok(()))
+                }
             }),
             every(settings.discovery_interval, &leadership, discover),
             every(settings.sweep_interval, &leadership, move |leadership| async move {
@@ -248,7 +256,7 @@ impl Term {
 }
 
 /// Looks at the queues of those whose pushes foreign producers announce.
-async fn follow_announcements(store: Store, leadership: Leadership) {
+async fn follow_announcements(store: Store, leadership: Leadership, lengths: Arc<Mutex<Lengths>>) {
     let channel = store.keys().announcements();
     loop {
         match store.subscribe(std::slice::from_ref(&channel), &[]).await {
@@ -257,7 +265,7 @@ async fn follow_announcements(store: Store, leadership: Leadership) {
                 let mut messages = vec![Message::gap()];
                 loop {
                     if messages.iter().any(Message::is_gap)
-                        && let Err(error) = leadership.scan_index().await
+                        && let Err(error) = leadership.scan_changes(&mut *lengths.lock().await).await
                     {
                         tracing::debug!(%error, "what was announced meanwhile could not be looked for, the scan will");
                     }
@@ -354,6 +362,7 @@ async fn discover(leadership: Leadership) -> Led<()> {
         tracing::info!(moved, "jobs of old-layout queues joined their users' queues");
     }
     led!(leadership.scan_queues());
+    led!(leadership.scan_index());
     led!(leadership.clear_wip());
     led!(leadership.forget_idle_pools(POOL_FORGOTTEN_AFTER));
     Ok(Ok(()))

@@ -83,7 +83,11 @@ impl Rig {
 
     pub async fn lead(&self) -> Leadership {
         let session = SessionId::new("leader:1:a").unwrap();
-        leader::hold(&self.store, &session, Duration::from_secs(3_600)).await.unwrap().expect("nobody else leads")
+        leader::hold(&self.store, &session, Duration::from_secs(3_600))
+            .await
+            .unwrap()
+            .expect("nobody else leads")
+            .in_haste()
     }
 
     pub fn hash(&self, id: &str) -> BTreeMap<String, String> {
