@@ -141,8 +141,11 @@ keys! {
     starts(whose) = "drayman:{tag}starts:{}", List;
     /// Nothing is taken while it is there. It says since when, and why. Set by operators; no expiry.
     paused = "drayman:{tag}paused", String;
-    /// Pools that may have something to take, by their turns: each job moves a pool by a million over its weight.
-    pools = "drayman:{tag}pools", SortedSet;
+    /// Pools of a class that may have something to take, by their turns: each job moves a pool by a million over its weight. A class is what
+    /// a pattern covers whole: `sql:` the hosts, `db:` the databases, `<app>.` the handlers of an application.
+    pools(class) = "drayman:{tag}pools:{}", SortedSet;
+    /// The classes of which there are such pools. One that is empty is forgotten in time.
+    classes = "drayman:{tag}classes", Set;
     /// The greatest turn that a pool has had.
     turn = "drayman:{tag}turn", String;
     /// Running jobs: id → session, fence, pool, user, charged cost, the user's finish tag and the kind of fairness,

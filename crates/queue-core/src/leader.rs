@@ -289,7 +289,7 @@ impl Leadership {
 
     /// The hosts of the pools that have something to take now.
     pub async fn active_hosts(&self) -> Result<Vec<String>, Error> {
-        let pools = self.store.keys().pools();
+        let pools = self.store.keys().pools("sql:");
         let pools = self.store.command("ZRANGE", &[pools.as_bytes(), b"0", b"999"]).await?.texts("ZRANGE")?;
         Ok(pools
             .iter()

@@ -224,7 +224,11 @@ pub async fn unserved_pools(store: &Store) -> Result<Vec<UnservedPool>, Error> {
     let now_ms = looker.clock().await?;
     looker.sessions(now_ms).await?;
     let served = looker.served();
-    let listed = looker.range(&store.keys().pools(), POOLS_MAX - 1).await?;
+    let mut listed = Vec::new();
+    for class in looker.members(&store.keys().classes()).await? {
+        listed.extend(looker.range(&store.keys().pools(&class), POOLS_MAX - 1).await?);
+    }
+    listed.truncate(POOLS_MAX);
     let mut lines_left = LINES_MAX;
     let mut unserved = Vec::new();
     for pool in listed.iter().map(|pool| String::from_utf8_lossy(pool)).filter(|pool| !covers(&served, pool)) {
@@ -514,6 +518,11 @@ impl Looker<'_> {
     }
 
     /// The first members of a sorted set, to the one at `last`.
+    async fn members(&mut self, key: &str) -> Result<Vec<String>, Error> {
+        let found = self.ask("the pools", "SMEMBERS", &[key.as_bytes()]).await?;
+        found.map_or(Ok(Vec::new()), |found| found.texts("SMEMBERS"))
+    }
+
     async fn range(&mut self, key: &str, last: usize) -> Result<Vec<Vec<u8>>, Error> {
         let last = last.to_string();
         let Some(found) = self.ask("the pools", "ZRANGE", &[key.as_bytes(), b"0", last.as_bytes()]).await? else {

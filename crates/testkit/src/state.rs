@@ -85,7 +85,7 @@ pieces! {
     /// A pool with its numbers.
     Pool(pool: &'a str) = "drayman:pool:{pool}";
     /// The pools that may have something to take.
-    Pools = "drayman:pools";
+    Pools(class: &'a str) = "drayman:pools:{class}";
     /// The users of a pool who have something to take.
     Ready(pool: &'a str) = "drayman:ready:{pool}";
     /// What a user's limits keep from its turn.
@@ -625,7 +625,8 @@ impl State {
             redis.call('HSET', 'batch:jobs:j' .. i, 'user', 'u' .. i, 'kind', 'task', 'app', ARGV[1], 'op', ARGV[2])
             redis.call('LPUSH', 'drayman:tasks:' .. pool .. ':u' .. i, 'j' .. i, 'j' .. i)
             redis.call('ZADD', 'drayman:ready:' .. pool, i, 'u' .. i) end
-            redis.call('ZADD', 'drayman:pools', -1, pool)";
+            redis.call('ZADD', 'drayman:pools:' .. ARGV[1] .. '.', -1, pool)
+            redis.call('SADD', 'drayman:classes', ARGV[1] .. '.')";
         self.ask(&["EVAL", script, "0", app, op, &users.to_string()]);
     }
 
@@ -747,7 +748,13 @@ impl State {
     /// The pools that may have something to take, in the order of their turns.
     #[track_caller]
     pub fn turns(&self) -> Vec<String> {
-        self.ordered(Piece::Pools)
+        let keys = self.named("drayman:pools:");
+        let mut turns: Vec<(f64, String)> = keys
+            .iter()
+            .flat_map(|class| self.scores(&Piece::Pools(class).name()).into_iter().map(|(pool, turn)| (turn, pool)))
+            .collect();
+        turns.sort_by(|(a, one), (b, other)| a.total_cmp(b).then_with(|| one.cmp(other)));
+        turns.into_iter().map(|(_, pool)| pool).collect()
     }
 
     /// How far a pool is in its order of turns.
@@ -774,11 +781,12 @@ impl State {
         self.ask(&["ZADD", &Piece::Ready(pool).name(), &start_tag.to_string(), user]);
     }
 
-    /// Has so many pools `<stem>1`, `<stem>2`, … stand before all others, with nothing to take.
+    /// Has so many pools `<class><stem>1`, `<class><stem>2`, … stand before all others, with nothing to take.
     #[track_caller]
-    pub fn fill_pools(&self, stem: &str, count: u32) {
-        let script = "for i = 1, ARGV[2] do redis.call('ZADD', 'drayman:pools', 0, ARGV[1] .. i) end";
-        self.ask(&["EVAL", script, "0", stem, &count.to_string()]);
+    pub fn fill_pools(&self, class: &str, stem: &str, count: u32) {
+        let script = "redis.call('SADD', 'drayman:classes', ARGV[1])
+            for i = 1, ARGV[3] do redis.call('ZADD', 'drayman:pools:' .. ARGV[1], 0, ARGV[1] .. ARGV[2] .. i) end";
+        self.ask(&["EVAL", script, "0", class, stem, &count.to_string()]);
     }
 
     // Sessions and the leader.

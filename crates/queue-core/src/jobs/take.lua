@@ -160,13 +160,16 @@ local passed_users = {}
 -- `v`, the turn `pass`.
 local asked = {}
 
+local moved
+
 local function write_down(pool)
   local own = asked[pool]
   if not own or own.count == 0 then return end
   redis.call('HINCRBY', K.pool(pool), 'running', own.count)
   redis.call('HSET', K.pool(pool), 'v', int(own.v), 'pass', int(own.pass))
   redis.call('ZREMRANGEBYSCORE', K.debt(pool), '-inf', int(own.v))
-  redis.call('ZADD', K.pools(), 'XX', int(own.pass), pool)
+  redis.call('ZADD', K.pools(class_of(pool)), 'XX', int(own.pass), pool)
+  moved(pool)
   own.count = 0
 end
 
@@ -281,31 +284,81 @@ end
 local LAG = 100 * 1000000
 local turn = tonumber(redis.call('GET', K.turn()) or 0) or 0
 
--- By pages: pools that nobody serves must not hide those behind them. Where there are more than a page, the names that the
--- service knows are asked for; only what covers many has to be looked for further on.
-local unfinished = false
-if redis.call('EXISTS', K.paused()) == 0 then
-  local own = service_parts(service)
-  for from = 0, 9000, 1000 do
-    local page = redis.call('ZRANGE', K.pools(), from, from + 999, 'WITHSCORES')
-    for i = 1, #page, 2 do
-      -- They come in order, so that each addition is a step.
-      if not listed[page[i]] and serves(service, page[i]) then add(page[i], math.max(tonumber(page[i + 1]), turn - LAG)) end
+-- The classes of pools that this session serves, looked at by pages as far as turns have come: {class, how many were read, the last of
+-- them, whether some of it are not served}. What it does not serve is not met at all, but where a pattern covers a class in part.
+local PAGE, MOST_LISTED = 50, 1000
+local begun, reading, count_listed = {}, {}, 0
+
+local function read_on(class)
+  local page = redis.call('ZRANGE', K.pools(class.name), class.read, class.read + PAGE - 1, 'WITHSCORES')
+  for i = 1, #page, 2 do
+    local pool, pass = page[i], tonumber(page[i + 1])
+    class.last = math.max(pass, turn - LAG)
+    if not class.seen[pool] and not listed[pool] and (not class.in_part or serves(service, pool)) then
+      add(pool, math.max(pass, turn - LAG))
+      count_listed = count_listed + 1
     end
-    if #page < 2000 or #heap >= 1000 then break end
-    if from == 0 then
-      for first = 1, #own.names, 1000 do
-        local names = {unpack(own.names, first, math.min(first + 999, #own.names))}
-        for at, pass in ipairs(redis.call('ZMSCORE', K.pools(), unpack(names))) do
-          if pass and not listed[names[at]] then add(names[at], math.max(tonumber(pass), turn - LAG)) end
-        end
-      end
+    class.seen[pool] = true
+  end
+  class.read = class.read + #page / 2
+  class.at_end = #page < 2 * PAGE or class.read >= 10 * MOST_LISTED
+end
+
+-- Reads on where a pool may stand whose turn comes before that of the first one.
+local function read_on_where_due()
+  for _, class in ipairs(reading) do
+    while not class.at_end and count_listed < MOST_LISTED and (not heap[1] or class.last < heap[1][2]) do
+      read_on(class)
     end
-    if #own.open == 0 then break end
   end
 end
 
-local full = {}
+-- A pool has left its place: what stands behind it has moved up.
+moved = function(pool)
+  local class = begun[class_of(pool)]
+  if class then class.read = math.max(0, class.read - 1) end
+end
+
+if redis.call('EXISTS', K.paused()) == 0 then
+  local own = service_parts(service)
+  local function begin_with(name, in_part)
+    if not begun[name] then
+      begun[name] = {name = name, read = 0, last = -1, seen = {}, in_part = in_part}
+      reading[#reading + 1] = begun[name]
+    elseif not in_part then
+      begun[name].in_part = false
+    end
+  end
+  for _, pattern in ipairs(own.open) do
+    local prefix = string.sub(pattern, 1, -2)
+    local class = class_of(prefix)
+    if class ~= prefix then
+      begin_with(class, true)
+    elseif string.find(prefix, '[:.]$') then
+      begin_with(class, false)
+    else
+      for _, name in ipairs(redis.call('SMEMBERS', K.classes())) do
+        if string.sub(name, 1, #prefix) == prefix then begin_with(name, false) end
+      end
+    end
+  end
+  for name, names in pairs(own.names) do
+    local listed_there = begun[name] and 0 or redis.call('ZCARD', K.pools(name))
+    if listed_there > #names then
+      for first = 1, #names, 1000 do
+        local some = {unpack(names, first, math.min(first + 999, #names))}
+        for at, pass in ipairs(redis.call('ZMSCORE', K.pools(name), unpack(some))) do
+          if pass and not listed[some[at]] then add(some[at], math.max(tonumber(pass), turn - LAG)) end
+        end
+      end
+    elseif listed_there > 0 then
+      begin_with(name, true)
+    end
+  end
+  read_on_where_due()
+end
+
+local full, unfinished = {}, false
 while heap[1] and taken < n do
   local pool, pass = heap[1][1], heap[1][2]
   local got, next_pass = take_one(pool, pass)
@@ -326,17 +379,18 @@ while heap[1] and taken < n do
       unfinished = true
     elseif not got then
       -- A blocked pool keeps its entry: the leader finds by it whose lock to look after.
-      redis.call('ZREM', K.pools(), pool)
+      if redis.call('ZREM', K.pools(class_of(pool)), pool) == 1 then moved(pool) end
     end
   end
   for _, other in ipairs(opened) do
     if not serves(service, other) then
       wake_one(other)
     elseif not listed[other] then
-      add(other, tonumber(redis.call('ZSCORE', K.pools(), other) or 0))
+      add(other, tonumber(redis.call('ZSCORE', K.pools(class_of(other)), other) or 0))
     end
   end
   opened = {}
+  read_on_where_due()
 end
 
 for pool in pairs(asked) do write_down(pool) end

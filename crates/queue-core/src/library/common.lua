@@ -44,6 +44,11 @@ end
 
 local function is_sql(pool) return string.find(pool, '^sql:') ~= nil or string.find(pool, '^db:') ~= nil end
 
+-- The class of a pool: what a pattern covers whole. Hosts are one, databases, and the handlers of each application.
+local function class_of(pool)
+  return string.match(pool, '^sql:') or string.match(pool, '^db:') or string.match(pool, '^[^.]*%.') or pool
+end
+
 -- The line in which a user's jobs of a pool wait. The pool of a handler has no colon, so the first one ends it.
 local function line_of(pool, user) return (is_sql(pool) and 'sql:' or pool .. ':') .. user end
 
@@ -82,8 +87,10 @@ local function service_parts(service)
       if string.sub(pattern, -1) == '*' then
         own.open[#own.open + 1] = pattern
       else
+        local class = class_of(pattern)
         own.exact[pattern] = true
-        own.names[#own.names + 1] = pattern
+        own.names[class] = own.names[class] or {}
+        table.insert(own.names[class], pattern)
       end
     end
     this.services[service] = own
@@ -615,9 +622,12 @@ end
 -- Enters a pool into those that may have something to take. Start-time fair queueing over pools: it starts where the turns
 -- are, or where its own last turn has left it.
 local function list_pool(pool)
-  if redis.call('ZSCORE', K.pools(), pool) then return end
+  local class = class_of(pool)
+  local listed = K.pools(class)
+  if redis.call('ZSCORE', listed, pool) then return end
   local pass = tonumber(redis.call('HGET', K.pool(pool), 'pass') or 0) or 0
-  redis.call('ZADD', K.pools(), int(math.max(pass, this.moved_on.turn, tonumber(redis.call('GET', K.turn()) or 0) or 0)), pool)
+  redis.call('ZADD', listed, int(math.max(pass, this.moved_on.turn, tonumber(redis.call('GET', K.turn()) or 0) or 0)), pool)
+  if redis.call('ZCARD', listed) == 1 then redis.call('SADD', K.classes(), class) end
 end
 
 -- Most jobs of one user that may run at once in a pool.

@@ -13,4 +13,6 @@ for _, text in ipairs(redis.call('HVALS', K.claims())) do
   local pool = string.match(text, '^[^\t]*\t[^\t]*\t([^\t]*)')
   if redis.call('EXISTS', K.ready(pool)) == 1 then list_pool(pool) end
 end
-return redis.call('ZCARD', K.pools())
+local count = 0
+for _, class in ipairs(redis.call('SMEMBERS', K.classes())) do count = count + redis.call('ZCARD', K.pools(class)) end
+return count

@@ -21,7 +21,9 @@ if kind == 'all' then
     redis.call('SET', K.paused(), pause_text(try('GET', K.paused()), ARGV[4]))
   else
     redis.call('DEL', K.paused())
-    for _, pool in ipairs(redis.call('ZRANGE', K.pools(), 0, 999)) do wake_ready(pool) end
+    for _, class in ipairs(redis.call('SMEMBERS', K.classes())) do
+      for _, pool in ipairs(redis.call('ZRANGE', K.pools(class), 0, 999)) do wake_ready(pool) end
+    end
   end
   return 'changed'
 end
@@ -63,7 +65,7 @@ end
 local latest = (tonumber(redis.call('GET', K.turn()) or 0) or 0) + math.floor(1000000 / own.weight)
 if (tonumber(redis.call('HGET', key, 'pass') or 0) or 0) > latest then
   redis.call('HSET', key, 'pass', int(latest))
-  redis.call('ZADD', K.pools(), 'XX', int(latest), name)
+  redis.call('ZADD', K.pools(class_of(name)), 'XX', int(latest), name)
 end
 wake_ready(name)
 return 'changed'

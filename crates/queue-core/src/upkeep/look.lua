@@ -541,7 +541,13 @@ function LOOK.pools(items)
     -- What is kept from its turn leaves the list until it is given another one. How many may run where the pool does not say
     -- so, only its workers know; but one in which nothing runs would wait for ever.
     local own = limits_of_pool(pool, math.max(count, 1))
-    if redis.call('EXISTS', K.ready(pool)) == 1 and not redis.call('ZSCORE', K.pools(), pool)
+    local class = class_of(pool)
+    local is_listed = redis.call('ZSCORE', K.pools(class), pool)
+    if is_listed and redis.call('SISMEMBER', K.classes(), class) == 0 then
+      found('pool-unlisted', pool, 'the pool has something to take, but its class does not stand among those that have',
+        function() redis.call('SADD', K.classes(), class) end)
+    end
+    if redis.call('EXISTS', K.ready(pool)) == 1 and not is_listed
       and not waits('pool:' .. pool, kept_by('pool:' .. pool, own, count)) then
       found('pool-unlisted', pool, 'users are ready in the pool, but it does not stand among the pools with something to take',
         function()

@@ -15,8 +15,11 @@ for i = 4, #ARGV do
     redis.call('HSET', K.pool(pool), 'idle_since', int(this.now_ms))
   elseif not p[2] and not p[3] and not p[5] and not p[6] and not p[7] and not p[8] and this.now_ms - tonumber(p[4]) >= idle_ms then
     redis.call('DEL', K.pool(pool), K.debt(pool), K.busy(pool), K.pace(pool))
-    redis.call('ZREM', K.pools(), pool)
+    redis.call('ZREM', K.pools(class_of(pool)), pool)
     forgotten = forgotten + 1
   end
+end
+for _, class in ipairs(redis.call('SMEMBERS', K.classes())) do
+  if redis.call('EXISTS', K.pools(class)) == 0 then redis.call('SREM', K.classes(), class) end
 end
 return forgotten

@@ -332,15 +332,45 @@ fn commands(rig: &Rig) -> u64 {
     calls.map(|(_, rest)| rest.split(',').next().unwrap().parse::<u64>().unwrap()).sum()
 }
 
+/// How many commands it costs to take a job, and to end it.
+async fn cost(rig: &Rig, session: &Session) -> (u64, u64) {
+    let start = commands(rig);
+    let claim = take_one(session).await;
+    let taken = commands(rig);
+    run(claim, 0).await;
+    (taken - start, commands(rig) - taken)
+}
+
+#[tokio::test]
+async fn a_take_meets_only_pools_that_it_serves() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:* db:mine bank.pay", 2).await;
+    let jobs: Vec<_> = (0..4).map(|i| submission("alice", &format!("j{i}"), "h")).collect();
+    rig.store.enqueue(&most(64, 16_384), &jobs).await.unwrap();
+    cost(&rig, &session).await;
+    // Each class has one that nobody serves.
+    for class in ["db:", "bank.", "app."] {
+        rig.state().fill_pools(class, "one", 1);
+    }
+    let few = cost(&rig, &session).await;
+    for class in ["db:", "bank.", "app."] {
+        rig.state().fill_pools(class, "other", 10_000);
+    }
+    assert_eq!(cost(&rig, &session).await, few);
+    // Each pattern finds what it covers, a class or a part of it.
+    for pools in ["*", "s*", "sql:h*", "sql:*", "sql:h"] {
+        rig.store
+            .enqueue(&most(64, 16_384), &[submission("bob", &format!("b-{}", pools.replace("*", "all")), "h")])
+            .await
+            .unwrap();
+        let claim = take_one(&rig.session(pools, 8).await).await;
+        assert_eq!(claim.job().pool.as_str(), "sql:h", "{pools}");
+        end(claim, "done").await;
+    }
+}
+
 #[tokio::test]
 async fn a_take_and_a_finish_cost_as_many_commands_for_20000_users_as_for_10() {
-    async fn cost(rig: &Rig, session: &Session) -> (u64, u64) {
-        let start = commands(rig);
-        let claim = take_one(session).await;
-        let taken = commands(rig);
-        run(claim, 0).await;
-        (taken - start, commands(rig) - taken)
-    }
     let rig = Rig::start().await;
     let session = rig.session("sql:*", 2).await;
     let users: Vec<String> = (0..20_000).map(|i| format!("u{i}")).collect();
@@ -367,7 +397,7 @@ async fn pools_that_nobody_serves_do_not_hide_those_behind_them() {
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a1", "served")]).await.unwrap();
     end(take_one(&session).await, "done").await;
     // More than a take would ever page through, as of a producer that makes up operations.
-    rig.state().fill_pools("app.op", 20_000);
+    rig.state().fill_pools("sql:", "other", 20_000);
     rig.store.enqueue(&most(64, 16_384), &[submission("alice", "a2", "served")]).await.unwrap();
     assert_eq!(id(&take_one(&session).await), "a2");
 }

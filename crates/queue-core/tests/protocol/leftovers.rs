@@ -15,12 +15,13 @@ use crate::support::*;
 const MAY_STAY: &[&str] = &[
     "drayman:version", // one value
     "drayman:term",
-    "drayman:turn",   // one value
-    "drayman:pool:",  // a few numbers a pool
-    "drayman:debt:",  // one number for each user that was served last: what it owes
-    "drayman:pace:",  // expires
-    "batch:rejected", // trimmed
-    "limits:batch:",  // the operators'
+    "drayman:turn",    // one value
+    "drayman:pool:",   // a few numbers a pool
+    "drayman:classes", // as long as there are pools of them
+    "drayman:debt:",   // one number for each user that was served last: what it owes
+    "drayman:pace:",   // expires
+    "batch:rejected",  // trimmed
+    "limits:batch:",   // the operators'
 ];
 
 #[tokio::test]

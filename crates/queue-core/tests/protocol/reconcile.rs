@@ -171,9 +171,9 @@ const REPAIRED: &[(&[Kind], &[&str])] = &[
     (&[Kind::UserMiscount], &["HSET drayman:busy:sql:h alice 7 zoe 2"]),
     (
         &[Kind::UserMiscount, Kind::ReadyBeyondLimit, Kind::QueueUnnoticed],
-        &["DEL drayman:busy:sql:h", "ZADD drayman:ready:sql:h 1 alice", "ZADD drayman:pools 1 sql:h"],
+        &["DEL drayman:busy:sql:h", "ZADD drayman:ready:sql:h 1 alice", "ZADD drayman:pools:sql: 1 sql:h"],
     ),
-    (&[Kind::ReadyBeyondLimit], &["ZADD drayman:ready:sql:h 1 alice", "ZADD drayman:pools 1 sql:h"]),
+    (&[Kind::ReadyBeyondLimit], &["ZADD drayman:ready:sql:h 1 alice", "ZADD drayman:pools:sql: 1 sql:h"]),
     (
         &[Kind::PoolUnlisted],
         &[

@@ -221,7 +221,8 @@ pub const LAYOUT: &[KeyRule] = &[
     ("drayman:debt:{}", "zset"),
     ("drayman:busy:{}", "hash"),
     ("drayman:pace:{}", "hash"),
-    ("drayman:pools", "zset"),
+    ("drayman:pools:{}", "zset"),
+    ("drayman:classes", "set"),
     ("drayman:claims", "hash"),
     ("drayman:work:{}", "hash"),
     ("drayman:cancels:{}", "set"),
@@ -278,9 +279,11 @@ pub fn leftovers(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String
         let odd: Vec<_> = finished.symmetric_difference(jobs).take(5).collect();
         found.push(format!("drayman:finished and the ended jobs differ: {odd:?}"));
     }
-    for pool in members("drayman:pools")? {
-        if !pools.contains(&pool) {
-            found.push(format!("drayman:pools names {pool}"));
+    for class in ["sql:", "db:", &format!("{APP}."), "drayman."] {
+        for pool in members(&format!("drayman:pools:{class}"))? {
+            if !pools.contains(&pool) {
+                found.push(format!("drayman:pools:{class} names {pool}"));
+            }
         }
     }
     for session in &sessions {
@@ -332,8 +335,9 @@ pub fn leftovers(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String
                 parked.iter().all(|session| sessions.contains(session))
             }
             "drayman:services" => !sessions.is_empty(),
-            "drayman:sessions" | "drayman:version" | "drayman:term" | "drayman:pools" | "drayman:turn"
-            | "drayman:batches" | "drayman:flows" | "drayman:finished" | "drayman:expiring" | "drayman:kept" => true,
+            "drayman:sessions" | "drayman:version" | "drayman:term" | "drayman:pools:{}" | "drayman:classes"
+            | "drayman:turn" | "drayman:batches" | "drayman:flows" | "drayman:finished" | "drayman:expiring"
+            | "drayman:kept" => true,
             // Queues, claims, work lists, the due, the busy, the lost and the rejected: nothing is left to do.
             _ => false,
         };
