@@ -18,6 +18,7 @@ local held = redis.call('TYPE', job).ok
 if held == 'none' then
   -- Its first blocks may have been taken back meanwhile: what is left of it would be a batch of its own.
   if not is_new or place > 0 then return 'missing' end
+  if is_for_parts(batch) then return {'refused', FOR_PARTS} end
   if used then return {'no_room', used, mark} end
   if fields[1] == nil then return 'missing' end
   -- Whatever is left of one whose record somebody has removed.

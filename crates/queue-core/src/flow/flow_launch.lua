@@ -14,6 +14,7 @@ if there == 'hash' and is_flow(flow) and redis.call('HGET', key, 'instance') == 
   return {'exists', redis.call('HGET', job, 'status') or ''}
 end
 if there ~= 'none' then return {'refused', 'a job of another kind, or of another flow, has this id'} end
+if is_for_parts(flow) then return {'refused', FOR_PARTS} end
 if used then return {'no_room', used, mark} end
 
 -- The latest execution; where a launch broke off before it had made one, the one before.
@@ -30,6 +31,15 @@ if last and not is_forced then
   if l[1] == 'done' and not may_repeat then return {'done', last} end
 end
 local goes_on = last and not is_forced and l[1] ~= 'done'
+
+-- No step takes the place of a job that was submitted, or that runs. A hash that others have only written is none.
+for _, step in ipairs(cmsgpack.unpack(packed)) do
+  local id = flow .. ':' .. step[1]
+  local is_there = try('HEXISTS', K.job(id), 'enqueued_at') == 1 and redis.call('HGET', K.job(id), 'flow') ~= flow
+  if is_there or redis.call('HEXISTS', K.claims(), id) == 1 then
+    return {'refused', 'there is a job ' .. id .. ', which its step ' .. step[1] .. ' would be'}
+  end
+end
 
 -- Whatever is left of one whose record somebody has removed.
 redis.call('DEL', key)

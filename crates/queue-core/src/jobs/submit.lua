@@ -38,6 +38,8 @@ while i <= #ARGV do
     reply = 'exists'
   elseif fault then
     reply = {'refused', fault}
+  elseif is_for_parts(id) then
+    reply = {'refused', FOR_PARTS}
   elseif not length then
     reply = {'refused', 'the key of the queue holds a ' .. redis.call('TYPE', queue).ok .. ', not a list'}
   elseif waiting >= most[kind] then

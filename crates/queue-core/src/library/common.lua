@@ -161,6 +161,13 @@ local function part_named(id)
   if batch then return 'rows', batch, block, tonumber(first) end
 end
 
+-- Whether an id is kept for the parts of a batch, which may be made at any time. Steps of flows have ids of their own.
+local FOR_PARTS = 'its id is one of those that parts of batches have'
+local function is_for_parts(id)
+  local what, batch = part_named(id)
+  return what ~= nil and try('HEXISTS', K.flow_steps(batch), 'user') ~= 1
+end
+
 -- The same of a part that there is, with how many rows it has; nil of all else. An abort takes all parts from its batch: so what ends behind
 -- it counts no more.
 local function part_of(id)
@@ -487,6 +494,7 @@ local function look_inside(id, user, h)
   if h.kind == 'part' or (h.part and h.part ~= '') then
     return 'reject', 'it is no part of a batch that is known', true
   end
+  if is_for_parts(id) then return 'reject', FOR_PARTS, true end
 end
 
 -- What an id in a line is worth: 'ready' with its pool and its fields, 'missing', 'drop' (claimed, or over with its status),

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use queue_core::batch::{BatchError, Batches, NewBatch};
-use queue_core::calls::{Finished, TakeReply, Verdict};
+use queue_core::calls::{Enqueued, Finished, TakeReply, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::config::Limits;
 use queue_core::flow::{FlowStatus, Flows, FlowsError, LaunchOptions, Launched, StepStatus};
@@ -114,6 +114,7 @@ async fn what_says_that_it_is_a_batch_a_part_or_a_flow_is_set_aside_and_sizes_no
     let rig = Rig::start().await;
     let session = rig.session("sql:* db:* bank.post", 8).await;
     let huge = "99999999999999999999";
+    let beside = |id: &str| format!("beside-{}", id.replace(':', "-"));
     type Case<'a> = (&'a str, &'a [(&'a str, &'a str)], &'a str);
     let cases: [Case<'_>; 9] = [
         ("loads", &[("kind", "batch"), ("cursor", "0 0 0 1"), ("loads", "1000000000000")], NO_BATCH),
@@ -128,10 +129,10 @@ async fn what_says_that_it_is_a_batch_a_part_or_a_flow_is_set_aside_and_sizes_no
     ];
     for (id, fields, _) in cases {
         submit(&rig, "eve", id, &[&[("database", "shop")], fields].concat());
-        submit(&rig, "ann", &format!("beside-{id}"), &[("database", "shop")]);
+        submit(&rig, "ann", &beside(id), &[("database", "shop")]);
     }
     look(&rig).await;
-    let wanted: Vec<String> = cases.iter().map(|(id, ..)| format!("beside-{id}")).collect();
+    let wanted: Vec<String> = cases.iter().map(|(id, ..)| beside(id)).collect();
     let mut ran = work_off(&session).await;
     ran.sort_by_key(|id| wanted.iter().position(|wanted| wanted == id));
     assert_eq!(ran, wanted);
@@ -323,4 +324,35 @@ async fn what_a_take_hands_out_and_its_worker_cannot_read_is_set_aside_and_the_w
     rig.submit("ann", "next", "h2");
     rig.notice(&["ann"]).await;
     assert_eq!(work_off(&session).await, ["next"]);
+}
+
+/// What parts of batches and steps of flows are called, nobody else's job is: else it would be lost once there is such a batch.
+#[tokio::test]
+async fn no_job_is_where_a_part_or_a_step_is_to_be_and_none_is_lost_for_one() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:* bank.post etl.step", 8).await;
+    let ids = ["b:0.0:0", "b:files", "b:done"];
+    for id in ids {
+        let refused = rig.store.enqueue(&most(64, 16_384), &[submission("eve", id, "h")]).await.unwrap().remove(0);
+        assert!(matches!(&refused, Enqueued::Refused(why) if why.contains("parts of batches")), "{id}: {refused:?}");
+        assert_eq!(rig.status_or_none(id), None);
+        rig.submit("eve", id, "h");
+    }
+    rig.notice(&["eve"]).await;
+    assert!(take(&session, 8).await.is_empty());
+    for id in ids {
+        assert_eq!(rig.status(id), "failed");
+        assert!(rig.hash(id)["failed_reason"].contains("parts of batches"), "{id}");
+    }
+    // A step's id is anybody's until there is such a flow.
+    rig.store.enqueue(&most(64, 16_384), &[submission("eve", "f:two", "h")]).await.unwrap();
+    let flow = Flow::builder("f").step(Step::task("one", "etl", "step")).step(Step::task("two", "etl", "step"));
+    let options = LaunchOptions { id: Some(JobId::new("f").unwrap()), ..LaunchOptions::default() };
+    let launched = Flows::new(rig.store.clone())
+        .launch(&flow.build().unwrap(), &User::new("ann").unwrap(), &Default::default(), options)
+        .await;
+    let error = launched.expect_err("a job has the id of a step").to_string();
+    assert!(error.contains("there is a job f:two"), "{error}");
+    assert_eq!(work_off(&session).await, ["f:two"]);
+    rig.balanced();
 }
