@@ -287,6 +287,7 @@ impl<'a> Round<'a> {
         let keys = self.store.keys().clone();
         let ours = led!(self.key_table());
         led!(self.look("leader", &[Vec::new()]));
+        led!(self.look("classes", &ours.classes));
         led!(self.look("pools", &ours.pools));
         led!(self.look("active", &[Vec::new()]));
         led!(self.walk("claims", "HSCAN", &keys.claims()));
@@ -434,6 +435,7 @@ impl<'a> Round<'a> {
                         "pool" | "ready" | "debt" | "busy" => _ = pools.insert(named),
                         "parked" => _ = services.insert(named),
                         "tasks" | "high" | "low" => ours.lines.push(named),
+                        "pools" => ours.classes.push(named),
                         "barred" => ours.barred.push(named),
                         "unique" => ours.uniques.push(named),
                         "schedule" => schedules.push(named),
@@ -490,6 +492,7 @@ struct Ours {
     sessions: Vec<Vec<u8>>,
     pools: Vec<Vec<u8>>,
     services: Vec<Vec<u8>>,
+    classes: Vec<Vec<u8>>,
     lines: Vec<Vec<u8>>,
     barred: Vec<Vec<u8>>,
     uniques: Vec<Vec<u8>>,

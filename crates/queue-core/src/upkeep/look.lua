@@ -541,19 +541,22 @@ function LOOK.pools(items)
     -- What is kept from its turn leaves the list until it is given another one. How many may run where the pool does not say
     -- so, only its workers know; but one in which nothing runs would wait for ever.
     local own = limits_of_pool(pool, math.max(count, 1))
-    local class = class_of(pool)
-    local is_listed = redis.call('ZSCORE', K.pools(class), pool)
-    if is_listed and redis.call('SISMEMBER', K.classes(), class) == 0 then
-      found('pool-unlisted', pool, 'the pool has something to take, but its class does not stand among those that have',
-        function() redis.call('SADD', K.classes(), class) end)
-    end
-    if redis.call('EXISTS', K.ready(pool)) == 1 and not is_listed
+    if redis.call('EXISTS', K.ready(pool)) == 1 and not redis.call('ZSCORE', K.pools(class_of(pool)), pool)
       and not waits('pool:' .. pool, kept_by('pool:' .. pool, own, count)) then
       found('pool-unlisted', pool, 'users are ready in the pool, but it does not stand among the pools with something to take',
         function()
           list_pool(pool)
           wake_one(pool)
         end)
+    end
+  end
+end
+
+function LOOK.classes(items)
+  for _, class in ipairs(items) do
+    if redis.call('EXISTS', K.pools(class)) == 1 and redis.call('SISMEMBER', K.classes(), class) == 0 then
+      found('pool-unlisted', class, 'pools of the class have something to take, but it does not stand among the classes that have',
+        function() redis.call('SADD', K.classes(), class) end)
     end
   end
 end

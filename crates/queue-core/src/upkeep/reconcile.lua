@@ -5,9 +5,9 @@
 --   of a finished job is kept in ms, what to look at, then its items:
 --   'keys':     key and the type that it must have, in turn ('' if no key of ours has such a name)
 --   'sessions', 'claims', 'due', 'missing', 'batches', 'jobs', 'finished', 'wip', 'pools', 'parked', 'lines', 'barred', 'uniques',
---   'schedules', 'tracked':
+--   'schedules', 'tracked', 'classes':
 --               sessions, ids, ids, entries, ids, ids, ids, users, pools, services, lines, users, unique keys,
---               names, records as `tracker:id`
+--               names, records as `tracker:id`, classes of pools
 --   'leader', 'sums', 'active': nothing
 -- Reply: 'not_leader', or for each finding {kind, what, sentence, 'reported', 'repairable' or 'repaired'}
 local session, term = ARGV[2], ARGV[3]

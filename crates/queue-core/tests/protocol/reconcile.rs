@@ -183,6 +183,7 @@ const REPAIRED: &[(&[Kind], &[&str])] = &[
             "SADD batch:indexes:queue zoe",
         ],
     ),
+    (&[Kind::PoolUnlisted], &["ZADD drayman:pools:sql: 1 sql:h", "SREM drayman:classes sql:"]),
     (&[Kind::ParkedStray], &["ZADD drayman:parked:sql:* 1 nobody:1:x"]),
     (&[Kind::ServiceUnlisted], &["SREM drayman:services sql:*"]),
     (&[Kind::LineBarred], &["SADD drayman:barred:alice sql:alice"]),
