@@ -225,7 +225,10 @@ pub async fn unserved_pools(store: &Store) -> Result<Vec<UnservedPool>, Error> {
     looker.sessions(now_ms).await?;
     let served = looker.served();
     let mut listed = Vec::new();
-    for class in looker.members(&store.keys().classes()).await? {
+    let mut classes = looker.members(&store.keys().classes()).await?;
+    // A set has no order, and what is looked at closely should be the same each time.
+    classes.sort();
+    for class in classes {
         listed.extend(looker.range(&store.keys().pools(&class), POOLS_MAX - 1).await?);
     }
     listed.truncate(POOLS_MAX);
