@@ -575,6 +575,8 @@ impl Scene {
             _ = store.session_reclaim(&session, beat, &leader, leadership.term()).await.map_err(said)?;
         }
         let worker = rig.session(POOLS, 8).await;
+        // Batches of which the application heard that they are over.
+        let mut told: BTreeSet<String> = BTreeSet::new();
         for _ in 0..40 {
             rig.state().scheduled().iter().for_each(|id| rig.state().make_due(id));
             self.round(&leadership).await?;
@@ -583,6 +585,10 @@ impl Scene {
                 break;
             }
             for claim in claims {
+                told.extend(part(&claim).and_then(|part| match part {
+                    Part::Done(batch) => Some(batch.to_string()),
+                    Part::Rows(_) | Part::Files(_) => None,
+                }));
                 finish(claim).await?;
             }
         }
@@ -593,6 +599,16 @@ impl Scene {
             rig.state().jobs().into_iter().filter(|id| !is_over(id) && !aside.contains(id)).collect();
         if !unended.is_empty() {
             return Err(format!("never end: {unended:?}"));
+        }
+        // The call itself ends that.
+        if words.iter().any(|word| word == b"small:done") {
+            told.insert("small".into());
+        }
+        let is_batch = |id: &String| rig.hash(id).get("kind").is_some_and(|kind| kind == "batch");
+        let untold: Vec<String> =
+            rig.state().jobs().into_iter().filter(|id| is_batch(id) && !told.contains(id)).collect();
+        if !untold.is_empty() {
+            return Err(format!("their ends are not told: {untold:?}"));
         }
         books(rig)
     }
