@@ -105,31 +105,37 @@ end
 -- Puts a batch that is being released behind the others of its line, where it may stand if that broke off before.
 local function end_release(batch, retention_ms, is_again)
   local job, own = K.job(batch), K.batch(batch)
-  local user, has_rows = redis.call('HGET', own, 'user'), redis.call('HEXISTS', own, 'cursor') == 1
-  redis.call('HSET', job, 'status', 'pending', 'enqueued_at', now(), 'updated_at', now())
-  publish(user, batch, 'pending')
-  if not has_rows then
+  local user, cursor, left = unpack(redis.call('HMGET', own, 'user', 'cursor', 'left'))
+  -- Without rows to deal it stands nowhere, and without any it is over; the last of them may have been dealt since it broke off.
+  if cursor or tonumber(left) <= 0 then
+    redis.call('HSET', job, 'status', 'pending', 'enqueued_at', now(), 'updated_at', now())
+    publish(user, batch, 'pending')
+  end
+  if tonumber(left) <= 0 then
     redis.call('HSET', job, 'status', 'running')
     return settle_batch(batch, retention_ms)
   end
-  local line = line_by_hash(batch, user)
-  local queue = queue_of(line, band_of(batch))
-  if is_again then redis.call('LREM', queue, 0, batch) end
-  redis.call('LPUSH', queue, batch)
-  index(line)
-  place_and_wake(line)
+  if cursor then
+    local line = line_by_hash(batch, user)
+    local queue = queue_of(line, band_of(batch))
+    if is_again then redis.call('LREM', queue, 0, batch) end
+    redis.call('LPUSH', queue, batch)
+    index(line)
+    place_and_wake(line)
+  end
   redis.call('HDEL', own, 'releasing')
 end
 
 -- What a call that broke off has left of a batch, as what puts it right: what was begun is brought to its end, and what readers see is
 -- written anew. Nil where there is no such thing.
 function faults_of_batch(batch, retention_ms)
-  local own = redis.call('HMGET', K.batch(batch), 'user', 'ended', 'aborting', 'releasing', 'loads', 'rows', 'ending', 'reason')
-  local user, ended, go_on, show_anew = own[1], own[2], nil, nil
+  local user, loads, rows, ended, releasing, aborting, ending, reason = unpack(redis.call('HMGET', K.batch(batch), 'user', 'loads',
+    'rows', 'ended', 'releasing', 'aborting', 'ending', 'reason'))
+  local go_on, show_anew = nil, nil
   if not user then return nil end
   local held = redis.call('TYPE', K.job(batch)).ok
   -- Nothing of it was handed over.
-  if held == 'none' and own[5] == '0' and own[6] == '0' then
+  if held == 'none' and loads == '0' and rows == '0' then
     return function()
       remove_record(batch)
       redis.call('ZREM', K.batches(), batch)
@@ -144,11 +150,11 @@ function faults_of_batch(batch, retention_ms)
     end
   end
   local id, count = half_dealt(batch)
-  if own[7] then
-    go_on = function() end_batch(batch, own[7], retention_ms, own[8] ~= '' and own[8] or nil) end
-  elseif own[3] then
+  if ending then
+    go_on = function() end_batch(batch, ending, retention_ms, reason ~= '' and reason or nil) end
+  elseif aborting then
     go_on = function() abort_batch(batch, retention_ms) end
-  elseif own[4] then
+  elseif releasing then
     go_on = function() end_release(batch, retention_ms, true) end
   elseif ended and redis.call('HEXISTS', K.batch_parts(batch), ended) == 1 then
     go_on = function()
@@ -263,7 +269,7 @@ local function keep_results(batch, block, first, results, done, failed, skipped,
   if not string.find(' ' .. begins, ' ' .. mine, 1, true) then begins = begins .. mine end
   redis.call('HSET', key, block .. ':' .. int(first), results, block, begins)
   local more = {...}
-  if has_files then more[#more + 1], more[#more + 2] = 'has_files', '1' end
+  if has_files then append(more, 'has_files', '1') end
   local _, left = move_counts(batch, {done = done, failed = failed, skipped = skipped, bytes = #results, left = 0 - done - failed},
     unpack(more))
   return left
@@ -335,7 +341,7 @@ function abort_batch(batch, retention_ms)
   if not o[3] and (FINAL[b[1]] or b[2] or (b[1] == 'running' and tonumber(o[2]) <= 0)) then return {'over', b[1] or ''} end
   -- From here on no rows are dealt, and it ends.
   redis.call('HSET', own, 'aborting', now())
-  redis.call('HDEL', own, 'cursor', 'dealing')
+  redis.call('HDEL', own, 'cursor', 'dealing', 'releasing')
   for _, id in ipairs(redis.call('HKEYS', K.batch_parts(batch))) do
     local _, _, block, first, count = part_of(id)
     local p = try('HMGET', K.job(id), 'partial', 'partial_counts', 'status') or {}

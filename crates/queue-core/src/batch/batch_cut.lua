@@ -12,12 +12,12 @@ if what ~= 'rows' or redis.call('TYPE', K.job(id)).ok ~= 'hash' then return 'ove
 if keep >= count or keep < 1 then return 'cut' end
 local rest, left = chunk_id(batch, block, first + keep), count - keep
 local inherited = redis.call('HMGET', K.job(id), unpack(INHERITED))
-local line, band, more = line_of(claim.pool, claim.user), band_of(id), {'updated_at', now()}
+local line, band, more = line_of(claim.pool, claim.user), band_of(id), {}
 for i, value in ipairs(redis.call('HMGET', K.job(id), unpack(OF_ATTEMPTS))) do
-  if value then more[#more + 1], more[#more + 2] = OF_ATTEMPTS[i], value end
+  if value then append(more, OF_ATTEMPTS[i], value) end
 end
 local has_partial = ARGV[7] ~= ''
-if has_partial then for _, value in ipairs({'partial', ARGV[7], 'partial_counts', ARGV[8]}) do more[#more + 1] = value end end
+if has_partial then append(more, 'partial', ARGV[7], 'partial_counts', ARGV[8]) end
 write_part(rest, claim.user, chunk_part(batch, block, first + keep, left, has_partial), band, inherited, unpack(more))
 -- From here on it is a chunk, and the rows are its.
 redis.call('HSET', K.batch_parts(batch), id, keep, rest, left)

@@ -33,7 +33,8 @@ end
 local goes_on = last and not is_forced and l[1] ~= 'done'
 
 -- No step takes the place of a job that was submitted, or that runs. A hash that others have only written is none.
-for _, step in ipairs(cmsgpack.unpack(packed)) do
+local plan = cmsgpack.unpack(packed)
+for _, step in ipairs(plan) do
   local id = flow .. ':' .. step[1]
   local is_there = try('HEXISTS', K.job(id), 'enqueued_at') == 1 and redis.call('HGET', K.job(id), 'flow') ~= flow
   if is_there or redis.call('HEXISTS', K.claims(), id) == 1 then
@@ -60,7 +61,7 @@ redis.call('HSET', key, 'plan', packed, 'user', user, 'instance', ARGV[1])
 for f = 1, m, 2 do
   if fields[f] == 'keep' then redis.call('HSET', key, 'keep', fields[f + 1]) end
 end
-for number, step in ipairs(cmsgpack.unpack(packed)) do
+for number, step in ipairs(plan) do
   local facts = done[step[1]]
   kept[number] = facts ~= nil
   for _, before in ipairs(step[3] ~= 'done' and step[2] or {}) do kept[number] = kept[number] and kept[before] end

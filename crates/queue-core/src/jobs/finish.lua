@@ -65,8 +65,7 @@ while i <= #ARGV do
     if verdict == 'back' then
       -- What was not done costs nothing; by time, what was begun costs the time it took.
       recharge(claim, claim.by == 'time' and ran_us or 0)
-      fields[#fields + 1] = 'settled'
-      fields[#fields + 1] = fence
+      append(fields, 'settled', fence)
       release(id, claim)
       apart(id, claim.user, put_back, id, claim, fields)
     else

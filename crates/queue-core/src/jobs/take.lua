@@ -160,7 +160,14 @@ local passed_users = {}
 -- `v`, the turn `pass`.
 local asked = {}
 
-local moved
+-- The classes of pools that it looks at.
+local begun = {}
+
+-- A pool has left its place among those of its class: what stands behind it has moved up.
+local function moved(pool)
+  local class = begun[class_of(pool)]
+  if class then class.read = math.max(0, class.read - 1) end
+end
 
 local function write_down(pool)
   local own = asked[pool]
@@ -284,10 +291,10 @@ end
 local LAG = 100 * 1000000
 local turn = tonumber(redis.call('GET', K.turn()) or 0) or 0
 
--- The classes of pools that this session serves, looked at by pages as far as turns have come: {class, how many were read, the last of
--- them, whether some of it are not served}. What it does not serve is not met at all, but where a pattern covers a class in part.
+-- Each class of which this session serves any is read by pages, as far as turns have come: `read` are so many, the `last` of them has
+-- that turn, `in_part` says that not all are served. What is not served is met only where a pattern or names cover a class in part.
 local PAGE, MOST_LISTED = 50, 1000
-local begun, reading, count_listed = {}, {}, 0
+local reading, count_listed = {}, 0
 
 local function read_on(class)
   local page = redis.call('ZRANGE', K.pools(class.name), class.read, class.read + PAGE - 1, 'WITHSCORES')
@@ -311,12 +318,6 @@ local function read_on_where_due()
       read_on(class)
     end
   end
-end
-
--- A pool has left its place: what stands behind it has moved up.
-moved = function(pool)
-  local class = begun[class_of(pool)]
-  if class then class.read = math.max(0, class.read - 1) end
 end
 
 if redis.call('EXISTS', K.paused()) == 0 then

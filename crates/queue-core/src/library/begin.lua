@@ -17,6 +17,11 @@ local function begin(prefix)
     moved_on = {v = {}, turn = 0}, suspects = {}, cancelling = {}}
 end
 
+-- Puts values at the end of a list.
+local function append(list, ...)
+  for _, value in ipairs({...}) do list[#list + 1] = value end
+end
+
 -- Whole numbers beyond 10^14 lose digits in Lua's own conversion.
 local function int(x) return string.format('%.0f', x) end
 

@@ -154,6 +154,7 @@ local function is_flow(id) return try('HEXISTS', K.flow_steps(id), 'plan') == 1 
 
 -- What an id would name if it were a part of a batch: 'rows', 'files' or 'done', the batch, and of rows their block and the first of them.
 local function part_named(id)
+  if not string.find(id, ':', 1, true) then return nil end
   local batch, what = string.match(id, '^(.+):(%a+)$')
   if what == 'files' or what == 'done' then return what, batch end
   local block, first
@@ -882,12 +883,10 @@ local function put_back(id, claim, extra)
   local status = try('HGET', K.job(id), 'status')
   local fields = {unpack(extra)}
   if try('HGET', K.job(id), 'fallback_status') == 'running' then
-    fields[#fields + 1] = 'fallback_status'
-    fields[#fields + 1] = 'pending'
+    append(fields, 'fallback_status', 'pending')
   end
   if not FINAL[status] then
-    fields[#fields + 1] = 'status'
-    fields[#fields + 1] = 'pending'
+    append(fields, 'status', 'pending')
   end
   local line = line_of(claim.pool, claim.user)
   if record(id, claim.user, 'user', claim.user, unpack(fields)) and put_first(id, line) then

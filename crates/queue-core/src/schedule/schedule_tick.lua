@@ -21,11 +21,10 @@ if id ~= '' then
 end
 -- In one command, so that nothing is counted twice where this broke off.
 local fields = {'due', following}
-local function add(...) for _, value in ipairs({...}) do fields[#fields + 1] = value end end
-if id ~= '' then add('last_tick', tick, 'last_job', id) end
-if waiting ~= '' then add('waiting', waiting) end
+if id ~= '' then append(fields, 'last_tick', tick, 'last_job', id) end
+if waiting ~= '' then append(fields, 'waiting', waiting) end
 if tonumber(missed) > 0 then
-  add('misses', int((tonumber(h[4]) or 0) + missed), 'last_missed', last_missed, 'missed_because', because)
+  append(fields, 'misses', int((tonumber(h[4]) or 0) + missed), 'last_missed', last_missed, 'missed_because', because)
 end
 redis.call('HSET', key, unpack(fields))
 if waiting == '' then redis.call('HDEL', key, 'waiting') end

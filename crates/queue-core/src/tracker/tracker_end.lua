@@ -24,11 +24,9 @@ end
 local fields = {'retry', int(retry), 'history', history_with(record, {fence = fence, holder = lock, started_at = r.lock_at,
   ended_at = now(), outcome = outcome, status = status, retry = int(retry), error = outcome == 'failed' and error or nil})}
 if outcome == 'failed' then
-  fields[#fields + 1] = 'errors'
-  fields[#fields + 1] = errors
+  append(fields, 'errors', errors)
 elseif data ~= '' then
-  fields[#fields + 1] = 'data'
-  fields[#fields + 1] = data
+  append(fields, 'data', data)
 end
 move_record(tracker, id, r, status, fields)
 trim(tracker)

@@ -19,8 +19,7 @@ if r.lock and r.lock_until > this.now_ms then return {'locked', r.lock, int(r.lo
 if r.status == to then return 'set' end
 local fields = r.lock and lost(record, r) or {}
 if to == 'pending' then
-  fields[#fields + 1] = 'retry'
-  fields[#fields + 1] = 0
+  append(fields, 'retry', 0)
 end
 move_record(tracker, id, r, to, fields)
 return 'set'

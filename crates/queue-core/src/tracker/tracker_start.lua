@@ -40,9 +40,7 @@ end
 -- Greater than any before it, also where the clock was set back.
 local fence = int(math.max(this.now_us, r.fence + 1))
 local until_ms = this.now_ms + expire_ms
-for _, value in ipairs({'lock', lock, 'lock_at', now(), 'lock_until', int(until_ms), 'fence', fence, 'max_retry', int(most)}) do
-  fields[#fields + 1] = value
-end
+append(fields, 'lock', lock, 'lock_at', now(), 'lock_until', int(until_ms), 'fence', fence, 'max_retry', int(most))
 move_record(tracker, id, r, 'in_progress', fields)
 list_lock(tracker, id, until_ms)
 return started(fence, r.retry)

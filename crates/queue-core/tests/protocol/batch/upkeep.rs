@@ -255,3 +255,27 @@ async fn rows_that_nobody_has_any_more_are_reported_and_an_abort_ends_their_batc
         nothing_is_left(&scene.rig);
     }
 }
+
+#[tokio::test]
+async fn a_release_that_broke_off_behind_its_last_row_ends_no_row_that_is_at_work() {
+    let rig = Rig::start().await;
+    let (batches, leadership) = (batches(&rig), rig.lead().await);
+    let session = rig.session(POOL, 8).await;
+    batches.submit(new("b"), rows(1..=5)).await.unwrap();
+    let claim = take_one(&session).await;
+    // All rows are dealt, and the mark of the release is there still.
+    rig.state().set(Piece::Batch("b"), &[("releasing", "then".to_owned())]);
+    let found = queue_core::reconcile::repair(&rig.store, KEEP).await.unwrap();
+    assert_eq!(
+        found.iter().map(|finding| (finding.kind, finding.fate)).collect::<Vec<_>>(),
+        [(Kind::BatchBroken, Fate::Repaired)]
+    );
+    assert_eq!(queue_core::reconcile::repair(&rig.store, KEEP).await.unwrap(), []);
+    assert_eq!(view(&batches, "b").await.counts, counts(5, 5, 0, 0, 0));
+    rig.balanced();
+    drop(leadership);
+    assert_eq!(all_ended(claim, RowEnd::Done).await, Finished::Ended);
+    assert_eq!(work_off(&session).await, ["b"]);
+    assert_eq!(view(&batches, "b").await.counts, counts(5, 0, 5, 0, 0));
+    rig.balanced();
+}
