@@ -5,7 +5,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use futures::future;
+use futures::FutureExt as _;
+use futures::future::{self, BoxFuture};
 
 use crate::calls::{Budget, Lead, NotLeader, SessionEnd, Upkeep};
 use crate::error::Error;
@@ -46,13 +47,19 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
-    /// Makes a call, and waits until the next one may be made.
-    pub(crate) async fn keep<T>(&self, call: impl Future<Output = T>) -> T {
-        let begun = Instant::now();
-        // On the heap, for calls are large futures.
-        let done = Box::pin(call).await;
-        tokio::time::sleep(self.owes(begun.elapsed(), Instant::now())).await;
-        done
+    /// Makes a call, and where there is a pace to keep waits until the next one may be made. On the heap, for calls are large futures.
+    pub(crate) fn keep<'a, T: Send + 'a>(
+        pace: Option<&'a Self>,
+        call: impl Future<Output = T> + Send + 'a,
+    ) -> BoxFuture<'a, T> {
+        let Some(pace) = pace else { return call.boxed() };
+        async move {
+            let begun = Instant::now();
+            let done = call.await;
+            tokio::time::sleep(pace.owes(begun.elapsed(), Instant::now())).await;
+            done
+        }
+        .boxed()
     }
 
     /// How long is to be waited behind a call that took so long.
@@ -116,11 +123,8 @@ impl Leadership {
         self.pace.as_deref()
     }
 
-    async fn paced<T>(&self, call: impl Future<Output = T>) -> T {
-        match self.pace() {
-            Some(pace) => pace.keep(call).await,
-            None => Box::pin(call).await,
-        }
+    fn paced<'a, T: Send + 'a>(&'a self, call: impl Future<Output = T> + Send + 'a) -> BoxFuture<'a, T> {
+        Pace::keep(self.pace(), call)
     }
 
     pub(crate) fn session(&self) -> &SessionId {
@@ -165,7 +169,7 @@ impl Leadership {
     pub async fn scan_changes(&self, seen: &mut Lengths) -> Led<u64> {
         let keys = self.store.keys().clone();
         let (mut ready, mut now) = (0, HashMap::new());
-        let mut users = Members::of(keys.queued_users());
+        let mut users = Scan::members(keys.queued_users());
         while let Some(page) = users.next(&self.store).await? {
             let lengths = page.iter().map(|user| async {
                 let queue = [keys.queue("").as_bytes(), user].concat();
@@ -189,16 +193,10 @@ impl Leadership {
         Ok(Ok(ready))
     }
 
-    /// Looks at all lines that the indexes name: the queues of users, and the lines of tasks.
-    pub async fn scan_index(&self) -> Led<u64> {
+    /// Looks at all lines of tasks. Nobody else pushes to them: what is found was lost.
+    pub async fn scan_lines(&self) -> Led<u64> {
         let mut ready = 0;
-        let mut users = Members::of(self.store.keys().queued_users());
-        while let Some(page) = users.next(&self.store).await? {
-            for users in page.chunks(USERS_PAGE) {
-                ready += self.paced(self.store.look(users)).await?;
-            }
-        }
-        let mut lines = Members::of(self.store.keys().lines());
+        let mut lines = Scan::members(self.store.keys().lines());
         while let Some(page) = lines.next(&self.store).await? {
             for lines in page.chunks(LINES_PAGE) {
                 ready += self.paced(self.store.place(lines)).await?;
@@ -207,13 +205,11 @@ impl Leadership {
         Ok(Ok(ready))
     }
 
-    /// Finds queues that no index names, by their keys.
+    /// Looks at all queues, found by their keys: also at those that no index names.
     pub async fn scan_queues(&self) -> Led<u64> {
-        let prefix = self.store.keys().queue("").len();
         let mut ready = 0;
-        let mut found = Scan::new(self.store.keys().queue("*"), "list");
-        while let Some(keys) = self.paced(found.next(&self.store)).await? {
-            let users: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
+        let mut found = Scan::keys(self.store.keys().queue(""), "list");
+        while let Some(users) = self.paced(found.next(&self.store)).await? {
             for users in users.chunks(USERS_PAGE) {
                 ready += self.paced(self.store.look(users)).await?;
             }
@@ -223,14 +219,13 @@ impl Leadership {
 
     /// Empties queues of the layout that is older than per-user lists.
     pub async fn move_old_queues(&self) -> Led<u64> {
-        let prefix = self.store.keys().old_queue("").len();
         let mut moved = 0;
-        let mut found = Scan::new(self.store.keys().old_queue("*"), "list");
-        while let Some(keys) = self.paced(found.next(&self.store)).await? {
-            for key in keys {
+        let mut found = Scan::keys(self.store.keys().old_queue(""), "list");
+        while let Some(hosts) = self.paced(found.next(&self.store)).await? {
+            for host in hosts {
                 loop {
                     // Not at the pace: these are jobs that wait.
-                    let (count, more) = led!(self.store.old_queue(&self.session, self.term, &key[prefix..]).await);
+                    let (count, more) = led!(self.store.old_queue(&self.session, self.term, &host).await);
                     moved += count;
                     if !more {
                         break;
@@ -243,11 +238,9 @@ impl Leadership {
 
     /// Removes hashes that nobody has touched for so long and that are final or referenced by nothing.
     pub async fn sweep(&self, untouched: Duration) -> Led<u64> {
-        let (prefix, untouched_ms) = (self.store.keys().job("").len(), untouched.as_millis() as u64);
-        let mut removed = 0;
-        let mut found = Scan::new(self.store.keys().job("*"), "hash");
-        while let Some(keys) = self.paced(found.next(&self.store)).await? {
-            let ids: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
+        let (mut removed, untouched_ms) = (0, untouched.as_millis() as u64);
+        let mut found = Scan::keys(self.store.keys().job(""), "hash");
+        while let Some(ids) = self.paced(found.next(&self.store)).await? {
             for ids in ids.chunks(HASHES_PAGE) {
                 removed += led!(self.paced(self.store.sweep(&self.session, self.term, untouched_ms, ids)).await);
             }
@@ -257,11 +250,9 @@ impl Leadership {
 
     /// Forgets pools in which nothing has run and nobody was ready for so long.
     pub async fn forget_idle_pools(&self, idle: Duration) -> Led<u64> {
-        let (prefix, idle_ms) = (self.store.keys().pool("").len(), idle.as_millis() as u64);
-        let mut forgotten = 0;
-        let mut found = Scan::new(self.store.keys().pool("*"), "hash");
-        while let Some(keys) = self.paced(found.next(&self.store)).await? {
-            let pools: Vec<Vec<u8>> = keys.into_iter().map(|key| key[prefix..].to_vec()).collect();
+        let (mut forgotten, idle_ms) = (0, idle.as_millis() as u64);
+        let mut found = Scan::keys(self.store.keys().pool(""), "hash");
+        while let Some(pools) = self.paced(found.next(&self.store)).await? {
             for pools in pools.chunks(POOLS_PAGE) {
                 forgotten += led!(self.paced(self.store.pool_sweep(&self.session, self.term, idle_ms, pools)).await);
             }
@@ -300,57 +291,45 @@ impl Leadership {
     }
 }
 
-/// All keys of a pattern and a type, a chunk of them each round trip.
+/// What a cursor goes through, a chunk of it each round trip.
 struct Scan {
-    pattern: String,
-    holds: &'static str,
+    command: &'static str,
+    /// What is asked of, before the cursor, and how, behind it.
+    of: Option<String>,
+    how: Vec<Vec<u8>>,
+    /// What each found text begins with, and is left out.
+    stem: usize,
     /// Where to go on; `None` at the end.
     cursor: Option<Vec<u8>>,
 }
 
 impl Scan {
-    fn new(pattern: String, holds: &'static str) -> Self {
-        Self { pattern, holds, cursor: Some(b"0".to_vec()) }
+    /// The names behind a stem in all keys of a type that begin with it.
+    fn keys(stem: String, holds: &'static str) -> Self {
+        let pattern = format!("{stem}*").into_bytes();
+        let how =
+            vec![b"MATCH".to_vec(), pattern, b"COUNT".to_vec(), KEYS_COUNT.to_vec(), b"TYPE".to_vec(), holds.into()];
+        Self { command: "SCAN", of: None, how, stem: stem.len(), cursor: Some(b"0".to_vec()) }
     }
 
-    /// The next keys, which may be none.
+    /// The members of a set; none where others have made something else of it.
+    fn members(set: String) -> Self {
+        let how = vec![b"COUNT".to_vec(), SCAN_COUNT.to_vec()];
+        Self { command: "SSCAN", of: Some(set), how, stem: 0, cursor: Some(b"0".to_vec()) }
+    }
+
+    /// The next of them, which may be none.
     async fn next(&mut self, store: &Store) -> Result<Option<Vec<Vec<u8>>>, Error> {
-        let Some(cursor) = &self.cursor else { return Ok(None) };
-        let args: [&[u8]; 7] =
-            [cursor, b"MATCH", self.pattern.as_bytes(), b"COUNT", KEYS_COUNT, b"TYPE", self.holds.as_bytes()];
-        let (next, keys) = scan(store, "SCAN", &args).await?;
+        let Some(cursor) = self.cursor.take() else { return Ok(None) };
+        let mut args: Vec<&[u8]> = self.of.iter().map(String::as_bytes).collect();
+        args.push(&cursor);
+        args.extend(self.how.iter().map(Vec::as_slice));
+        let (next, found) = match scan(store, self.command, &args).await {
+            Err(error) if error.is_wrong_type() => return Ok(None),
+            found => found?,
+        };
         self.cursor = (next != b"0").then_some(next);
-        Ok(Some(keys))
-    }
-}
-
-/// The members of a set, a chunk of them each round trip.
-struct Members {
-    set: String,
-    /// Where to go on; `None` at the end.
-    cursor: Option<Vec<u8>>,
-}
-
-impl Members {
-    fn of(set: String) -> Self {
-        Self { set, cursor: Some(b"0".to_vec()) }
-    }
-
-    /// The next members, which may be none.
-    async fn next(&mut self, store: &Store) -> Result<Option<Vec<Vec<u8>>>, Error> {
-        let Some(cursor) = &self.cursor else { return Ok(None) };
-        match scan(store, "SSCAN", &[self.set.as_bytes(), cursor, b"COUNT", SCAN_COUNT]).await {
-            // Others have made something else of an index: the queues are found by their keys.
-            Err(error) if error.is_wrong_type() => {
-                self.cursor = None;
-                Ok(None)
-            }
-            found => {
-                let (next, members) = found?;
-                self.cursor = (next != b"0").then_some(next);
-                Ok(Some(members))
-            }
-        }
+        Ok(Some(found.into_iter().map(|text| text[self.stem..].to_vec()).collect()))
     }
 }
 

@@ -13,7 +13,6 @@ use std::fmt;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
-use futures::FutureExt as _;
 use futures::future::BoxFuture;
 use serde::Serialize;
 
@@ -360,12 +359,8 @@ impl<'a> Round<'a> {
         }
     }
 
-    /// On the heap, for these are many of large futures.
     fn paced<'b, T: Send + 'b>(&'b self, call: impl Future<Output = T> + Send + 'b) -> BoxFuture<'b, T> {
-        match self.pace {
-            Some(pace) => pace.keep(call).boxed(),
-            None => call.boxed(),
-        }
+        Pace::keep(self.pace, call)
     }
 
     async fn set_members(&self, key: &str) -> Result<Vec<Vec<u8>>, Error> {

@@ -362,7 +362,7 @@ async fn discover(leadership: Leadership) -> Led<()> {
         tracing::info!(moved, "jobs of old-layout queues joined their users' queues");
     }
     led!(leadership.scan_queues());
-    led!(leadership.scan_index());
+    led!(leadership.scan_lines());
     led!(leadership.clear_wip());
     led!(leadership.forget_idle_pools(POOL_FORGOTTEN_AFTER));
     Ok(Ok(()))

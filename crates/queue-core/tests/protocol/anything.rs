@@ -131,7 +131,7 @@ impl World<'_> {
         assert_eq!(done, Upkeep { promoted: due.len() as u64, found, ..Upkeep::default() });
 
         let indexed: BTreeSet<String> = self.state.queued_users().into_iter().collect();
-        let ready = self.leadership.scan_index().await.unwrap().unwrap();
+        let ready = scan_index(&self.leadership).await.unwrap();
         let tags = self.tags();
         assert_eq!(ready, self.reference.notice(&indexed, &tags), "by the index");
 

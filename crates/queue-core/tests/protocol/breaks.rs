@@ -544,7 +544,7 @@ impl Scene {
     async fn round(&self, leadership: &Leadership) -> Result<(), String> {
         let said = |error: queue_core::Error| error.to_string();
         leadership.upkeep(KEEP).await.map_err(said)?.map_err(|_| "nobody leads")?;
-        leadership.scan_index().await.map_err(said)?.map_err(|_| "nobody leads")?;
+        scan_index(leadership).await.map_err(said)?;
         leadership.scan_queues().await.map_err(said)?.map_err(|_| "nobody leads")?;
         Ok(())
     }

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 use std::time::Duration;
 
 use queue_core::calls::{Finished, Verdict};
+use queue_core::leader::Lengths;
 
 use crate::support::*;
 
@@ -39,7 +40,7 @@ async fn the_four_commands_are_a_submission_in_any_order_with_a_look_after_each(
             rig.server.cli(&args);
             rig.notice(&[&user]).await;
             leadership.upkeep(Duration::from_secs(60)).await.unwrap().unwrap();
-            leadership.scan_index().await.unwrap().unwrap();
+            scan_index(&leadership).await.unwrap();
             let (hashed, pushed) = (order[..=done].contains(&0), order[..=done].contains(&1));
             for claim in take(&session, 4).await {
                 assert!(hashed && pushed, "{order:?}: taken before it was complete");
@@ -49,7 +50,7 @@ async fn the_four_commands_are_a_submission_in_any_order_with_a_look_after_each(
         }
         assert_eq!(rig.status(&id), "done", "{order:?}");
         // SADD as the last word may name a user with nothing left; the next look puts it right.
-        leadership.scan_index().await.unwrap().unwrap();
+        scan_index(&leadership).await.unwrap();
         rig.balanced();
     }
     assert_eq!(rig.rejected(), []);
@@ -62,7 +63,7 @@ async fn a_queue_that_nobody_announced_or_indexed_is_found_by_its_key() {
     let leadership = rig.lead().await;
     rig.redis(&["HSET", "batch:jobs:a1", "user", "alice", "status", "pending", "query", "select 1", "host", "h"]);
     rig.redis(&["LPUSH", "batch:queue:alice", "a1"]);
-    assert_eq!(leadership.scan_index().await.unwrap(), Ok(0));
+    assert_eq!(scan_index(&leadership).await.unwrap(), 0);
     assert!(take(&session, 1).await.is_empty());
     assert_eq!(leadership.scan_queues().await.unwrap(), Ok(1));
     assert_eq!(rig.redis(&["SMEMBERS", "batch:indexes:queue"]).texts(), ["alice"]);
@@ -77,8 +78,28 @@ async fn an_indexed_queue_is_found_though_its_announcement_was_lost() {
     let leadership = rig.lead().await;
     rig.submit("alice", "a1", "h");
     assert!(take(&session, 1).await.is_empty(), "nobody has looked yet");
-    assert_eq!(leadership.scan_index().await.unwrap(), Ok(1));
+    assert_eq!(scan_index(&leadership).await.unwrap(), 1);
     assert_eq!(id(&take_one(&session).await), "a1");
+}
+
+#[tokio::test]
+async fn a_scan_looks_at_the_queues_that_have_changed_since_the_last_one() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 4).await;
+    let leadership = rig.lead().await;
+    rig.submit("alice", "a1", "h");
+    rig.submit("bob", "b1", "h");
+    let mut seen = Lengths::default();
+    assert_eq!(leadership.scan_changes(&mut seen).await.unwrap(), Ok(2));
+    rig.redis(&["CONFIG", "RESETSTAT"]);
+    assert_eq!(leadership.scan_changes(&mut seen).await.unwrap(), Ok(0));
+    assert_eq!(function_calls(&rig), 0, "nothing has changed");
+    rig.submit("carol", "c1", "h");
+    rig.submit("alice", "a2", "h");
+    assert_eq!(leadership.scan_changes(&mut seen).await.unwrap(), Ok(1));
+    assert_eq!(function_calls(&rig), 1, "those two are looked at");
+    assert_eq!(ids(&take(&session, 4).await), ["a1", "b1", "c1"]);
+    rig.balanced();
 }
 
 #[tokio::test]

@@ -60,7 +60,7 @@ async fn real(rig: &Rig, id: &str, rows: u64) -> Batches {
 async fn look(rig: &Rig) {
     let leadership = rig.lead().await;
     for _ in 0..2 {
-        leadership.scan_index().await.unwrap().unwrap();
+        scan_index(&leadership).await.unwrap();
         leadership.scan_queues().await.unwrap().unwrap();
         leadership.upkeep(KEEP).await.unwrap().unwrap();
         leadership.clear_wip().await.unwrap().unwrap();

@@ -403,7 +403,7 @@ async fn finish(claim: Claim, verdict: Verdict) -> Result<(), String> {
 /// What the leader does for ever, once.
 async fn look(rig: &Rig) -> Result<(), queue_core::Error> {
     let leadership = rig.lead().await;
-    leadership.scan_index().await?.unwrap();
+    scan_index(&leadership).await?;
     leadership.scan_queues().await?.unwrap();
     leadership.upkeep(KEEP).await?.unwrap();
     leadership.clear_wip().await?.unwrap();

@@ -27,7 +27,7 @@ fn submit(rig: &Rig, user: &[u8], id: &[u8], fields: &[(&[u8], &[u8])]) {
 async fn look(rig: &Rig) {
     let leadership = rig.lead().await;
     for _ in 0..2 {
-        leadership.scan_index().await.unwrap().unwrap();
+        scan_index(&leadership).await.unwrap();
         leadership.scan_queues().await.unwrap().unwrap();
         leadership.move_old_queues().await.unwrap().unwrap();
         leadership.clear_wip().await.unwrap().unwrap();

@@ -96,7 +96,7 @@ async fn work(rig: &Rig, ids: &[&str]) -> Vec<String> {
     };
     for _ in 0..20 {
         leadership.upkeep(KEEP).await.unwrap().unwrap();
-        leadership.scan_index().await.unwrap().unwrap();
+        scan_index(&leadership).await.unwrap();
         leadership.scan_queues().await.unwrap().unwrap();
         for claim in take(&worker, 8).await {
             end(claim, "done").await;

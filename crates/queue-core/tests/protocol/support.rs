@@ -8,7 +8,7 @@ use queue_core::Store;
 use queue_core::calls::{Fields, Finished, QueueLimits, Submission, Verdict};
 use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{JobId, PoolPattern, SessionId, User};
-use queue_core::leader::{self, Leadership};
+use queue_core::leader::{self, Leadership, Lengths};
 use queue_core::model::batch::{RowEnd, unpack_results};
 use queue_core::session::{Claim, Fairness, Service, Session};
 pub use testkit::PATIENCE;
@@ -152,6 +152,14 @@ pub async fn open(store: &Store, service: Service) -> Session {
     let pid = PID.fetch_add(1, Ordering::Relaxed);
     let id = SessionId::generate("host", pid);
     Session::open(store.clone(), id, service, "host", pid).await.expect("a session opens")
+}
+
+/// What the leader does all the time: it looks at the queues that the index names, as one that knows nothing of them yet, and at the
+/// lines of tasks. Returns how many of their users became ready.
+pub async fn scan_index(leadership: &Leadership) -> Result<u64, queue_core::Error> {
+    let not_leader = "it leads";
+    let queues = leadership.scan_changes(&mut Lengths::default()).await?.expect(not_leader);
+    Ok(queues + leadership.scan_lines().await?.expect(not_leader))
 }
 
 /// For the tests that still name keys.
