@@ -1,6 +1,7 @@
 //! Hostile submissions that nobody has thought of: each field that a script reads, with each value that is none, in a hash of each kind;
-//! the same while such a job runs, and in records that our own scripts have made; keys of other types; random hashes. Whatever it is, Redis
-//! answers, no script does more than its jobs are worth, the books balance, and the jobs of somebody beside it are taken, run and end.
+//! the same while such a job runs, and in records that our own scripts have made; keys of other types; kinds that change while a job runs;
+//! jobs that have the id of a part, of a step; random hashes. Whatever it is, Redis answers, no script does more than its jobs are worth, the
+//! books balance, none of it is left unlooked at, and the jobs of somebody beside it are taken in their turn, run and end.
 //!
 //! What fails stands in `generated.txt`, which may only shrink: an input that is listed there and passes fails the test, too.
 
@@ -43,14 +44,18 @@ const SHAPES: [&str; 10] = [
     "done",
     "b",
 ];
-/// How many inputs are tried at once.
+/// How many inputs are tried at once, and by how many users.
 const TOGETHER: usize = 200;
+const EVES: usize = 16;
+/// What has these ids is somebody's batch, flow, part or step.
+const TAKEN_IDS: [&str; 7] = ["b", "b:0.0:0", "b:cut", "b:done", "f", "f:one", "f:two"];
 /// The most commands that all scripts together may do for one input, and for what stands beside them.
 const COMMANDS_EACH: u64 = 600;
 const COMMANDS_BESIDE: u64 = 30_000;
 const POOLS: &str = "sql:* db:* app.op bank.post etl.step";
 const KEEP: Duration = Duration::from_secs(7_200);
-const CANARIES: [&str; 3] = ["canary-foreign", "canary-native", "canary-task"];
+/// Jobs of somebody beside them, and which turn in its pool each has.
+const CANARIES: [(&str, usize); 3] = [("canary-foreign", 1), ("canary-native", 2), ("canary-task", 1)];
 
 /// What somebody does who may write the open layout and nothing else.
 struct Stranger<'a>(&'a Rig);
@@ -97,6 +102,10 @@ enum Wrong {
     Limit(String, String),
     /// Its key is of this type.
     Type(&'static str),
+    /// Once it runs it is of this kind.
+    Becomes(&'static str),
+    /// Its id is somebody else's.
+    Id(&'static str),
 }
 
 #[derive(Debug, Clone)]
@@ -109,11 +118,16 @@ struct Input {
 
 impl Input {
     fn id(&self, at: usize) -> String {
-        format!("hostile-{at}")
+        if let Wrong::Id(id) = self.wrong { id.into() } else { format!("hostile-{at}") }
     }
 
     fn user(&self, at: usize) -> String {
-        if matches!(self.wrong, Wrong::Limit(..)) { format!("limited{at}") } else { format!("eve{}", at % 16) }
+        if matches!(self.wrong, Wrong::Limit(..)) { format!("limited{at}") } else { format!("eve{}", at % EVES) }
+    }
+
+    /// Whether its user is paused, or is allowed none at a time.
+    fn may_wait(&self) -> bool {
+        matches!(&self.wrong, Wrong::Limit(limit, text) if limit == "paused" || (limit == "concurrency" && text == "0"))
     }
 
     fn submit(&self, stranger: &Stranger<'_>, at: usize) {
@@ -128,7 +142,9 @@ impl Input {
         for (name, value) in fields {
             stranger.edit(&id, name, value.as_bytes());
         }
-        self.spoil(stranger, &id, &user);
+        if !matches!(self.wrong, Wrong::Becomes(_)) {
+            self.spoil(stranger, &id, &user);
+        }
         stranger.push(&user, &id);
     }
 
@@ -137,6 +153,8 @@ impl Input {
             Wrong::Fields(fields) => fields.iter().for_each(|(name, text)| stranger.edit(id, name, &value(text))),
             Wrong::Limit(name, text) => stranger.limit(user, name, &value(text)),
             Wrong::Type(kind) => stranger.replace(id, user, kind),
+            Wrong::Becomes(kind) => stranger.edit(id, "kind", kind.as_bytes()),
+            Wrong::Id(_) => {}
         }
     }
 }
@@ -207,6 +225,15 @@ fn inputs() -> Vec<Input> {
     }
     for of in ["string", "list", "set", "zset", "stream"] {
         inputs.push(Input { name: format!("a {of}"), kind: "sql".into(), wrong: Wrong::Type(of) });
+    }
+    for kind in KINDS {
+        for later in KINDS.into_iter().filter(|later| *later != kind) {
+            let name = format!("kind {kind:?} that becomes {later:?}");
+            inputs.push(Input { name, kind: kind.into(), wrong: Wrong::Becomes(later) });
+        }
+        for id in TAKEN_IDS {
+            inputs.push(Input { name: format!("kind {kind:?} as {id}"), kind: kind.into(), wrong: Wrong::Id(id) });
+        }
     }
     inputs
 }
@@ -290,10 +317,11 @@ async fn round(rig: &Rig, inputs: &[Input]) -> Result<(), String> {
     for (at, input) in inputs.iter().enumerate() {
         input.submit(&stranger, at);
     }
-    rig.submit("ann", CANARIES[0], "h");
+    rig.submit("ann", CANARIES[0].0, "h");
     let task = Fields::new().with("kind", "task").with("app", "app").with("op", "op").with("input", "1");
-    let task = Submission { id: JobId::new(CANARIES[2]).unwrap(), fields: task, ..submission("ann", CANARIES[2], "h") };
-    rig.store.enqueue(&most(64, 16_384), &[submission("ann", CANARIES[1], "h"), task]).await.unwrap();
+    let task =
+        Submission { id: JobId::new(CANARIES[2].0).unwrap(), fields: task, ..submission("ann", CANARIES[2].0, "h") };
+    rig.store.enqueue(&most(64, 16_384), &[submission("ann", CANARIES[1].0, "h"), task]).await.unwrap();
     look(rig).await.map_err(|error| said("a look", &error))?;
 
     // Some are cancelled, by many in a call; some lose their worker.
@@ -308,15 +336,29 @@ async fn round(rig: &Rig, inputs: &[Input]) -> Result<(), String> {
     end.map_err(|error| said("the end of a session", &error))?.map_err(|error| said("the end of a session", &error))?;
 
     let ran = work_off(&stranger, &session, inputs).await?;
+    // Each job of theirs was handed out, ended or refused: none was left because nobody looked.
+    let queues = rig.state().queues();
+    let waits = |at: usize| queues.values().flatten().any(|id| *id == inputs[at].id(at));
+    if let Some(at) = (0..inputs.len()).find(|at| !inputs[*at].may_wait() && waits(*at)) {
+        return Err(format!("{} still waits", inputs[at].id(at)));
+    }
     Retrier::new(rig.store.clone()).retry(&some(11)).await.map_err(|error| said("a retry", &error))?;
     canceller.cancel_many(&some(3)).await.map_err(|error| said("a cancel", &error))?;
     work_off(&stranger, &session, inputs).await?;
     look(rig).await.map_err(|error| said("a look", &error))?;
 
-    for canary in CANARIES {
-        let (status, times) = (rig.status_or_none(canary), ran.get(canary));
-        if status.as_deref() != Some("done") || times != Some(&1) {
-            return Err(format!("{canary} is {status:?} and ran {times:?} times"));
+    // Each in its turn: all others come first once in each pool, for each turn that its user has had before.
+    let limited = inputs.iter().filter(|input| matches!(input.wrong, Wrong::Limit(..))).count();
+    let users = EVES + 2;
+    for (canary, turns) in CANARIES {
+        let status = rig.status_or_none(canary);
+        let before: Vec<usize> = (0..ran.len()).filter(|at| ran[*at] == canary).collect();
+        if status.as_deref() != Some("done") || before.len() != 1 {
+            return Err(format!("{canary} is {status:?} and ran {} times", before.len()));
+        }
+        let most = turns * users * POOLS.split(' ').count() + limited;
+        if before[0] > most {
+            return Err(format!("{canary} ran behind {} others, of {most} at most", before[0]));
         }
     }
     let (claims, _) = rig.state().check_books_of_jobs();
@@ -341,13 +383,9 @@ async fn ours(rig: &Rig) {
 }
 
 /// Takes and ends all there is, some of it not at the first time. What is wrong with a job is written again while it runs, and into
-/// what is ours, too. How often each was run.
-async fn work_off(
-    stranger: &Stranger<'_>,
-    session: &Session,
-    inputs: &[Input],
-) -> Result<BTreeMap<String, u32>, String> {
-    let mut ran: BTreeMap<String, u32> = BTreeMap::new();
+/// what is ours, too. What was run, in its order.
+async fn work_off(stranger: &Stranger<'_>, session: &Session, inputs: &[Input]) -> Result<Vec<String>, String> {
+    let mut ran: Vec<String> = Vec::new();
     let mut turn = 0;
     for _ in 0..20 * (inputs.len() + 20) {
         let taken = session.take(8).await.map_err(|error| format!("a take: {error}"))?;
@@ -357,12 +395,12 @@ async fn work_off(
         }
         for claim in claims {
             let name = id(&claim).to_owned();
-            let times = ran.entry(name.clone()).or_default();
-            *times += 1;
+            ran.push(name.clone());
+            let times = ran.iter().filter(|ran| **ran == name).count();
             let at = name.strip_prefix("hostile-").and_then(|at| at.parse::<usize>().ok());
             if let Some((at, input)) = at.and_then(|at| Some((at, inputs.get(at)?))) {
                 input.spoil(stranger, &name, &input.user(at));
-            } else if !CANARIES.contains(&name.as_str()) {
+            } else if !CANARIES.iter().any(|(canary, _)| *canary == name) {
                 turn += 1;
                 for id in [&name, "b", "f"] {
                     if let Wrong::Fields(_) = &inputs[turn % inputs.len()].wrong {
@@ -370,7 +408,7 @@ async fn work_off(
                     }
                 }
             }
-            let verdict = match (at.unwrap_or(0) % 4, *times) {
+            let verdict = match (at.unwrap_or(0) % 4, times) {
                 (1, 1) => Verdict::Back,
                 (2, 1) => Verdict::Next,
                 (3, 1) => Verdict::Later { after_ms: 0 },

@@ -294,45 +294,57 @@ async fn an_id_in_another_users_queue_does_its_owner_no_harm() {
 
 #[tokio::test]
 async fn foreign_keys_of_a_wrong_type_stop_nobody() {
-    for key in [
-        "batch:queue:mallory",
-        "batch:wip:user:mallory",
-        "batch:wip:user:alice",
-        "batch:wip:users",
-        "batch:indexes:queue",
-        "limits:batch:mallory",
-        "limits:batch:alice",
-        "batch:queues:h",
-        "batch:locks:h",
-        "batch:rejected",
-    ] {
-        let (rig, session) = rig().await;
-        if key == "batch:locks:h" {
-            rig.redis(&["RPUSH", key, "x"]);
-        } else {
-            rig.redis(&["SET", key, "x"]);
+    const KEYS: [(&str, &str); 10] = [
+        ("batch:queue:mallory", "list"),
+        ("batch:wip:user:mallory", "list"),
+        ("batch:wip:user:alice", "list"),
+        ("batch:wip:users", "set"),
+        ("batch:indexes:queue", "set"),
+        ("limits:batch:mallory", "hash"),
+        ("limits:batch:alice", "hash"),
+        ("batch:queues:h", "list"),
+        ("batch:locks:h", "string"),
+        ("batch:rejected", "stream"),
+    ];
+    const MAKE: [(&str, &[&str], &[&str]); 6] = [
+        ("string", &["SET"], &["x"]),
+        ("list", &["RPUSH"], &["x"]),
+        ("set", &["SADD"], &["x"]),
+        ("zset", &["ZADD"], &["1", "x"]),
+        ("hash", &["HSET"], &["x", "x"]),
+        ("stream", &["XADD"], &["*", "x", "x"]),
+    ];
+    for (key, own) in KEYS {
+        for (kind, command, content) in MAKE.into_iter().filter(|(kind, ..)| *kind != own) {
+            a_key_of_a_wrong_type_stops_nobody(key, &[command, &[key], content].concat()).await;
+            eprintln!("{key} as {kind}: nobody was stopped");
         }
-        for (user, id) in [("mallory", "m1"), ("mallory", "*/"), ("alice", "bystander")] {
-            rig.redis(&["HSET", &job_key(id), "user", user, "host", "h"]);
-            rig.server.raw_db(DB, &["LPUSH", &queue_key(user), id]);
-            rig.server.raw_db(DB, &["SADD", "batch:indexes:queue", user]);
-        }
-        rig.notice(&["mallory", "alice"]).await;
-        look(&rig).await;
-        let mut ran = Vec::new();
-        // Once back to the front, then to its end; with a native job beside it.
-        for claim in take(&session, 4).await {
-            put(claim, Verdict::Next).await;
-        }
-        rig.store.enqueue(&most(64, 16_384), &[submission("alice", "native", "h")]).await.unwrap();
-        let canceller = Canceller::new(rig.store.clone(), Duration::from_secs(60));
-        assert_eq!(canceller.cancel(&JobId::new("native").unwrap()).await.unwrap(), Cancelled::AtOnce, "{key}");
-        ran.extend(run_all(&session).await);
-        assert!(ran.contains(&"bystander".to_owned()), "{key}: {ran:?}");
-        assert_eq!(ran.contains(&"m1".to_owned()), key != "batch:queue:mallory", "{key}: {ran:?}");
-        assert_eq!(rig.redis(&["HLEN", "drayman:claims"]).int(), 0, "{key}");
-        rig.balanced();
     }
+}
+
+async fn a_key_of_a_wrong_type_stops_nobody(key: &str, make: &[&str]) {
+    let (rig, session) = rig().await;
+    rig.redis(make);
+    for (user, id) in [("mallory", "m1"), ("mallory", "*/"), ("alice", "bystander")] {
+        rig.redis(&["HSET", &job_key(id), "user", user, "host", "h"]);
+        rig.server.raw_db(DB, &["LPUSH", &queue_key(user), id]);
+        rig.server.raw_db(DB, &["SADD", "batch:indexes:queue", user]);
+    }
+    rig.notice(&["mallory", "alice"]).await;
+    look(&rig).await;
+    let mut ran = Vec::new();
+    // Once back to the front, then to its end; with a native job beside it.
+    for claim in take(&session, 4).await {
+        put(claim, Verdict::Next).await;
+    }
+    rig.store.enqueue(&most(64, 16_384), &[submission("alice", "native", "h")]).await.unwrap();
+    let canceller = Canceller::new(rig.store.clone(), Duration::from_secs(60));
+    assert_eq!(canceller.cancel(&JobId::new("native").unwrap()).await.unwrap(), Cancelled::AtOnce, "{make:?}");
+    ran.extend(run_all(&session).await);
+    assert!(ran.contains(&"bystander".to_owned()), "{make:?}: {ran:?}");
+    assert_eq!(ran.contains(&"m1".to_owned()), key != "batch:queue:mallory", "{make:?}: {ran:?}");
+    assert_eq!(rig.redis(&["HLEN", "drayman:claims"]).int(), 0, "{make:?}");
+    rig.balanced();
 }
 
 #[tokio::test]
