@@ -159,9 +159,10 @@ impl Bench {
         let redis: u32 = self.redis_field("server", "process_id")?;
         let worker = self.worker();
         let before = (cpu_seconds(redis)?, cpu_seconds(postmaster)?);
+        let state = self.redis.state(DB);
         let start = Instant::now();
         loop {
-            let done = self.redis.raw_db(DB, &["ZCARD", "drayman:finished"]).int() as usize;
+            let done = state.count_finished() as usize;
             if done == count {
                 break;
             }
@@ -170,7 +171,7 @@ impl Bench {
         }
         let took = start.elapsed();
         // A queue that never acknowledges looks fast.
-        ensure!(self.redis.raw_db(DB, &["HLEN", "drayman:claims"]).int() == 0, "jobs were left in flight");
+        ensure!(state.is_idle(), "jobs were left in flight");
         let per_10k = 10_000.0 / count as f64;
         // PostgreSQL's backends count once they have ended.
         let spent = Cpu {
@@ -190,7 +191,7 @@ impl Bench {
         let producer = Producer::new(store.clone(), Limits::default());
         let worker = self.worker();
         let mut events = Events::listen(&store, &[]).await?;
-        let mut redis = self.redis.client(DB);
+        let state = self.redis.state(DB);
         let (host, port) = self.postgres.host_port();
         let port = port.to_string();
         let mut samples = Vec::new();
@@ -202,14 +203,10 @@ impl Bench {
             if native {
                 producer.enqueue(job).await?;
             } else {
-                let key = format!("batch:jobs:{id}");
-                redis.call(&[
-                    "HSET", &key, "user", "user-0", "status", "pending", "query", "SELECT 1", "host", &host, "port",
-                    &port, "dbname", "bench", "dbuser", "postgres", "pass", "",
-                ]);
-                redis.call(&["LPUSH", "batch:queue:user-0", &id]);
-                redis.call(&["SADD", "batch:indexes:queue", "user-0"]);
-                redis.call(&["PUBLISH", "batch:users", "user-0"]);
+                let sql = [("status", "pending"), ("query", "SELECT 1")];
+                let connection =
+                    [("host", &*host), ("port", &*port), ("dbname", "bench"), ("dbuser", "postgres"), ("pass", "")];
+                state.foreign().submit("user-0", &id, &[&sql[..], &connection].concat());
             }
             loop {
                 let event =

@@ -18,7 +18,8 @@ use queue_core::events::Events;
 use queue_core::ids::{App, Op, User};
 use queue_core::model::task::Payload;
 use queue_core::producer::{NewJob, Producer};
-use testkit::{RawClient, RedisServer};
+use testkit::RedisServer;
+use testkit::state::{Piece, State};
 use worker::builder::Worker;
 use worker::config::Config;
 use worker::shutdown::Shutdown;
@@ -88,25 +89,21 @@ struct Neighbour {
 }
 
 impl Neighbour {
-    fn start(mut redis: RawClient, options: &Options) -> Self {
+    fn start(state: State, options: &Options) -> Self {
         let (over, submitted) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let (stop, count, users, large) = (over.clone(), submitted.clone(), options.users, "x".repeat(options.bytes));
         let thread = thread::spawn(move || {
             while !stop.load(Ordering::Relaxed) {
                 let at = count.fetch_add(1, Ordering::Relaxed);
                 let (id, user) = (format!("hostile-{at}"), format!("eve{}", at % users));
-                let (job, queue) = (format!("batch:jobs:{id}"), format!("batch:queue:{user}"));
                 if at.is_multiple_of(50) {
-                    redis.call(&["SET", &job, "no hash"]);
+                    state.spoil(Piece::Job(&id));
                 } else {
-                    let mut hash = vec!["HSET", &job, "user", &user, "query", &large];
                     let fields = HOSTILE[at as usize % HOSTILE.len()];
-                    hash.extend(fields.iter().flat_map(|(name, value)| [*name, *value]));
-                    redis.call(&hash);
+                    state.foreign().write(&id, &[&[("user", &*user), ("query", &*large)], fields].concat());
                 }
-                redis.call(&["LPUSH", &queue, &id]);
-                redis.call(&["SADD", "batch:indexes:queue", &user]);
-                redis.call(&["PUBLISH", "batch:users", &user]);
+                state.foreign().push(&user, &id);
+                state.foreign().announce(&user);
             }
         });
         Self { over, submitted, thread: Some(thread) }
@@ -132,7 +129,7 @@ async fn measure(options: &Options) -> anyhow::Result<()> {
     for _ in 0..options.repetitions {
         alone.extend(waits(&store, options.samples).await?);
         let start = Instant::now();
-        let neighbour = Neighbour::start(redis.client(DB), options);
+        let neighbour = Neighbour::start(redis.state(DB), options);
         beside.extend(waits(&store, options.samples).await?);
         submitted += neighbour.submitted.load(Ordering::Relaxed);
         took += start.elapsed();

@@ -13,7 +13,7 @@ use queue_core::config::{Limits, RedisConfig, Url};
 use queue_core::events::Events;
 use queue_core::ids::{JobId, User};
 use queue_core::producer::{Database, NewJob, Producer};
-use testkit::{Daemon, Postgres, RedisServer, Value, bin, eventually};
+use testkit::{Daemon, Postgres, RedisServer, bin, eventually};
 use tokio::task::{JoinSet, LocalSet};
 
 /// Longest for anything to happen.
@@ -73,11 +73,8 @@ impl Rig {
     }
 
     async fn leader(&self, redis: &RedisServer) -> usize {
-        eventually("a leader", async || match redis.raw_db(self.db, &["GET", "drayman:leader"]) {
-            Value::Nil => None,
-            leader => self.named(&leader.text()),
-        })
-        .await
+        let state = redis.state(self.db);
+        eventually("a leader", async || self.named(&state.leader()?)).await
     }
 
     /// Waits until some worker takes the job, and says when that was told.
@@ -93,10 +90,8 @@ impl Rig {
 
     async fn cancel(&self, redis: &RedisServer, id: &JobId) -> anyhow::Result<()> {
         self.canceller.cancel(id).await?;
-        eventually("the job to end", async || {
-            (redis.raw_db(self.db, &["HLEN", "drayman:claims"]).int() == 0).then_some(())
-        })
-        .await;
+        let state = redis.state(self.db);
+        eventually("the job to end", async || state.is_idle().then_some(())).await;
         Ok(())
     }
 
@@ -113,8 +108,8 @@ impl Rig {
             let id = job.id.clone();
             self.producer.enqueue(job).await?;
             self.taken(&id).await?;
-            let claim = redis.raw_db(self.db, &["HGET", "drayman:claims", id.as_str()]).text();
-            let holder = self.named(&claim).context("one of the two has it")?;
+            let claim = redis.state(self.db).claim(id.as_str()).context("it runs")?;
+            let holder = self.named(&claim.session).context("one of the two has it")?;
             let leader = self.leader(redis).await;
             if (holder == leader) == leading {
                 break (id, holder);

@@ -65,13 +65,9 @@ async fn main() -> anyhow::Result<()> {
 
 /// Submits a job with plain commands, and says how long it took until it was taken.
 async fn taken(redis: &RedisServer, id: &str) -> Duration {
-    let key = format!("batch:jobs:{id}");
+    let state = redis.state(DB);
     let begin = Instant::now();
-    let mut client = redis.client(DB);
-    client.call(&["HSET", &key, "user", "ann", "status", "pending", "database", "main", "query", "SELECT 1"]);
-    client.call(&["LPUSH", "batch:queue:ann", id]);
-    client.call(&["SADD", "batch:indexes:queue", "ann"]);
-    client.call(&["PUBLISH", "batch:users", "ann"]);
-    eventually("a take", async || (!client.call(&["HGET", &key, "started_at"]).is_nil()).then_some(())).await;
+    state.foreign().submit("ann", id, &[("status", "pending"), ("database", "main"), ("query", "SELECT 1")]);
+    eventually("a take", async || state.field(id, "started_at").map(drop)).await;
     begin.elapsed()
 }

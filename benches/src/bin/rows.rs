@@ -273,7 +273,7 @@ impl Bench {
     async fn run(&self, op: &str, rows: u64, samples: usize) -> anyhow::Result<Ran> {
         let worker = self.worker(op)?;
         let begun = Instant::now();
-        let leads = || self.redis.raw_db(DB, &["EXISTS", "drayman:leader"]).int() == 1;
+        let leads = || self.redis.state(DB).leader().is_some();
         while !leads() || begun.elapsed() < Duration::from_secs(3) {
             ensure!(begun.elapsed() < Duration::from_secs(30), "the worker does not begin");
             tokio::time::sleep(Duration::from_millis(10)).await;

@@ -205,7 +205,7 @@ impl Bench {
         self.submit_paused(Form::Exported).await?;
         let start = Instant::now();
         let rate = self.run_all(start).await?;
-        while self.redis.raw_db(DB, &["XLEN", "drayman:export"]).int() > 0 {
+        while self.redis.state(DB).to_export() > 0 {
             ensure!(start.elapsed() < Duration::from_secs(300), "the records are not written");
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
@@ -267,7 +267,7 @@ impl Bench {
 
     /// Waits until the worker leads, and submits all tasks in a pause.
     async fn submit_paused(&self, form: Form) -> anyhow::Result<()> {
-        let leads = || self.redis.raw_db(DB, &["EXISTS", "drayman:leader"]).int() == 1;
+        let leads = || self.redis.state(DB).leader().is_some();
         let begun = Instant::now();
         while !leads() || begun.elapsed() < Duration::from_secs(3) {
             ensure!(begun.elapsed() < Duration::from_secs(30), "the worker does not begin");
@@ -283,7 +283,8 @@ impl Bench {
 
     /// Ends the pause, and says how many tasks ended in a second.
     async fn run_all(&self, start: Instant) -> anyhow::Result<f64> {
-        let done = || self.redis.raw_db(DB, &["ZCARD", "drayman:finished"]).int() as usize;
+        let state = self.redis.state(DB);
+        let done = || state.count_finished() as usize;
         queue_core::limits::Limits::new(self.store.clone()).resume(&Whose::All).await?;
         while done() < self.options.tasks {
             ensure!(start.elapsed() < Duration::from_secs(300), "{} of {} in 5 minutes", done(), self.options.tasks);
@@ -291,7 +292,7 @@ impl Bench {
         }
         let rate = self.options.tasks as f64 / start.elapsed().as_secs_f64();
         // A queue that never acknowledges looks fast.
-        ensure!(self.redis.raw_db(DB, &["HLEN", "drayman:claims"]).int() == 0, "tasks were left in flight");
+        ensure!(state.is_idle(), "tasks were left in flight");
         Ok(rate)
     }
 

@@ -3,6 +3,7 @@
 use std::process::Stdio;
 
 use serde_json::{Value, json};
+use testkit::state::Piece;
 use testkit::{Daemon, RedisServer, bin};
 
 mod support;
@@ -93,11 +94,10 @@ impl House {
         rows.into_iter().map(|row| (row["line"].as_u64().unwrap(), row["input"].clone())).collect()
     }
 
-    /// What the server holds of batches.
+    /// What the server holds, but for the version that each program notes there.
     fn keys(&self) -> Vec<String> {
-        let mut keys = self.server.raw_db(DB, &["KEYS", "*batch*"]).texts();
-        keys.sort();
-        keys
+        let keys = self.server.state(DB).digest().into_keys();
+        keys.filter(|key| *key != Piece::Version.name()).collect()
     }
 }
 
