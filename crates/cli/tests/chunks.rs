@@ -581,7 +581,7 @@ fn an_item_is_tried_again_and_one_that_the_database_refuses_is_passed_over() {
 
 #[test]
 fn what_cannot_be_done_is_refused_with_a_reason_and_passes_nothing_over() {
-    let house = House::build();
+    let house = House::with(Some(Postgres::start()));
     house
         .sqlite()
         .execute_batch(
@@ -627,6 +627,12 @@ fn what_cannot_be_done_is_refused_with_a_reason_and_passes_nothing_over() {
         ("null", &(sql("SELECT k FROM n") + key), list.clone(), ""),
         ("twice", &(sql("SELECT k FROM d") + key), list.clone(), "two rows of the query have the same key, 500"),
         ("bytes", &(sql("SELECT x'00' AS k") + key), list.clone(), "a row has bytes in the column"),
+        (
+            "names",
+            &("kind = 'sql', database = 'bank', query = 'SELECT 1 AS k, 2 AS b, 3 AS b'".to_owned() + key),
+            list.clone(),
+            "it names \"b\" twice",
+        ),
         ("column", &(sql("SELECT 1 AS x") + key), list.clone(), "no such column: items.k"),
         ("writes", &(sql("DELETE FROM t RETURNING n AS k") + key), list, "syntax error"),
     ] {

@@ -283,7 +283,7 @@ impl<R: BufRead> RowSource<R> {
             let input = match self.format {
                 Format::Lines if text.contains('\0') => return Err(self.bad(line, NUL.into())),
                 Format::Lines => json_text(text),
-                _ => match json_fault(trimmed, 0) {
+                _ => match fault_of_json(trimmed) {
                     None => trimmed.as_bytes().to_vec(),
                     Some(reason) => return Err(self.bad(line, reason)),
                 },
@@ -564,6 +564,13 @@ pub fn pieces<R: BufRead + Send + 'static>(
 
 fn json_text(text: &str) -> Vec<u8> {
     serde_json::to_vec(text).expect("a text can be written to memory")
+}
+
+/// What is wrong with the text of a value in a line of JSON, if anything is: it is none, it is nested too deep, or an object in it has a
+/// name twice.
+#[must_use]
+pub fn fault_of_json(text: &str) -> Option<String> {
+    json_fault(text, 0)
 }
 
 /// What is wrong with the text of a JSON value: none at all, nested too deep, or an object that has a name twice, of

@@ -2,6 +2,7 @@
 //!
 //! An item is a JSON object. Workers read, process and write them; here is only what may be said, and the job that it makes.
 
+use std::collections::HashSet;
 use std::num::{NonZeroU32, NonZeroUsize};
 use std::path::{Component, Path};
 use std::time::Duration;
@@ -263,6 +264,12 @@ impl ChunkWork {
             let says_nothing = |c: &&Condition| c.values.is_none() && c.min.is_none() && c.max.is_none();
             if let Some(Condition { field, .. }) = keep.iter().find(says_nothing) {
                 return Some(format!("its filter says nothing of {field:?}: values, min or max"));
+            }
+        }
+        if let ItemWriter::Csv { columns, .. } = &self.writer {
+            let mut seen = HashSet::new();
+            if let Some(name) = columns.iter().find(|name| !seen.insert(*name)) {
+                return Some(format!("its writer names the column {name:?} twice"));
             }
         }
         match &self.writer {

@@ -1250,6 +1250,10 @@ mod tests {
             (chunk("../a.csv", LIST), "no path within the workers' folder"),
             (chunk("/etc/passwd", LIST), "no path within the workers' folder"),
             (chunk("a.csv", "writer = { kind = 'csv', file = 'b.csv', columns = [] }"), "its writer needs `columns`"),
+            (
+                chunk("a.csv", "writer = { kind = 'csv', file = 'b.csv', columns = ['n', 'm', 'n'] }"),
+                "its writer names the column \"n\" twice",
+            ),
             (chunk("a.csv", "writer = { kind = 'json-lines', file = 'a.csv' }"), "reads and writes the same file"),
             (chunk("a.csv", "writer = { kind = 'dance' }"), "unknown variant `dance`"),
             (

@@ -422,6 +422,7 @@ async fn a_statement_that_no_row_can_be_run_for_fails_as_a_whole() {
         ("INSERT INTO t VALUES ($1 + :a)", "some of its parameters have numbers"),
         ("INSERT INTO t VALUES ('x", "has no end"),
         ("INSERT INTO t VALUES (1\0)", "NUL byte"),
+        ("SELECT 1 AS a, 2 AS b, 3 AS a", "two columns that are named \"a\""),
     ] {
         for (executor, target) in [(plain(), cluster.target(&db)), (files.executor(), file())] {
             let failure = failure(run(&executor, rows_work(target, sql, [json!([])])).await);

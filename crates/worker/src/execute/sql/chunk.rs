@@ -104,9 +104,14 @@ pub(in crate::execute) enum Connection {
 impl Connection {
     /// The next rows of a query, each as a JSON object.
     pub fn page(&mut self, query: &Query, behind: Option<&[String]>) -> Result<Vec<Box<RawValue>>, Problem> {
-        match self {
+        let page = match self {
             Connection::Postgres(link, runtime) => runtime.block_on(link.page(&query.page(behind, true))),
             Connection::Sqlite(file) => file.page(&query.page(behind, false), &query.key),
+        }?;
+        // All rows have the columns of the first.
+        match page.first().and_then(|row| rows::fault_of_json(row.get())) {
+            Some(fault) => Err(Problem::fail(format!("a row of the query is no item: {fault}"))),
+            None => Ok(page),
         }
     }
 

@@ -3,7 +3,7 @@
 //! A statement names the values of a row as `$1`, `$2`, … or as `:name`. No value ever becomes a part of its text: the text is
 //! made ready once, and values travel beside it. So a row can say nothing but data, whatever it holds.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 use queue_core::model::batch::{RowEnd, RowResult};
 use queue_core::model::task::Message;
@@ -187,6 +187,13 @@ pub(super) fn failed(errcode: &str, field: Option<&str>, reason: String) -> RowR
 pub(super) fn refused(reason: &str) -> Failure {
     let message = cut(&format!("the statement can't be run for rows: {reason}"), MESSAGE_MAX_BYTES);
     Failure { message, undone: true, ..Failure::default() }
+}
+
+/// Why a row of these columns can't be told as a JSON object, if two have the same name: whoever reads it keeps one of the values.
+pub(super) fn same_name<'a>(mut columns: impl Iterator<Item = &'a str>) -> Option<String> {
+    let mut seen = HashSet::new();
+    let name = columns.find(|name| !seen.insert(*name))?;
+    Some(format!("it returns two columns that are named {name:?}: name each by AS"))
 }
 
 /// What the statement did for one row.

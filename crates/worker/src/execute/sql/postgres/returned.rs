@@ -6,9 +6,9 @@ use std::error::Error;
 use bytes::{BufMut, BytesMut};
 use jiff::{SignedDuration, Timestamp, civil};
 use tokio_postgres::types::{Format, FromSql, IsNull, Kind, ToSql, Type, to_sql_checked};
-use tokio_postgres::{Row, Statement};
+use tokio_postgres::{Column, Row, Statement};
 
-use super::super::rows::{JsonObject, Value, hexadecimal};
+use super::super::rows::{JsonObject, Value, hexadecimal, same_name};
 
 impl ToSql for Value {
     fn to_sql(&self, _: &Type, out: &mut BytesMut) -> Result<IsNull, Box<dyn Error + Sync + Send>> {
@@ -47,9 +47,11 @@ impl<'a> FromSql<'a> for Raw<'a> {
 
 /// Why what a statement returns can't be told as JSON, if it can't.
 pub(super) fn refusal(statement: &Statement) -> Option<String> {
-    let column = statement.columns().iter().find(|column| !is_known(column.type_()))?;
-    let (name, of) = (column.name(), column.type_().name());
-    Some(format!("it returns the column {name:?} of type {of}: cast it to text, or use to_json"))
+    if let Some(column) = statement.columns().iter().find(|column| !is_known(column.type_())) {
+        let (name, of) = (column.name(), column.type_().name());
+        return Some(format!("it returns the column {name:?} of type {of}: cast it to text, or use to_json"));
+    }
+    same_name(statement.columns().iter().map(Column::name))
 }
 
 fn base(of: &Type) -> &Type {

@@ -9,7 +9,7 @@ use rusqlite::hooks::{AuthContext, Authorization};
 use rusqlite::types::{ToSqlOutput, Value as Stored, ValueRef};
 use rusqlite::{Connection, Statement, ToSql};
 
-use super::super::rows::{JsonObject, Returned, Value, failed, hexadecimal, parameters, refused};
+use super::super::rows::{JsonObject, Returned, Value, failed, hexadecimal, parameters, refused, same_name};
 use super::super::template::Dialect;
 use super::super::{QUERY_CANCELED, STATEMENT_TIMEOUT, commented};
 use super::{Run, Watch, describe};
@@ -93,6 +93,9 @@ impl Run {
         })?;
         if statement.parameter_count() != parameters.count() {
             return Err(End::Failed(refused("the database counts its parameters otherwise")));
+        }
+        if let Some(reason) = same_name(statement.column_names()) {
+            return Err(End::Failed(refused(&reason)));
         }
         let (mut answers, mut answered_bytes) = (RowAnswers::new(), 0);
         for row in rows {
