@@ -259,9 +259,10 @@ impl Run<'_> {
         self.calm.store(true, Ordering::SeqCst);
     }
 
-    /// Tells whoever waits how far it is.
-    fn tell(&self, told: &mut Instant) {
-        if told.elapsed() > TELL_EVERY {
+    /// Tells whoever waits how far it is, now and then. Whether it did.
+    fn tell(&self, told: &mut Instant) -> bool {
+        let due = told.elapsed() > TELL_EVERY;
+        if due {
             *told = Instant::now();
             let (at, left) = (self.stage.begin().elapsed().as_secs(), self.to_come.load(Ordering::SeqCst));
             eprintln!(
@@ -269,6 +270,7 @@ impl Run<'_> {
                 self.watch.open().len()
             );
         }
+        due
     }
 
     fn supervise(&self) {
@@ -288,8 +290,17 @@ impl Run<'_> {
         loop {
             self.supervise();
             self.supervise_intake(false);
-            self.tell(&mut told);
             let state = self.state();
+            if self.tell(&mut told) {
+                match &state {
+                    Ok(State { open, leftovers, .. }) => eprintln!(
+                        "        open: {:?}, left of what has ended: {:?}",
+                        &open[..open.len().min(5)],
+                        &leftovers[..leftovers.len().min(5)]
+                    ),
+                    Err(error) => eprintln!("        a look failed: {error}"),
+                }
+            }
             if state.as_ref().is_ok_and(|state| state.open.is_empty() && state.leftovers.is_empty()) {
                 break;
             }
@@ -328,7 +339,9 @@ impl Run<'_> {
         open.extend(self.open_files());
         open.extend(self.open_of_sources()?);
         let leftovers = if open.is_empty() { self.leftovers(&self.stage.names())? } else { Vec::new() };
-        let leftovers = leftovers.into_iter().map(|violation| violation.found).collect();
+        // In whichever order Redis tells of them.
+        let mut leftovers: Vec<String> = leftovers.into_iter().map(|violation| violation.found).collect();
+        leftovers.sort_unstable();
         let mut redis = stage::connect(&self.stage.redis)?;
         Ok(State { open, leftovers, books: state::books(&mut redis)?, effects: self.stage.effects_length() })
     }
