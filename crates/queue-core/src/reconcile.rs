@@ -8,12 +8,12 @@
 //! claimed stays its own, and what a producer may be writing just now is left alone for a minute.
 
 use std::collections::hash_map::RandomState;
-use std::collections::{BTreeSet, HashMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt;
 use std::hash::BuildHasher;
 use std::time::{Duration, Instant};
 
-use futures::future::BoxFuture;
+use futures::future::{self, BoxFuture};
 use serde::Serialize;
 
 use crate::calls::NotLeader;
@@ -31,6 +31,8 @@ const SCAN_COUNT: &[u8] = b"500";
 /// Most items that one call compares; of jobs that stand in no place fewer, for each may need a search through a queue.
 const PAGE: usize = 100;
 const JOBS_PAGE: usize = 10;
+/// How often counts that change all the time are looked at before one is told to be wrong.
+const LOOKS_AT_COUNTS: usize = 3;
 
 /// How long what can only be reported is not looked at again by the same leader. Each look counts as a touch of the job's
 /// hash, and the removal of old hashes waits for those that nobody touches.
@@ -287,8 +289,9 @@ impl<'a> Round<'a> {
         let ours = led!(self.key_table());
         led!(self.look("leader", &[Vec::new()]));
         led!(self.look("classes", &ours.classes));
+        led!(self.look("numbers", &ours.pools));
+        led!(self.counts(&ours.pools));
         led!(self.look("pools", &ours.pools));
-        led!(self.look("active", &[Vec::new()]));
         led!(self.walk("claims", "HSCAN", &keys.claims()));
         let sessions = self.set_members(&keys.sessions()).await?;
         let sessions: Vec<Vec<u8>> =
@@ -311,7 +314,7 @@ impl<'a> Round<'a> {
         }
         led!(self.look("sums", &[Vec::new()]));
         let mut users: BTreeSet<Vec<u8>> = self.set_members(&keys.wip_users()).await?.into_iter().collect();
-        users.extend(self.claimants(3).await?);
+        users.extend(self.claims().await?.into_iter().map(|(_, user)| user));
         users.extend(wip);
         led!(self.look("wip", &users.into_iter().collect::<Vec<_>>()));
         led!(self.look("parked", &ours.services));
@@ -383,24 +386,103 @@ impl<'a> Round<'a> {
         Ok((queues, lists))
     }
 
-    /// The pools (2) or users (3) of all claims.
-    async fn claimants(&self, part: usize) -> Result<BTreeSet<Vec<u8>>, Error> {
-        let claims = self.store.keys().claims();
-        let mut found = BTreeSet::new();
+    /// All of a hash, a page at a time; nothing where the key is of another type.
+    async fn fields(&self, key: &str) -> Result<HashMap<Vec<u8>, Vec<u8>>, Error> {
+        let mut found = HashMap::new();
         let mut cursor = Some(b"0".to_vec());
         while let Some(at) = cursor {
-            let (next, pairs) = self.step("HSCAN", &[claims.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
-            let texts = pairs.iter().skip(1).step_by(2);
-            found.extend(texts.filter_map(|text| text.split(|byte| *byte == b'\t').nth(part)).map(<[u8]>::to_vec));
+            let (next, pairs) = self.step("HSCAN", &[key.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
+            let mut pairs = pairs.into_iter();
+            while let (Some(name), Some(value)) = (pairs.next(), pairs.next()) {
+                found.insert(name, value);
+            }
             cursor = next;
         }
         Ok(found)
     }
 
+    /// The pool and the user of each claim that names both.
+    async fn claims(&self) -> Result<Vec<(Vec<u8>, Vec<u8>)>, Error> {
+        let claims = self.fields(&self.store.keys().claims()).await?;
+        let of = |text: Vec<u8>| {
+            let mut parts = text.split(|byte| *byte == b'\t').skip(2).map(<[u8]>::to_vec);
+            Some((parts.next()?, parts.next()?))
+        };
+        let named = claims.into_values().filter_map(of);
+        Ok(named.filter(|(pool, user)| !pool.is_empty() && !user.is_empty()).collect())
+    }
+
+    /// Compares what is said of running jobs with the claims. Between the looks at the one and at the other jobs start and end: only what
+    /// differs each time by the same is counted at one instant, which no other look does, for it goes through all claims.
+    async fn counts(&mut self, pools: &[Vec<u8>]) -> Led<()> {
+        let mut differing: Option<BTreeMap<Count, i64>> = None;
+        for _ in 0..LOOKS_AT_COUNTS {
+            let found = self.differences(pools).await?;
+            let before = differing.take().unwrap_or_else(|| found.clone());
+            let again: BTreeMap<Count, i64> =
+                found.into_iter().filter(|(count, by)| before.get(count) == Some(by)).collect();
+            if again.is_empty() {
+                return Ok(Ok(()));
+            }
+            differing = Some(again);
+        }
+        let (mut of_pools, mut of_users) = (BTreeSet::new(), BTreeSet::new());
+        for (Count { pool, user }, _) in differing.into_iter().flatten() {
+            if pool.is_empty() {
+                of_users.insert(user)
+            } else {
+                of_pools.insert(pool)
+            };
+        }
+        led!(self.look("counts", &of_pools.into_iter().collect::<Vec<_>>()));
+        self.look("active", &of_users.into_iter().collect::<Vec<_>>()).await
+    }
+
+    /// By how much each count of running jobs that is told is more than what the claims add up to, but where it is not.
+    async fn differences(&self, pools: &[Vec<u8>]) -> Result<BTreeMap<Count, i64>, Error> {
+        let keys = self.store.keys();
+        let number = |text: &[u8]| std::str::from_utf8(text).ok()?.parse::<i64>().ok();
+        let mut differences: BTreeMap<Count, i64> = BTreeMap::new();
+        let mut add = |pool: &[u8], user: &[u8], said: Option<i64>| {
+            // What is no number differs, and stays so.
+            let by = differences.entry(Count { pool: pool.to_vec(), user: user.to_vec() }).or_default();
+            *by = by.saturating_add(said.unwrap_or(i64::MIN));
+        };
+        for (user, text) in self.fields(&keys.active()).await? {
+            // A user of whom none runs is not named.
+            add(b"", &user, number(&text).filter(|said| *said > 0));
+        }
+        for page in pools.chunks(PAGE) {
+            let said = page.iter().map(|pool| async move {
+                let name = String::from_utf8_lossy(pool);
+                let running = self.store.command("HGET", &[keys.pool(&name).as_bytes(), b"running"]).await;
+                let running = match running {
+                    Err(error) if error.is_wrong_type() => None,
+                    reply => reply?.into_bytes(),
+                };
+                Ok::<_, Error>((pool, running, self.fields(&keys.busy(&name)).await?))
+            });
+            for (pool, running, busy) in future::try_join_all(said).await? {
+                running.iter().for_each(|text| add(pool, b"", number(text)));
+                busy.iter().for_each(|(user, text)| add(pool, user, number(text)));
+            }
+        }
+        let pools: HashSet<&[u8]> = pools.iter().map(Vec::as_slice).collect();
+        for (pool, user) in self.claims().await? {
+            add(b"", &user, Some(-1));
+            if pools.contains(&*pool) {
+                add(&pool, &user, Some(-1));
+                add(&pool, b"", Some(-1));
+            }
+        }
+        differences.retain(|_, by| *by != 0);
+        Ok(differences)
+    }
+
     /// Compares our keys with the table of keys, and sorts out what the other looks need of them.
     async fn key_table(&mut self) -> Led<Ours> {
         let mut ours = Ours::default();
-        let mut pools = self.claimants(2).await?;
+        let mut pools: BTreeSet<Vec<u8>> = self.claims().await?.into_iter().map(|(pool, _)| pool).collect();
         let mut services = BTreeSet::new();
         let prefix = self.store.keys().prefix();
         // Keys of another partition begin with its tag.
@@ -479,6 +561,15 @@ impl<'a> Round<'a> {
         }
         Ok(Ok(()))
     }
+}
+
+/// What is told of running jobs: how many of a user in a pool, of all users in a pool, or of a user in all pools.
+#[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
+struct Count {
+    /// Empty for all.
+    pool: Vec<u8>,
+    /// Empty for all.
+    user: Vec<u8>,
 }
 
 /// What the keys of ours name.

@@ -155,6 +155,12 @@ function LOOK.sessions(items)
   end
 end
 
+-- Whether the list of what is being worked on for a user names the job. In a very long one it is not searched for.
+local function is_shown(id, user)
+  local length = try('LLEN', K.wip(user))
+  return not length or length >= 1000 or try('LPOS', K.wip(user), id)
+end
+
 function LOOK.claims(items)
   local orphans = {}
   for _, id in ipairs(items) do
@@ -171,6 +177,10 @@ function LOOK.claims(items)
         found('claim-unlisted', id, 'the job is claimed by session ' .. claim.session .. ', but does not stand in its work list',
           -- As of no take, so that no repeated take hands it out.
           function() redis.call('HSET', K.work(claim.session), id, 0) end)
+      end
+      if is_sql(claim.pool) and not is_shown(id, claim.user) then
+        found('wip-missing', id, 'the job runs, but the list of work in progress of ' .. claim.user .. ' does not name it',
+          function() try('LPUSH', K.wip(claim.user), id) end)
       end
       local held = redis.call('TYPE', K.job(id)).ok
       if held ~= 'hash' then
@@ -427,39 +437,22 @@ function LOOK.finished(items)
 end
 
 function LOOK.wip(items)
-  local claimed, claimant = {}, {}
-  for _, id in ipairs(redis.call('HKEYS', K.claims())) do
-    local claim = sound_claim(id)
-    if claim and is_sql(claim.pool) then
-      claimed[claim.user] = claimed[claim.user] or {}
-      claimed[claim.user][id] = true
-      claimant[id] = claim.user
-    end
-  end
   for _, user in ipairs(items) do
     local wip = K.wip(user)
     local ids = try('LRANGE', wip, 0, 999)
-    local listed = {}
     for _, id in ipairs(ids or {}) do
-      listed[id] = true
-      if claimant[id] ~= user then
+      local claim = sound_claim(id)
+      local claimant = claim and is_sql(claim.pool) and claim.user
+      if claimant ~= user then
         local quiet = is_quiet(K.job(id))
         local status, fallback_status = try('HGET', K.job(id), 'status'), try('HGET', K.job(id), 'fallback_status')
         -- One that still says `running` may be a foreign worker's.
         -- Nor is one that a foreign worker takes just now: that leaves the queue first.
         local ended = not status or is_over(status, fallback_status)
         local is_due = redis.call('ZSCORE', K.due(), id)
-        if claimant[id] or is_due or (status ~= 'running' and (ended or quiet or in_queue(id, try('HGET', K.job(id), 'user') or user))) then
+        if claimant or is_due or (status ~= 'running' and (ended or quiet or in_queue(id, try('HGET', K.job(id), 'user') or user))) then
           found('wip-stray', id, 'the list of work in progress of ' .. user .. ' names the job, which nobody works on',
             function() try('LREM', wip, 0, id) end)
-        end
-      end
-    end
-    if ids and #ids < 1000 then
-      for id in pairs(claimed[user] or {}) do
-        if not listed[id] then
-          found('wip-missing', id, 'the job runs, but the list of work in progress of ' .. user .. ' does not name it',
-            function() try('LPUSH', wip, id) end)
         end
       end
     end
@@ -483,33 +476,51 @@ end
 -- Numbers of a pool that scripts compare.
 local NUMBERS = {'running', 'capacity', 'user_limit', 'v', 'newest', 'pass', 'concurrency', 'rate', 'period', 'weight'}
 
-function LOOK.pools(items)
-  local running, busy = {}, {}
+-- Calls back with each claim. It is the only look at all of them: for what is said of running jobs, and seems to be wrong.
+local function each_claim(callback)
   for _, id in ipairs(redis.call('HKEYS', K.claims())) do
     local claim = sound_claim(id)
-    if claim then
-      running[claim.pool] = (running[claim.pool] or 0) + 1
-      busy[claim.pool] = busy[claim.pool] or {}
-      busy[claim.pool][claim.user] = (busy[claim.pool][claim.user] or 0) + 1
-    end
+    if claim then callback(claim) end
   end
+end
+
+function LOOK.numbers(items)
   for _, pool in ipairs(items) do
-    local key, again = K.pool(pool), {}
-    local p, spoilt = redis.call('HMGET', key, unpack(NUMBERS)), {}
-    for i, name in ipairs(NUMBERS) do
-      if p[i] and not number_in(p[i], -math.huge, math.huge) then
-        spoilt[name] = true
-        found('pool-malformed', pool, 'the pool\'s ' .. name .. ' is no number',
-          function() redis.call('HDEL', key, name) end)
+    local key = K.pool(pool)
+    for i, text in ipairs(redis.call('HMGET', key, unpack(NUMBERS))) do
+      if text and not number_in(text, -math.huge, math.huge) then
+        found('pool-malformed', pool, 'the pool\'s ' .. NUMBERS[i] .. ' is no number',
+          function() redis.call('HDEL', key, NUMBERS[i]) end)
       end
     end
-    local function number(i) return not spoilt[NUMBERS[i]] and tonumber(p[i] or nil) or nil end
-    local count = running[pool] or 0
-    if (number(1) or 0) ~= count then
-      found('pool-miscount', pool, 'the pool counts ' .. (p[1] or 0) .. ' running jobs and has ' .. count,
-        function() redis.call('HSET', key, 'running', count) end)
+  end
+end
+
+-- Whether the user is ready though it has so many running jobs in the pool.
+local function compare_ready(pool, user, has, user_limit)
+  if has >= user_limit_of(pool, user_limit) and redis.call('ZSCORE', K.ready(pool), user) then
+    found('ready-beyond-limit', user, 'the user is ready in pool ' .. pool .. ', but has as many running jobs as it may',
+      function() redis.call('ZREM', K.ready(pool), user) end)
+  end
+end
+
+-- Counts of running jobs, of pools where they seem to be wrong.
+function LOOK.counts(items)
+  local running, busy = {}, {}
+  for _, pool in ipairs(items) do running[pool], busy[pool] = 0, {} end
+  each_claim(function(claim)
+    local mine = busy[claim.pool]
+    if not mine then return end
+    running[claim.pool] = running[claim.pool] + 1
+    mine[claim.user] = (mine[claim.user] or 0) + 1
+  end)
+  for _, pool in ipairs(items) do
+    local again, says_all, count = {}, redis.call('HGET', K.pool(pool), 'running') or '0', running[pool]
+    if tonumber(says_all) ~= count then
+      found('pool-miscount', pool, 'the pool counts ' .. says_all .. ' running jobs and has ' .. count,
+        function() redis.call('HSET', K.pool(pool), 'running', count) end)
     end
-    local counted, mine = {}, busy[pool] or {}
+    local counted, mine = {}, busy[pool]
     local flat = redis.call('HGETALL', K.busy(pool))
     for i = 1, #flat, 2 do counted[flat[i]] = flat[i + 1] end
     for user in pairs(mine) do counted[user] = counted[user] or '0' end
@@ -521,11 +532,23 @@ function LOOK.pools(items)
             if has == 0 then redis.call('HDEL', K.busy(pool), user) else redis.call('HSET', K.busy(pool), user, has) end
             again[#again + 1] = user
           end)
+        compare_ready(pool, user, has, redis.call('HGET', K.pool(pool), 'user_limit'))
       end
-      if has >= user_limit_of(pool, number(3)) and redis.call('ZSCORE', K.ready(pool), user) then
-        found('ready-beyond-limit', user, 'the user is ready in pool ' .. pool .. ', but has as many running jobs as it may',
-          function() redis.call('ZREM', K.ready(pool), user) end)
-      end
+    end
+    for _, user in ipairs(again) do
+      if is_user(user) then place_and_wake(line_of(pool, user)) end
+    end
+  end
+end
+
+function LOOK.pools(items)
+  for _, pool in ipairs(items) do
+    local key = K.pool(pool)
+    local p = redis.call('HMGET', key, unpack(NUMBERS))
+    local function number(i) return p[i] and number_in(p[i], -math.huge, math.huge) end
+    local flat = redis.call('HGETALL', K.busy(pool))
+    for i = 1, #flat, 2 do
+      compare_ready(pool, flat[i], tonumber(flat[i + 1]) or 0, number(3))
     end
     local owing = redis.call('ZRANGE', K.debt(pool), 0, 0, 'WITHSCORES')[2]
     if owing and not number(4) then
@@ -535,11 +558,9 @@ function LOOK.pools(items)
           redis.call('HSET', key, 'v', int(math.min(tonumber(owing), tonumber(first or owing))))
         end)
     end
-    for _, user in ipairs(again) do
-      if is_user(user) then place_and_wake(line_of(pool, user)) end
-    end
     -- What is kept from its turn leaves the list until it is given another one. How many may run where the pool does not say
     -- so, only its workers know; but one in which nothing runs would wait for ever.
+    local count = number(1) or 0
     local own = limits_of_pool(pool, math.max(count, 1))
     if redis.call('EXISTS', K.ready(pool)) == 1 and not redis.call('ZSCORE', K.pools(class_of(pool)), pool)
       and not waits('pool:' .. pool, kept_by('pool:' .. pool, own, count)) then
@@ -623,20 +644,17 @@ function LOOK.lines(items)
   end
 end
 
--- How many jobs each user has running, over all pools.
-function LOOK.active()
-  local counts, said = {}, redis.call('HGETALL', K.active())
-  for _, id in ipairs(redis.call('HKEYS', K.claims())) do
-    local claim = sound_claim(id)
-    if claim then counts[claim.user] = (counts[claim.user] or 0) + 1 end
-  end
-  local users = {}
-  for i = 1, #said, 2 do users[said[i]] = said[i + 1] end
-  for user in pairs(counts) do users[user] = users[user] or '0' end
-  for user, text in pairs(users) do
-    local has = counts[user] or 0
-    if text ~= int(has) or has == 0 then
-      found('user-miscount', user, 'the user counts ' .. text .. ' running jobs over all pools and has ' .. int(has), function()
+-- How many jobs users have running over all pools, of those where that seems to be wrong.
+function LOOK.active(items)
+  local counts = {}
+  for _, user in ipairs(items) do counts[user] = 0 end
+  each_claim(function(claim)
+    if counts[claim.user] then counts[claim.user] = counts[claim.user] + 1 end
+  end)
+  for user, has in pairs(counts) do
+    local says = redis.call('HGET', K.active(), user)
+    if (says or '0') ~= int(has) or (says and has == 0) then
+      found('user-miscount', user, 'the user counts ' .. (says or '0') .. ' running jobs over all pools and has ' .. int(has), function()
         if has == 0 then redis.call('HDEL', K.active(), user) else redis.call('HSET', K.active(), user, has) end
         lift_and_wake(user)
       end)

@@ -8,7 +8,9 @@
 --   'schedules', 'tracked', 'classes':
 --               sessions, ids, ids, entries, ids, ids, ids, users, pools, services, lines, users, unique keys,
 --               names, records as `tracker:id`, classes of pools
---   'leader', 'sums', 'active': nothing
+--   'numbers': pools, whose own fields are looked at alone
+--   'counts', 'active': pools, users, whose counts of running jobs differ from what a walk through the claims has found
+--   'leader', 'sums': nothing
 -- Reply: 'not_leader', or for each finding {kind, what, sentence, 'reported', 'repairable' or 'repaired'}
 local session, term = ARGV[2], ARGV[3]
 if session ~= '' and not leads(session, term) then return 'not_leader' end
