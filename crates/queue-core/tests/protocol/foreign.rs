@@ -98,7 +98,8 @@ async fn a_scan_looks_at_the_queues_that_have_changed_since_the_last_one() {
     rig.submit("alice", "a2", "h");
     assert_eq!(leadership.scan_changes(&mut seen).await.unwrap(), Ok(1));
     assert_eq!(function_calls(&rig), 1, "those two are looked at");
-    assert_eq!(ids(&take(&session, 4).await), ["a1", "b1", "c1"]);
+    let taken = take(&session, 4).await;
+    assert_eq!(ids(&taken).into_iter().collect::<HashSet<_>>(), HashSet::from(["a1", "b1", "c1"]));
     rig.balanced();
 }
 
