@@ -3,9 +3,10 @@
 
 # run_tests WHICH RUNNER ARGUMENT...: runs the tests that the arguments mean, by `nextest` or `cargo_test`. If WHICH is
 # `rerun-one`, a test that is the only one to fail runs once more, alone: if it passes then, it is named as flaky, and
-# is no failure. If WHICH is `rerun-none`, it is one. The last line sums up: N passed, N failed, N skipped.
+# is no failure. If WHICH is `rerun-none`, it is one. Where no test runs at all, that is a failure too: a name was
+# misspelt. The last line sums up: N passed, N failed, N skipped, and what was flaky.
 run_tests() {
-    local which=$1 runner=$2 log code=0 failed counts ran passed skipped
+    local which=$1 runner=$2 log code=0 failed counts ran passed skipped flaky=
     shift 2
     log=$(mktemp "${TMPDIR:-/tmp}/drayman-tests.XXXXXX")
     "run_by_$runner" "$@" 2>&1 | tee "$log" || code=$?
@@ -19,16 +20,21 @@ run_tests() {
         [ "$code" != 0 ] || code=1
         return "$code"
     fi
+    if [ "$ran" = 0 ]; then
+        note "no test has run: none fits ${*:-what there is}"
+        [ "$code" != 0 ] || code=4 # that of nextest
+    fi
     if [ "$code" != 0 ] && [ "$which" = rerun-one ] && [ ${#failed[@]} = 1 ]; then
         printf '\nOnly %s has failed: once more, alone\n' "${failed[0]}"
         if "again_by_$runner" "${failed[0]}" "$@"; then
             printf '\n%s\n' '!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!'
             printf 'flaky: %s passed at its second run. Mend it before anything else.\n' "${failed[0]}"
             printf '%s\n' '!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!!'
+            flaky=", flaky: ${failed[0]}"
             code=0 passed=$((passed + 1)) failed=()
         fi
     fi
-    printf '%d passed, %d failed, %d skipped\n' "$passed" ${#failed[@]} "$skipped"
+    printf '%d passed, %d failed, %d skipped%s\n' "$passed" ${#failed[@]} "$skipped" "$flaky"
     return "$code"
 }
 

@@ -123,7 +123,7 @@ echo > "$BIN/begun"; cat "$BIN/first"; exit FIRST
     let machine = Machine::new().with("cargo", &cargo);
     fs::write(machine.bin().join("first"), first.0).unwrap();
     fs::write(machine.bin().join("again"), again.0).unwrap();
-    let output = machine.run(&format!(". $ROOT/scripts/rerun.sh; run_tests {which} {runner} --workspace"));
+    let output = machine.run(&format!(". $ROOT/scripts/rerun.sh; run_tests {which} {runner} --workspace 2>&1"));
     let calls = fs::read_to_string(machine.bin().join("calls")).unwrap();
     (output.status.code(), String::from_utf8(output.stdout).unwrap(), calls.lines().count())
 }
@@ -143,19 +143,22 @@ const CARGO_ONE_FAILED: Said = (
     101,
 );
 
+/// The last line where some did not run, and nobody knows how many.
+const NO_END: &str = "the tests did not come to their end";
+
 #[test]
-fn a_test_that_alone_failed_runs_once_more_and_is_named_if_it_passes_then() {
+fn a_test_that_alone_failed_runs_once_more_and_is_named_to_the_last_line_if_it_passes_then() {
     let passed = (NEXTEST_ONE_FAILED.0, 0);
     let (code, said, calls) = tests("rerun-one", "nextest", NEXTEST_ONE_FAILED, passed);
     assert_eq!((code, calls), (Some(0), 2), "{said}");
     assert!(said.contains("\nflaky: testkit::deploy mod::b passed at its second run."), "{said}");
-    assert_eq!(said.lines().last(), Some("9 passed, 0 failed, 3 skipped"));
+    assert_eq!(said.lines().last(), Some("9 passed, 0 failed, 3 skipped, flaky: testkit::deploy mod::b"));
 
     let passed = ("running 1 test\ntest mod::b ... ok\n", 0);
     let (code, said, calls) = tests("rerun-one", "cargo_test", CARGO_ONE_FAILED, passed);
     assert_eq!((code, calls), (Some(0), 2), "{said}");
     assert!(said.contains("\nflaky: mod::b passed at its second run."), "{said}");
-    assert_eq!(said.lines().last(), Some("9 passed, 0 failed, 3 skipped"));
+    assert_eq!(said.lines().last(), Some("9 passed, 0 failed, 3 skipped, flaky: mod::b"));
 }
 
 #[test]
@@ -190,11 +193,11 @@ fn no_second_run_where_nobody_asked_where_two_failed_or_where_some_did_not_run()
     let cases = [
         ("rerun-none", "nextest", NEXTEST_ONE_FAILED.0, "8 passed, 1 failed, 3 skipped"),
         ("rerun-one", "nextest", &two, "8 passed, 2 failed, 3 skipped"),
-        ("rerun-one", "nextest", &interrupted, "error: test run failed"),
-        ("rerun-one", "nextest", "error: could not compile `worker`", "error: could not compile `worker`"),
+        ("rerun-one", "nextest", &interrupted, NO_END),
+        ("rerun-one", "nextest", "error: could not compile `worker`\n", NO_END),
         ("rerun-none", "cargo_test", CARGO_ONE_FAILED.0, "8 passed, 1 failed, 3 skipped"),
         ("rerun-one", "cargo_test", &cargo_two, "7 passed, 2 failed, 3 skipped"),
-        ("rerun-one", "cargo_test", &crashed, "    `-p testkit --test deploy`"),
+        ("rerun-one", "cargo_test", &crashed, NO_END),
     ];
     for (which, runner, first, last) in cases {
         let (code, said, calls) = tests(which, runner, (first, 100), ("test mod::b ... ok\n", 0));
@@ -209,4 +212,19 @@ fn where_all_pass_the_last_line_sums_them_up() {
     let nextest = ("     Summary [   0.1s] 1 test run: 1 passed, 0 skipped\n", 0);
     let (code, said, calls) = tests("rerun-one", "nextest", nextest, ("", 1));
     assert_eq!((code, calls, said.lines().last()), (Some(0), 1, Some("1 passed, 0 failed, 0 skipped")));
+}
+
+#[test]
+fn where_no_test_runs_that_is_a_failure() {
+    let nextest = ("     Summary [   0.002s] 0 tests run: 0 passed, 981 skipped\nerror: no tests to run\n", 4);
+    let cargo = (
+        "     Running unittests src/lib.rs (target/debug/deps/a-1)\n\nrunning 0 tests\n\n\
+         test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured; 981 filtered out; finished in 0.00s\n",
+        0,
+    );
+    for (runner, first) in [("nextest", nextest), ("cargo_test", cargo)] {
+        let (code, said, calls) = tests("rerun-one", runner, first, ("", 1));
+        assert_eq!((code, calls), (Some(4), 1), "{said}");
+        assert!(said.ends_with("no test has run: none fits --workspace\n0 passed, 0 failed, 981 skipped\n"), "{said}");
+    }
 }
