@@ -3,7 +3,7 @@
 use std::io;
 use std::os::unix::net::UnixDatagram;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -57,6 +57,15 @@ impl NotifySocket {
     /// How many lines so far begin with `start`: `WATCHDOG=1`, say.
     pub fn count(&self, start: &str) -> usize {
         self.messages().iter().flat_map(|(_, text)| text.lines()).filter(|line| line.starts_with(start)).count()
+    }
+
+    /// Ends when all that was sent before this call has been received: until then a count may be too small.
+    pub fn catch_up(&self) {
+        static NUMBER: AtomicU64 = AtomicU64::new(0);
+        let marker = format!("X_MARKER={};", NUMBER.fetch_add(1, Ordering::Relaxed));
+        let sender = UnixDatagram::unbound().expect("a socket without a name");
+        sender.send_to(marker.as_bytes(), &self.path).expect("someone always reads");
+        self.wait_for(&marker);
     }
 
     /// Waits for a line that begins with `start`, blocking the thread.

@@ -282,10 +282,14 @@ mod tests {
 
     #[test]
     fn a_child_outlives_the_thread_that_asked_for_it() {
-        let daemon = thread::spawn(|| sh("echo ready; exec sleep 100")).join().unwrap();
+        let script = "trap 'echo alive' USR1; echo ready; while :; do sleep 0.05; done";
+        let (daemon, asker) = thread::spawn(move || (sh(script), nix::unistd::gettid())).join().unwrap();
         daemon.wait_for_line("ready");
-        thread::sleep(Duration::from_millis(100));
-        assert_eq!(daemon.try_wait(), None);
+        // The kernel would send the signal before it forgets the thread, and nothing comes after that signal.
+        let task = PathBuf::from(format!("/proc/self/task/{asker}"));
+        eventually_blocking("the thread to be gone", || (!task.exists()).then_some(()));
+        daemon.signal(Signal::SIGUSR1);
+        daemon.wait_for_line("alive");
     }
 
     #[test]

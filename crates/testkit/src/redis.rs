@@ -91,6 +91,17 @@ impl RedisServer {
         self.restart();
     }
 
+    /// How often functions were called since it was started, or since its statistics were reset.
+    #[track_caller]
+    pub fn function_calls(&self) -> u64 {
+        let stats = self.raw(&["INFO", "commandstats"]).text();
+        let counts = stats.lines().filter_map(|line| {
+            let rest = line.strip_prefix("cmdstat_fcall").and_then(|rest| rest.split_once(":calls="))?.1;
+            rest.split(',').next()?.parse::<u64>().ok()
+        });
+        counts.sum()
+    }
+
     /// `redis://127.0.0.1:<port>/0`.
     pub fn url(&self) -> String {
         self.url_db(0)
@@ -255,6 +266,10 @@ impl Drop for RedisServer {
     /// Whoever reads of a failed test learns what its server held.
     fn drop(&mut self) {
         if thread::panicking() {
+            // One that the test has paused would be asked in vain.
+            if let Some(child) = &*self.child() {
+                let _ = signal::kill(Pid::from_raw(child.id() as i32), Signal::SIGCONT);
+            }
             for db in [0, 5] {
                 // A server that the test has stopped, or filled with the unexpected, must not hide the failure itself.
                 let dump = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.dump_db(db)));

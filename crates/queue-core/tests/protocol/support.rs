@@ -221,10 +221,5 @@ pub async fn put(claim: Claim, verdict: Verdict) -> Finished {
 
 /// How often functions were called since the statistics were reset.
 pub fn function_calls(rig: &Rig) -> u64 {
-    let stats = rig.redis(&["INFO", "commandstats"]).text();
-    let counts = stats.lines().filter_map(|line| {
-        let rest = line.strip_prefix("cmdstat_fcall").and_then(|rest| rest.split_once(":calls="))?.1;
-        rest.split(',').next()?.parse::<u64>().ok()
-    });
-    counts.sum()
+    rig.server.function_calls()
 }
