@@ -1,12 +1,12 @@
 //! The PostgreSQL of one test program, with roles of every way to log in, and TLS.
 
 use std::os::unix::fs::PermissionsExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-use testkit::Postgres;
+use testkit::{Postgres, Scratch};
 use tokio_postgres::Client;
 use worker::execute::Target;
 
@@ -19,25 +19,36 @@ const ACCESS: &str = "local all all trust\n\
                       host all all all trust\n";
 
 pub struct Cluster {
-    /// Holds the certificates.
-    pub folder: PathBuf,
     pub port: u16,
     server: Postgres,
+    // Last: the server reads from it for as long as it runs.
+    certificates: Scratch,
 }
 
 impl Cluster {
-    /// The one of this test program. It ends with the process that started it.
-    pub fn get() -> &'static Cluster {
-        static CLUSTER: OnceLock<Cluster> = OnceLock::new();
-        CLUSTER.get_or_init(Cluster::start)
+    /// The one of this test program. It ends, and its folders with it, when no test has it any more.
+    pub fn get() -> Arc<Cluster> {
+        static CLUSTER: Mutex<Weak<Cluster>> = Mutex::new(Weak::new());
+        // One that could not be started is tried again by the next test, which says why by itself.
+        let mut known = CLUSTER.lock().unwrap_or_else(PoisonError::into_inner);
+        known.upgrade().unwrap_or_else(|| {
+            let cluster = Arc::new(Cluster::start());
+            *known = Arc::downgrade(&cluster);
+            cluster
+        })
+    }
+
+    /// Where the certificates lie.
+    pub fn folder(&self) -> &Path {
+        self.certificates.path()
     }
 
     fn start() -> Cluster {
-        // Kept: the server reads from it for as long as this process lives.
-        let folder = tempfile::Builder::new().prefix("drayman-tls-").tempdir().unwrap().keep();
-        std::fs::set_permissions(&folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+        let certificates = Scratch::new("tls");
+        let folder = certificates.path();
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
         std::fs::write(folder.join("access"), ACCESS).unwrap();
-        make_certificates(&folder);
+        make_certificates(folder);
         let key = folder.join("server.key");
         std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
         if nix::unistd::geteuid().is_root() {
@@ -54,7 +65,7 @@ impl Cluster {
             ("deadlock_timeout", "'200ms'"),
         ]);
         let (_, port) = server.host_port();
-        Cluster { folder, port, server }
+        Cluster { port, server, certificates }
     }
 
     pub fn log(&self) -> String {

@@ -540,7 +540,7 @@ async fn a_death_after_commit_is_recognised() {
     let (db, client) = cluster.database().await;
     client.batch_execute("CREATE TABLE t(a int)").await.unwrap();
     let proxy = Proxy::start(cluster.port, AtCommit::Hang).await;
-    let job = work(through(&proxy, cluster, &db), "INSERT INTO t VALUES (1)");
+    let job = work(through(&proxy, &cluster, &db), "INSERT INTO t VALUES (1)");
     let claim = Arc::new(Claim::default());
     let dying = tokio::spawn({
         let (job, claim) = (job.clone(), claim.clone());
@@ -571,12 +571,12 @@ async fn a_connection_lost_in_commit_is_looked_into() {
     let (db, client) = cluster.database().await;
     client.batch_execute("CREATE TABLE t(a int)").await.unwrap();
     let proxy = Proxy::start(cluster.port, AtCommit::LoseReply).await;
-    let job = work(through(&proxy, cluster, &db), "INSERT INTO t VALUES (1)");
+    let job = work(through(&proxy, &cluster, &db), "INSERT INTO t VALUES (1)");
     assert_eq!(done(run(&in_clear(), job).await).tag.as_deref(), Some("INSERT 0 1"));
     assert_eq!(count(&client, "SELECT count(*) FROM t").await, 1);
 
     let proxy = Proxy::start(cluster.port, AtCommit::LoseCommit).await;
-    let job = work(through(&proxy, cluster, &db), "INSERT INTO t VALUES (2)");
+    let job = work(through(&proxy, &cluster, &db), "INSERT INTO t VALUES (2)");
     let failure = failed(run(&in_clear(), job).await);
     assert!(failure.retryable, "{failure:?}");
     assert_eq!(count(&client, "SELECT count(*) FROM t").await, 1);

@@ -32,7 +32,7 @@ async fn tls_is_used_and_verified_as_configured() {
     let client = cluster.client("postgres").await;
     // SCRAM binds to the channel over TLS.
     client.batch_execute("CREATE ROLE tlsonly LOGIN PASSWORD 'right'").await.unwrap();
-    let ca = Some(cluster.folder.join("ca.crt"));
+    let ca = Some(cluster.folder().join("ca.crt"));
     for (mode, ca, host) in [
         (TlsMode::Prefer, None, "127.0.0.1"),
         (TlsMode::Require, None, "127.0.0.1"),
@@ -51,7 +51,7 @@ async fn tls_is_used_and_verified_as_configured() {
     );
     assert_eq!(failure.sqlstate.as_deref(), Some("28000"));
     // A name that the certificate does not bear; an authority that did not sign it.
-    for (ca, host) in [(ca, "127.0.0.1"), (Some(cluster.folder.join("other.crt")), "localhost")] {
+    for (ca, host) in [(ca, "127.0.0.1"), (Some(cluster.folder().join("other.crt")), "localhost")] {
         let executor = executor(settings(TlsMode::VerifyFull, ca));
         let failure = failed(run(&executor, work(target(host, "tlsonly"), "SELECT 1")).await);
         assert!(failure.message.contains("certificate") && !failure.retryable, "{failure:?}");
@@ -100,7 +100,7 @@ async fn a_database_named_in_the_configuration_follows_the_user() {
         .await
         .unwrap();
     client.batch_execute("CREATE DATABASE db_ann").await.unwrap();
-    let password_file = cluster.folder.join("password");
+    let password_file = cluster.folder().join("password");
     std::fs::write(&password_file, "other\n").unwrap();
     let postgres = |dbname: &str, user: &str, password_file| {
         DatabaseSettings::Postgres(PostgresSettings {
@@ -111,7 +111,7 @@ async fn a_database_named_in_the_configuration_follows_the_user() {
             password_file,
             password_env: None,
             tls: TlsMode::VerifyFull,
-            ca_file: Some(cluster.folder.join("ca.crt")),
+            ca_file: Some(cluster.folder().join("ca.crt")),
         })
     };
     let databases = BTreeMap::from([
