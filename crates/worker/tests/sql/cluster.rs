@@ -77,6 +77,12 @@ impl Cluster {
         self.server.statements_with(what).await.into_iter().filter(|text| text.starts_with("/* ")).count()
     }
 
+    /// How often a text was received that holds all of `words`.
+    pub async fn asked(&self, words: &[&str]) -> usize {
+        let has_all = |text: &String| words.iter().all(|word| text.contains(word));
+        self.server.statements_with("").await.iter().filter(|text| has_all(text)).count()
+    }
+
     pub fn target(&self, dbname: &str) -> Target {
         self.target_as(dbname, "postgres", b"")
     }

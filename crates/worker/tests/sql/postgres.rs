@@ -355,8 +355,12 @@ async fn who_takes_over_ends_the_earlier_execution() {
 #[tokio::test]
 async fn a_late_sleeper_does_not_disturb_who_took_over() {
     let cluster = Cluster::get();
-    let client = cluster.client("postgres").await;
-    let holder = work(cluster.target("postgres"), "SELECT pg_sleep(1)");
+    let (db, client) = cluster.database().await;
+    client.batch_execute("CREATE TABLE gate()").await.unwrap();
+    let mut other = cluster.client(&db).await;
+    let gate = other.transaction().await.unwrap();
+    gate.batch_execute("LOCK TABLE gate").await.unwrap();
+    let holder = work(cluster.target(&db), "SELECT count(*) FROM gate");
     let sleeper = Work { fence: Fence(holder.fence.0 - 1), ..holder.clone() };
     let executor = plain();
     let (end, late) = tokio::join!(run(&executor, holder.clone()), async {
@@ -364,11 +368,16 @@ async fn a_late_sleeper_does_not_disturb_who_took_over() {
         let lost = Claim::lost_after(0);
         let end = plain().execute(sleeper.clone(), &lost, CancellationToken::new()).await;
         // Even one that was told yes just before it fell asleep.
-        let waiting = async {
-            let executor = plain();
-            let _ = executor.execute(sleeper.clone(), &Claim::lost_after(1), CancellationToken::new()).await;
-        };
-        let _ = tokio::time::timeout(Duration::from_millis(300), waiting).await;
+        let (executor, claim) = (plain(), Claim::lost_after(1));
+        let waiting = executor.execute(sleeper.clone(), &claim, CancellationToken::new());
+        let has_tried = eventually("it has tried more than once to end the others", || async {
+            cluster.asked(&["pg_terminate_backend", sleeper.job.as_str()]).await > 1
+        });
+        tokio::select! {
+            end = waiting => panic!("it did not wait: {end:?}"),
+            () = has_tried => {}
+        }
+        gate.commit().await.unwrap();
         end
     });
     done(end);

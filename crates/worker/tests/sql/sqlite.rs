@@ -3,9 +3,10 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::support::{Claim, done, executor, failed, run};
+use crate::support::{Claim, done, eventually, executor, failed, run};
 use queue_core::ids::{Fence, User};
 use rusqlite::Connection;
 use tempfile::TempDir;
@@ -117,7 +118,7 @@ async fn timeouts_and_stops_interrupt() {
         assert_eq!(failure.message, "canceling statement due to statement timeout");
         let (stop, claim) = (CancellationToken::new(), Claim::default());
         let (end, ()) = tokio::join!(files.executor.execute(work(&sql), &claim, stop.clone()), async {
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            eventually("it is about to run", async || claim.asked.load(Ordering::SeqCst) > 0).await;
             stop.cancel();
         });
         assert_eq!(end, End::Stopped);
