@@ -263,13 +263,15 @@ async fn watch_needs_no_events() {
     let session = worker(&store).await;
     push(&server, "a", "ana", &[("query", "q"), ("database", "app")]);
     let url = server.url_db(DB).replace("//", "//deaf:pw@");
-    let running = Program::at(PROGRAM, &url).start(&["watch", "a"]);
     let claim = take_one(&store, &session).await;
-    tokio::time::sleep(Duration::from_millis(300)).await;
+    let watching = Program::at(PROGRAM, &url).daemon(&["watch", "a"]);
+    watching.wait_for_line("a  ana  running");
+    // Its second look comes at once. From here on only the watcher asks anything of Redis.
+    let before = server.function_calls();
+    until("it looks again and again", || server.function_calls() >= before + 2);
     finish(claim, "done").await;
-    let ran = tokio::task::spawn_blocking(|| running.end()).await.unwrap();
-    assert_eq!(ran.code, 0, "{ran:?}");
-    assert!(ran.out.trim_end().ends_with("a  ana  done"), "{ran:?}");
+    assert_eq!(watching.wait().code(), Some(0), "{}", watching.output());
+    assert!(watching.output().ends_with("a  ana  done"), "{}", watching.output());
 }
 
 #[tokio::test(flavor = "multi_thread")]
@@ -280,15 +282,13 @@ async fn watch_lives_through_a_short_outage() {
     push(&server, "a", "ana", &[("query", "q"), ("database", "app")]);
     let claim = take_one(&store, &session).await;
     let program = Program::new(PROGRAM, &server).env("DRAYMAN_REDIS__COMMAND_TIMEOUT", "500ms");
-    let running = program.start(&["watch", "a"]);
+    let watching = program.daemon(&["watch", "a"]);
     until("it listens", || server.state(DB).listeners("ana") == 1);
     server.pause();
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    watching.wait_for_line("still trying");
     server.resume();
     finish(claim, "done").await;
-    let ran = tokio::task::spawn_blocking(|| running.end()).await.unwrap();
-    assert_eq!(ran.code, 0, "{ran:?}");
-    assert!(ran.err.contains("still trying"), "{ran:?}");
+    assert_eq!(watching.wait().code(), Some(0), "{}", watching.output());
     assert_eq!(hash(&server, "a")["status"], "done");
 }
 

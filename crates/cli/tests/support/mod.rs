@@ -96,6 +96,14 @@ impl Program {
         ran
     }
 
+    /// The program with its lines as they come, those of both outputs together.
+    pub fn daemon(&self, args: &[&str]) -> Daemon {
+        let command = self.command(args);
+        let env: Vec<(&str, &str)> =
+            command.get_envs().filter_map(|(name, value)| Some((name.to_str()?, value?.to_str()?))).collect();
+        Daemon::spawn(self.path, args, &env)
+    }
+
     pub fn start(&self, args: &[&str]) -> Running {
         Running(self.command(args).spawn().unwrap())
     }
