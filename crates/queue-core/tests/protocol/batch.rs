@@ -3,6 +3,7 @@
 
 mod upkeep;
 
+use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::time::Duration;
 
@@ -20,7 +21,7 @@ use queue_core::model::task::{Encoding, Payload};
 use queue_core::producer::{NewJob, Producer, Submitted};
 use queue_core::reconcile;
 use queue_core::session::{Claim, Session};
-use testkit::Proxy;
+use testkit::{Proxy, eventually};
 
 use crate::support::*;
 
@@ -769,20 +770,32 @@ async fn a_submission_over_a_network_that_loses_answers_stores_each_row_once() {
     let proxy = Proxy::start(rig.server.addr());
     let cut = Batches::new(rig.connect_through(&proxy).await, Limits::default());
     let mut loader = cut.open(new("b1")).unwrap();
-    for line in 1..=12_000 {
-        if line % 3_000 == 0 {
+    let (pushed, over) = (Cell::new(0), Cell::new(false));
+    let trouble = async {
+        for _ in 0..4 {
             // What was sent arrives, and its answer does not.
+            let before = proxy.dropped_bytes();
             proxy.drop_replies(true);
-            tokio::time::sleep(Duration::from_millis(100)).await;
+            eventually("an answer is lost", async || (proxy.dropped_bytes() > before).then_some(())).await;
             proxy.cut();
             proxy.drop_replies(false);
+            let reached = pushed.get() + 2_500;
+            eventually("it goes on", async || (pushed.get() >= reached).then_some(()).ok_or(pushed.get())).await;
         }
-        loader.push(Row { line, input: format!("\"{line:0100}\"").into_bytes() }).await.unwrap();
-    }
-    assert_eq!(loader.finish().await.unwrap().rows, 12_000);
+        over.set(true);
+    };
+    let push = async {
+        while !over.get() {
+            let line = pushed.get() + 1;
+            loader.push(Row { line, input: format!("\"{line:0100}\"").into_bytes() }).await.unwrap();
+            pushed.set(line);
+        }
+    };
+    tokio::join!(trouble, push);
+    assert_eq!(loader.finish().await.unwrap().rows, pushed.get());
     let lines: Vec<u64> =
         read(&batches(&rig), "b1", Which::All, 5_000).await.into_iter().map(|row| row.at.line).collect();
-    assert_eq!(lines, (1..=12_000).collect::<Vec<_>>());
+    assert_eq!(lines, (1..=pushed.get()).collect::<Vec<_>>());
     rig.balanced();
 }
 
