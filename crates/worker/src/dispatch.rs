@@ -392,6 +392,8 @@ impl Dispatch {
             Err(error) => {
                 if self.failed_takes == 0 {
                     tracing::warn!(%error, "nothing can be taken, trying again");
+                } else {
+                    tracing::debug!(%error, "a take has failed again");
                 }
                 self.failed_takes = self.failed_takes.saturating_add(1);
                 // A worker that stops does not wait for a Redis that is gone.

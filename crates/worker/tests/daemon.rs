@@ -32,6 +32,13 @@ fn stop(daemon: &Daemon) {
     assert_eq!(daemon.wait().code(), Some(0), "{}", daemon.output());
 }
 
+/// Waits until so many takes more have failed, after one that has. The daemon logs at `debug`.
+async fn takes_fail(daemon: &Daemon, more: usize) {
+    let failed = || daemon.lines().iter().filter(|line| line.contains("a take has failed again")).count();
+    let before = failed();
+    eventually("takes fail", async || (failed() >= before + more).then_some(()).ok_or_else(failed)).await;
+}
+
 /// Waits until a queue holds exactly these ids, the head last.
 async fn queue_is(house: &House, user: &str, ids: &[&str]) {
     eventually(&format!("the queue of {user} to be {ids:?}"), async || {
@@ -152,6 +159,7 @@ async fn the_watchdog_is_fed_by_takes_that_are_answered_and_by_nothing_else() {
         ("DRAYMAN_WORKER__SLOTS", "1"),
         ("DRAYMAN_WORKER__SESSION_LIFETIME", "60s"),
         ("DRAYMAN_REDIS__COMMAND_TIMEOUT", "1s"),
+        ("DRAYMAN_LOG__LEVEL", "worker=debug,info"),
     ];
     let daemon = house.daemon(&settings);
     let fed = async |why: &str| {
@@ -165,9 +173,11 @@ async fn the_watchdog_is_fed_by_takes_that_are_answered_and_by_nothing_else() {
 
     house.redis.pause();
     daemon.wait_for_line("nothing can be taken");
+    systemd.catch_up();
     let silent = systemd.count("WATCHDOG=1");
-    // That nothing comes can only be waited for: twice as long as it would need.
-    tokio::time::sleep(Duration::from_secs(2)).await;
+    // Several takes more, each of which would feed it if it were the trying that counts.
+    takes_fail(&daemon, 2).await;
+    systemd.catch_up();
     assert_eq!(systemd.count("WATCHDOG=1"), silent);
     house.redis.resume();
     fed("the watchdog to be fed again").await;
@@ -361,7 +371,11 @@ async fn takes_resume_after_connections_were_cut() {
     let proxy = Proxy::start(house.redis.addr());
     let daemon = daemon(
         &proxy.redis_url(DB),
-        &[("DRAYMAN_WORKER__SESSION_LIFETIME", "30s"), ("DRAYMAN_REDIS__COMMAND_TIMEOUT", "5s")],
+        &[
+            ("DRAYMAN_WORKER__SESSION_LIFETIME", "30s"),
+            ("DRAYMAN_REDIS__COMMAND_TIMEOUT", "5s"),
+            ("DRAYMAN_LOG__LEVEL", "worker=debug,info"),
+        ],
     );
     house.goes_on("before").await;
     for round in 0..2 {
@@ -369,9 +383,7 @@ async fn takes_resume_after_connections_were_cut() {
         proxy.cut();
         if round > 0 {
             // Away for long enough that pauses between attempts have grown.
-            let failed = || daemon.lines().iter().filter(|line| line.contains("nothing can be taken")).count();
-            eventually("a failed take", async || (failed() >= round).then_some(())).await;
-            tokio::time::sleep(Duration::from_secs(2)).await;
+            takes_fail(&daemon, 1).await;
         }
         proxy.refuse(false);
         house.goes_on(&format!("after-{round}")).await;
