@@ -229,12 +229,18 @@ async fn a_single_job_behind_a_large_batch_is_next() {
 async fn rows_that_take_long_are_shared_with_whoever_is_free() {
     let house = House::build().await;
     let calls = Arc::<Mutex<Vec<(usize, u64)>>>::default();
+    let shared = Arc::new(tokio::sync::Semaphore::new(0));
     let worker = |number: usize| {
-        let calls = calls.clone();
+        let (calls, shared) = (calls.clone(), shared.clone());
         let handler = move |_: Value, context: Context| {
             calls.lock().unwrap().push((number, context.line().unwrap()));
-            async {
-                tokio::time::sleep(Duration::from_millis(400)).await;
+            // The row that the first worker is at takes until the other has rows too.
+            if number == 1 {
+                shared.add_permits(10);
+            }
+            let shared = shared.clone();
+            async move {
+                shared.acquire().await.expect("never closed").forget();
                 Ok::<_, Problem>(())
             }
         };
