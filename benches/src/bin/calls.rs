@@ -12,8 +12,16 @@ use queue_core::session::{Fairness, Service, Session};
 use testkit::RedisServer;
 
 const DB: u8 = 5;
-const KINDS: [&str; 5] =
-    ["heartbeat", "a stale word of a job", "a word of a job", "submission of one", "take and finish of one"];
+const KINDS: [&str; 6] = [
+    "heartbeat",
+    "a stale word of a job",
+    "a word of a job",
+    "submission of one",
+    "take and finish of one",
+    "take of 8, 1,000 handlers",
+];
+/// How many handlers a worker has for the last of them. To compare each pool that has work with each of them would cost above 100 ms.
+const HANDLERS: usize = 1_000;
 
 /// Measures what single calls cost Redis, as functions and as scripts.
 #[derive(Debug, Clone, Parser)]
@@ -31,6 +39,8 @@ struct Form {
     name: &'static str,
     store: Store,
     session: Session,
+    /// One with many handlers.
+    wide: Session,
     least: [f64; KINDS.len()],
 }
 
@@ -42,14 +52,15 @@ async fn main() -> anyhow::Result<()> {
     for (name, functions) in [("functions", true), ("scripts", false)] {
         let config = RedisConfig { url: Url::new(redis.url_db(DB)), functions, ..RedisConfig::default() };
         let store = Store::connect(&config).await?;
-        let service = Service {
-            pools: vec![PoolPattern::new(format!("bench.{name}"))?],
-            default_capacity: 1_000_000,
-            capacities: Vec::new(),
-            fairness: Fairness::Jobs,
+        let serving = async |pools: Vec<PoolPattern>| {
+            let (default_capacity, capacities, fairness) = (1_000_000, Vec::new(), Fairness::Jobs);
+            let service = Service { pools, default_capacity, capacities, fairness };
+            Session::open(store.clone(), SessionId::generate(name, 1), service, name, 1).await
         };
-        let session = Session::open(store.clone(), SessionId::generate(name, 1), service, name, 1).await?;
-        forms.push(Form { name, store, session, least: [f64::INFINITY; KINDS.len()] });
+        let session = serving(vec![PoolPattern::new(format!("bench.{name}"))?]).await?;
+        let many = (0..HANDLERS).map(|number| PoolPattern::new(format!("wide.{name}-{number}")));
+        let wide = serving(many.collect::<Result<_, _>>()?).await?;
+        forms.push(Form { name, store, session, wide, least: [f64::INFINITY; KINDS.len()] });
     }
     for round in 0..options.repetitions {
         for form in &mut forms {
@@ -58,10 +69,10 @@ async fn main() -> anyhow::Result<()> {
     }
     let [functions, scripts] = &forms[..] else { unreachable!("there are two") };
     println!("Redis' time for a call, least of {} times {} in a row, in µs", options.repetitions, options.calls);
-    println!("{:<24}{:>12}{:>12}{:>8}", "", scripts.name, functions.name, "ratio");
+    println!("{:<26}{:>12}{:>12}{:>8}", "", scripts.name, functions.name, "ratio");
     for (at, kind) in KINDS.iter().enumerate() {
         let (before, after) = (scripts.least[at], functions.least[at]);
-        println!("{kind:<24}{before:>12.1}{after:>12.1}{:>8.1}", before / after);
+        println!("{kind:<26}{before:>12.1}{after:>12.1}{:>8.1}", before / after);
     }
     Ok(())
 }
@@ -121,6 +132,28 @@ impl Form {
         claim
             .finish(Verdict::Final { keep_ms: 60_000 }, Duration::ZERO, Fields::new().with("status", "done"), false)
             .await?;
+
+        let wide = |number: usize| -> anyhow::Result<Submission> {
+            let id = JobId::new(format!("{}-wide-{round}-{number}", self.name))?;
+            let op = format!("{}-{number}", self.name);
+            let fields = Fields::new().with("kind", "task").with("app", "wide").with("op", &*op).with("input", "{}");
+            Ok(Submission { id, user: user.clone(), delay_ms: 0, run_at_ms: None, fields })
+        };
+        for number in 0..HANDLERS {
+            store.enqueue(&most, &[wide(number)?]).await?;
+        }
+        let clock = Clock::start(redis);
+        let mut held = Vec::new();
+        for _ in 0..10 {
+            held.extend(self.wide.take(8).await?.map(|taken| taken.claims).unwrap_or_default());
+        }
+        costs[5] = clock.us_a_call();
+        held.extend(self.wide.take(HANDLERS).await?.map(|taken| taken.claims).unwrap_or_default());
+        anyhow::ensure!(held.len() == HANDLERS, "{} of {HANDLERS} were taken", held.len());
+        for claim in held {
+            let verdict = Verdict::Final { keep_ms: 60_000 };
+            claim.finish(verdict, Duration::ZERO, Fields::new().with("status", "done"), false).await?;
+        }
 
         for (least, cost) in self.least.iter_mut().zip(costs) {
             *least = least.min(cost);
