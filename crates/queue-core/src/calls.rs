@@ -607,6 +607,17 @@ pub enum SessionEnd {
     Alive,
 }
 
+/// How many jobs of a pool may run at the same time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Capacity {
+    /// So many.
+    Of(u32),
+    /// As many as whoever takes has for its default.
+    Default,
+    /// As was said before. The default may be another.
+    AsBefore,
+}
+
 type Led<T> = Result<Result<T, NotLeader>, Error>;
 
 fn id<T, E: Into<IdError>>(parsed: Result<T, E>, function: &'static str) -> Result<T, Error> {
@@ -892,12 +903,17 @@ impl Store {
         }
     }
 
-    /// Gives pools a capacity, or the default one of whoever takes; returns how many may have something to take.
-    pub async fn set_capacities(&self, pools: &[(Pool, Option<u32>)]) -> Result<u64, Error> {
+    /// Gives pools other capacities; what was full is looked at anew.
+    pub async fn set_capacities(&self, pools: &[(Vec<u8>, Capacity)]) -> Result<(), Error> {
         let args = pools.iter().fold(Args::new(), |args, (pool, capacity)| {
-            args.text(pool.as_str()).text(capacity.map(|capacity| capacity.to_string()).unwrap_or_default())
+            let capacity = match capacity {
+                Capacity::Of(number) => number.to_string(),
+                Capacity::Default => String::new(),
+                Capacity::AsBefore => "=".into(),
+            };
+            args.text(pool).text(capacity)
         });
-        Ok(self.call(&SET_CAPACITIES, args.0).await?.int("set_capacities")? as u64)
+        self.call(&SET_CAPACITIES, args.0).await.map(drop)
     }
 
     /// One heartbeat. `held` is how many claims the worker believes it holds.

@@ -546,7 +546,7 @@ impl Inspect {
         let queues = match user {
             Some(user) => {
                 vec![
-                    Stop::Lines { cursor: cursor(), user: Some(user.to_owned()), app: None },
+                    Stop::Lines { cursor: cursor(), user: Some(user.to_owned()), app: None, op: None },
                     Stop::Line(format!("sql:{user}")),
                 ]
             }
@@ -554,7 +554,10 @@ impl Inspect {
                 let patterns = [keys.low("*"), keys.tasks("*"), keys.queue("*"), keys.high("*")];
                 patterns.into_iter().map(|pattern| Stop::Keys { cursor: cursor(), pattern }).collect()
             }
-            None => vec![Stop::Lines { cursor: cursor(), user: None, app: None }, Stop::Users { cursor: cursor() }],
+            None => vec![
+                Stop::Lines { cursor: cursor(), user: None, app: None, op: None },
+                Stop::Users { cursor: cursor() },
+            ],
         };
         let stops = places.iter().rev().flat_map(|place| match place {
             Place::Claims => vec![Stop::Claims { cursor: cursor() }],
@@ -628,11 +631,12 @@ enum Stop {
     Users {
         cursor: Vec<u8>,
     },
-    /// The index of lines of tasks: those of a user or an application, or all.
+    /// The index of lines of tasks: those of a user, an application or an operation, or all.
     Lines {
         cursor: Vec<u8>,
         user: Option<String>,
-        app: Option<App>,
+        app: Option<String>,
+        op: Option<String>,
     },
     /// All keys of a pattern.
     Keys {
@@ -667,38 +671,36 @@ impl Walk {
         let ids = match stop {
             Stop::Claims { cursor } => {
                 let claims = keys.claims();
-                let (next, found) = self.scan("HSCAN", &[claims.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
+                let (next, found) = self.store.scan("HSCAN", &[claims.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
                 self.stops.extend(next.map(|cursor| Stop::Claims { cursor }));
                 found.into_iter().step_by(2).collect()
             }
             Stop::Users { cursor } => {
                 let users = keys.queued_users();
-                let (next, found) = self.scan("SSCAN", &[users.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
+                let (next, found) = self.store.scan("SSCAN", &[users.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
                 self.stops.extend(next.map(|cursor| Stop::Users { cursor }));
                 let line = |user| Some(Stop::Line(format!("sql:{}", String::from_utf8(user).ok()?)));
                 self.stops.extend(found.into_iter().filter_map(line));
                 Vec::new()
             }
-            Stop::Lines { cursor, user, app } => {
+            Stop::Lines { cursor, user, app, op } => {
                 let lines = keys.lines();
-                let (next, found) = self.scan("SSCAN", &[lines.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
+                let (next, found) = self.store.scan("SSCAN", &[lines.as_bytes(), &cursor, b"COUNT", b"500"]).await?;
+                let is_one = |name: &str, wanted: &Option<String>| wanted.as_ref().is_none_or(|wanted| name == wanted);
                 let is_wanted = |line: &String| {
-                    line.split_once(':').is_some_and(|(handler, whose)| {
-                        user.as_ref().is_none_or(|user| whose == user)
-                            && app
-                                .as_ref()
-                                .is_none_or(|app| handler.split_once('.').is_some_and(|(name, _)| name == app.as_str()))
-                    })
+                    let (handler, whose) = line.split_once(':').unwrap_or_default();
+                    let (of, does) = handler.split_once('.').unwrap_or_default();
+                    is_one(whose, &user) && is_one(of, &app) && is_one(does, &op)
                 };
                 let found = found.into_iter().filter_map(|line| String::from_utf8(line).ok()).filter(is_wanted);
                 let found: Vec<Stop> = found.map(Stop::Line).collect();
-                self.stops.extend(next.map(|cursor| Stop::Lines { cursor, user, app }));
+                self.stops.extend(next.map(|cursor| Stop::Lines { cursor, user, app, op }));
                 self.stops.extend(found);
                 Vec::new()
             }
             Stop::Keys { cursor, pattern } => {
                 let args: [&[u8]; 5] = [&cursor, b"MATCH", pattern.as_bytes(), b"COUNT", b"1000"];
-                let (next, found) = self.scan("SCAN", &args).await?;
+                let (next, found) = self.store.scan("SCAN", &args).await?;
                 self.stops.extend(next.map(|cursor| Stop::Keys { cursor, pattern }));
                 self.stops.extend(found.into_iter().map(|key| Stop::Queue { key, at: 0 }));
                 Vec::new()
@@ -750,11 +752,21 @@ impl Walk {
 
     /// Passes over places where nothing is that a filter means. What ended before a time was submitted before it, too.
     fn only(mut self, filter: &Filter) -> Self {
-        let tasks_only = filter.app.is_some();
-        self.stops.retain(|stop| !tasks_only || !matches!(stop, Stop::Users { .. } | Stop::Line(_)));
+        // Of SQL jobs the pool is a host or a database, of tasks their handler.
+        let handler = filter.pool.as_deref().and_then(|pool| pool.split_once('.').filter(|_| !pool.contains(':')));
+        let wanted = |name: Option<String>, of_pool: Option<&str>| name.or_else(|| of_pool.map(str::to_owned));
+        let wanted_app = wanted(filter.app.as_ref().map(ToString::to_string), handler.map(|(app, _)| app));
+        let wanted_op = wanted(filter.op.as_ref().map(ToString::to_string), handler.map(|(_, op)| op));
+        let (tasks_only, sql_only) =
+            (wanted_app.is_some() || wanted_op.is_some(), handler.is_none() && filter.pool.is_some());
+        self.stops.retain(|stop| match stop {
+            Stop::Users { .. } | Stop::Line(_) => !tasks_only,
+            Stop::Lines { .. } => !sql_only,
+            _ => true,
+        });
         for stop in &mut self.stops {
             match stop {
-                Stop::Lines { app, .. } => app.clone_from(&filter.app),
+                Stop::Lines { app, op, .. } => (*app, *op) = (wanted_app.clone(), wanted_op.clone()),
                 Stop::Ended { since_ms, .. } => *since_ms = filter.since_ms.unwrap_or(0),
                 _ => {}
             }
@@ -787,15 +799,6 @@ impl Walk {
             Some(items) => Ok(items.array(command)?.into_iter().filter_map(Reply::into_bytes).collect()),
             None => Ok(Vec::new()),
         }
-    }
-
-    /// One step of a scan: the cursor of the next one, if there is one, and what was found.
-    async fn scan(&self, command: &'static str, args: &[&[u8]]) -> Result<(Option<Vec<u8>>, Vec<Vec<u8>>), Error> {
-        let Some(reply) = typed(self.store.command(command, args).await)? else { return Ok((None, Vec::new())) };
-        let mut items = reply.array(command)?.into_iter();
-        let cursor = items.next().and_then(Reply::into_bytes).filter(|cursor| cursor != b"0");
-        let found = items.next().unwrap_or(Reply::Nil).array(command)?;
-        Ok((cursor, found.into_iter().filter_map(Reply::into_bytes).collect()))
     }
 }
 

@@ -263,9 +263,11 @@ impl Leadership {
     /// Clears work-in-progress lists of what is not being worked on.
     pub async fn clear_wip(&self) -> Led<u64> {
         let mut removed = 0;
-        for user in self.store.members(&self.store.keys().wip_users()).await? {
-            let user = user.into_bytes().unwrap_or_default();
-            removed += led!(self.paced(self.store.wip(&self.session, self.term, &user)).await);
+        let mut users = Scan::members(self.store.keys().wip_users());
+        while let Some(page) = users.next(&self.store).await? {
+            for user in page {
+                removed += led!(self.paced(self.store.wip(&self.session, self.term, &user)).await);
+            }
         }
         Ok(Ok(removed))
     }
@@ -324,27 +326,9 @@ impl Scan {
         let mut args: Vec<&[u8]> = self.of.iter().map(String::as_bytes).collect();
         args.push(&cursor);
         args.extend(self.how.iter().map(Vec::as_slice));
-        let (next, found) = match scan(store, self.command, &args).await {
-            Err(error) if error.is_wrong_type() => return Ok(None),
-            found => found?,
-        };
-        self.cursor = (next != b"0").then_some(next);
+        let (next, found) = store.scan(self.command, &args).await?;
+        self.cursor = next;
         Ok(Some(found.into_iter().map(|text| text[self.stem..].to_vec()).collect()))
-    }
-}
-
-/// One step of a scan: the next cursor, and what was found.
-pub(crate) async fn scan(
-    store: &Store,
-    command: &'static str,
-    args: &[&[u8]],
-) -> Result<(Vec<u8>, Vec<Vec<u8>>), Error> {
-    let mut items = store.command(command, args).await?.array(command)?.into_iter();
-    match (items.next().and_then(Reply::into_bytes), items.next()) {
-        (Some(cursor), Some(found)) => {
-            Ok((cursor, found.array(command)?.into_iter().filter_map(Reply::into_bytes).collect()))
-        }
-        _ => Err(Reply::Nil.unexpected(command)),
     }
 }
 

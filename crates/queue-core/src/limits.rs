@@ -15,7 +15,6 @@ use crate::calls::Limited;
 use crate::error::Error;
 use crate::ids::{Pool, User};
 use crate::job::{CONCURRENCY_MAX, PERIOD_MAX_MS, RATE_MAX, WEIGHTS};
-use crate::leader::scan;
 use crate::store::Store;
 
 /// Most bytes of the reason of a pause.
@@ -266,14 +265,11 @@ impl Limits {
 
     async fn set_of(&self, kind: &'static str, pattern: &str, prefix: usize) -> Result<Vec<View>, Error> {
         let mut names = std::collections::BTreeSet::new();
-        let mut cursor = b"0".to_vec();
-        loop {
-            let args: [&[u8]; 5] = [&cursor, b"MATCH", pattern.as_bytes(), b"COUNT", b"500"];
-            let (next, found) = scan(&self.store, "SCAN", &args).await?;
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            let args: [&[u8]; 5] = [&at, b"MATCH", pattern.as_bytes(), b"COUNT", b"500"];
+            let (next, found) = self.store.scan("SCAN", &args).await?;
             names.extend(found.into_iter().map(|key| key[prefix..].to_vec()));
-            if next == b"0" {
-                break;
-            }
             cursor = next;
         }
         let names: Vec<Vec<u8>> = names.into_iter().collect();

@@ -21,7 +21,7 @@ use crate::error::Error;
 use crate::ids::SessionId;
 use crate::inspect::{Inspect, Place};
 use crate::keys::{Holds, TABLE};
-use crate::leader::{self, KEYS_COUNT, Leadership, Led, Pace};
+use crate::leader::{KEYS_COUNT, Leadership, Led, Pace};
 use crate::reply::Reply;
 use crate::store::Store;
 
@@ -31,8 +31,8 @@ const SCAN_COUNT: &[u8] = b"500";
 /// Most items that one call compares; of jobs that stand in no place fewer, for each may need a search through a queue.
 const PAGE: usize = 100;
 const JOBS_PAGE: usize = 10;
-/// How often counts that change all the time are looked at before one is told to be wrong.
-const LOOKS_AT_COUNTS: usize = 3;
+/// How often a sum is compared with its entries, both of which change all the time, before it is added up anew.
+const LOOKS_AT_SUMS: usize = 3;
 
 /// How long what can only be reported is not looked at again by the same leader. Each look counts as a touch of the job's
 /// hash, and the removal of old hashes waits for those that nobody touches.
@@ -290,7 +290,7 @@ impl<'a> Round<'a> {
         led!(self.look("leader", &[Vec::new()]));
         led!(self.look("classes", &ours.classes));
         led!(self.look("numbers", &ours.pools));
-        led!(self.counts(&ours.pools));
+        led!(self.sums(Book::Running(&ours.pools)));
         led!(self.look("pools", &ours.pools));
         led!(self.walk("claims", "HSCAN", &keys.claims()));
         let sessions = self.set_members(&keys.sessions()).await?;
@@ -312,7 +312,9 @@ impl<'a> Round<'a> {
         for (command, key) in [("ZSCAN", keys.finished()), ("ZSCAN", keys.expiring()), ("HSCAN", keys.kept())] {
             led!(self.walk("finished", command, &key));
         }
-        led!(self.look("sums", &[Vec::new()]));
+        led!(self.walk("delayed", "HSCAN", &keys.delayed()));
+        led!(self.sums(Book::Delayed));
+        led!(self.sums(Book::Kept));
         let mut users: BTreeSet<Vec<u8>> = self.set_members(&keys.wip_users()).await?.into_iter().collect();
         users.extend(self.claims().await?.into_iter().map(|(_, user)| user));
         users.extend(wip);
@@ -353,13 +355,9 @@ impl<'a> Round<'a> {
         Ok(Ok(()))
     }
 
-    /// One step of a scan: where to go on, and what was found; nothing where the key is of another type.
+    /// One step of a scan, as [`Store::scan`] has it.
     async fn step(&self, command: &'static str, args: &[&[u8]]) -> Result<(Option<Vec<u8>>, Vec<Vec<u8>>), Error> {
-        match self.paced(leader::scan(self.store, command, args)).await {
-            Err(error) if error.is_wrong_type() => Ok((None, Vec::new())),
-            Err(error) => Err(error),
-            Ok((next, found)) => Ok((Some(next).filter(|cursor| cursor != b"0"), found)),
-        }
+        self.paced(self.store.scan(command, args)).await
     }
 
     fn paced<'b, T: Send + 'b>(&'b self, call: impl Future<Output = T> + Send + 'b) -> BoxFuture<'b, T> {
@@ -367,7 +365,13 @@ impl<'a> Round<'a> {
     }
 
     async fn set_members(&self, key: &str) -> Result<Vec<Vec<u8>>, Error> {
-        Ok(self.store.members(key).await?.into_iter().filter_map(Reply::into_bytes).collect())
+        let (mut members, mut cursor) = (Vec::new(), Some(b"0".to_vec()));
+        while let Some(at) = cursor {
+            let (next, found) = self.step("SSCAN", &[key.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
+            members.extend(found);
+            cursor = next;
+        }
+        Ok(members)
     }
 
     /// The users who have a queue that anybody pushes to, and those who have a list of work in progress.
@@ -386,19 +390,24 @@ impl<'a> Round<'a> {
         Ok((queues, lists))
     }
 
-    /// All of a hash, a page at a time; nothing where the key is of another type.
-    async fn fields(&self, key: &str) -> Result<HashMap<Vec<u8>, Vec<u8>>, Error> {
-        let mut found = HashMap::new();
+    /// Goes through a hash, a page at a time; nothing where the key is of another type. A field may come twice.
+    async fn each_field(&self, key: &str, mut found: impl FnMut(Vec<u8>, Vec<u8>) + Send) -> Result<(), Error> {
         let mut cursor = Some(b"0".to_vec());
         while let Some(at) = cursor {
             let (next, pairs) = self.step("HSCAN", &[key.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
             let mut pairs = pairs.into_iter();
             while let (Some(name), Some(value)) = (pairs.next(), pairs.next()) {
-                found.insert(name, value);
+                found(name, value);
             }
             cursor = next;
         }
-        Ok(found)
+        Ok(())
+    }
+
+    async fn fields(&self, key: &str) -> Result<HashMap<Vec<u8>, Vec<u8>>, Error> {
+        let mut fields = HashMap::new();
+        self.each_field(key, |name, value| _ = fields.insert(name, value)).await?;
+        Ok(fields)
     }
 
     /// The pool and the user of each claim that names both.
@@ -412,71 +421,79 @@ impl<'a> Round<'a> {
         Ok(named.filter(|(pool, user)| !pool.is_empty() && !user.is_empty()).collect())
     }
 
-    /// Compares what is said of running jobs with the claims. Between the looks at the one and at the other jobs start and end: only what
-    /// differs each time by the same is counted at one instant, which no other look does, for it goes through all claims.
-    async fn counts(&mut self, pools: &[Vec<u8>]) -> Led<()> {
-        let mut differing: Option<BTreeMap<Count, i64>> = None;
-        for _ in 0..LOOKS_AT_COUNTS {
-            let found = self.differences(pools).await?;
-            let before = differing.take().unwrap_or_else(|| found.clone());
-            let again: BTreeMap<Count, i64> =
-                found.into_iter().filter(|(count, by)| before.get(count) == Some(by)).collect();
-            if again.is_empty() {
+    /// Compares what is said of many entries with the entries. Between the looks at the one and at the other they change: only what differs
+    /// each time by the same is added up at one instant, which takes as long as there are entries.
+    async fn sums(&mut self, book: Book<'_>) -> Led<()> {
+        let mut lasting = self.differences(book).await?;
+        for _ in 1..LOOKS_AT_SUMS {
+            if lasting.is_empty() {
                 return Ok(Ok(()));
             }
-            differing = Some(again);
+            let again = self.differences(book).await?;
+            lasting.retain(|sum, by| again.get(sum) == Some(by));
         }
-        let (mut of_pools, mut of_users) = (BTreeSet::new(), BTreeSet::new());
-        for (Count { pool, user }, _) in differing.into_iter().flatten() {
-            if pool.is_empty() {
-                of_users.insert(user)
-            } else {
-                of_pools.insert(pool)
-            };
+        for aspect in ["counts", "active", "delays", "kept"] {
+            let of: BTreeSet<Vec<u8>> =
+                lasting.keys().filter(|sum| sum.aspect == aspect).map(|sum| sum.of.clone()).collect();
+            led!(self.look(aspect, &of.into_iter().collect::<Vec<_>>()));
         }
-        led!(self.look("counts", &of_pools.into_iter().collect::<Vec<_>>()));
-        self.look("active", &of_users.into_iter().collect::<Vec<_>>()).await
+        Ok(Ok(()))
     }
 
-    /// By how much each count of running jobs that is told is more than what the claims add up to, but where it is not.
-    async fn differences(&self, pools: &[Vec<u8>]) -> Result<BTreeMap<Count, i64>, Error> {
-        let keys = self.store.keys();
-        let number = |text: &[u8]| std::str::from_utf8(text).ok()?.parse::<i64>().ok();
-        let mut differences: BTreeMap<Count, i64> = BTreeMap::new();
-        let mut add = |pool: &[u8], user: &[u8], said: Option<i64>| {
-            // What is no number differs, and stays so.
-            let by = differences.entry(Count { pool: pool.to_vec(), user: user.to_vec() }).or_default();
-            *by = by.saturating_add(said.unwrap_or(i64::MIN));
-        };
-        for (user, text) in self.fields(&keys.active()).await? {
-            // A user of whom none runs is not named.
-            add(b"", &user, number(&text).filter(|said| *said > 0));
+    /// By how much each sum that is told is more than its entries, but where it is not.
+    async fn differences(&self, book: Book<'_>) -> Result<BTreeMap<Sum, i64>, Error> {
+        let mut sums = Sums::default();
+        match book {
+            Book::Running(pools) => self.differences_of_running(pools, &mut sums).await?,
+            Book::Delayed => {
+                let keys = self.store.keys();
+                self.each_field(&keys.delays(), |line, text| sums.said("delays", &line, b"", positive(&text))).await?;
+                self.each_field(&keys.delayed(), |_, line| sums.has("delays", &line, b"", 1)).await?;
+            }
+            Book::Kept => {
+                let (mut said, mut entries) = (None, 0);
+                let add = |id: Vec<u8>, text: Vec<u8>| match &*id {
+                    b"*" => said = Some(number(&text)),
+                    _ => {
+                        entries += 1;
+                        sums.has("kept", b"", b"", number(&text).unwrap_or_default());
+                    }
+                };
+                self.each_field(&self.store.keys().kept(), add).await?;
+                // Of no entries nothing is told.
+                said.into_iter().for_each(|said| sums.said("kept", b"", b"", said.filter(|_| entries > 0)));
+            }
         }
+        sums.0.retain(|_, by| *by != 0);
+        Ok(sums.0)
+    }
+
+    async fn differences_of_running(&self, pools: &[Vec<u8>], sums: &mut Sums) -> Result<(), Error> {
+        let keys = self.store.keys();
+        self.each_field(&keys.active(), |user, text| sums.said("active", &user, b"", positive(&text))).await?;
         for page in pools.chunks(PAGE) {
             let said = page.iter().map(|pool| async move {
                 let name = String::from_utf8_lossy(pool);
-                let running = self.store.command("HGET", &[keys.pool(&name).as_bytes(), b"running"]).await;
-                let running = match running {
+                let running = match self.store.command("HGET", &[keys.pool(&name).as_bytes(), b"running"]).await {
                     Err(error) if error.is_wrong_type() => None,
                     reply => reply?.into_bytes(),
                 };
                 Ok::<_, Error>((pool, running, self.fields(&keys.busy(&name)).await?))
             });
             for (pool, running, busy) in future::try_join_all(said).await? {
-                running.iter().for_each(|text| add(pool, b"", number(text)));
-                busy.iter().for_each(|(user, text)| add(pool, user, number(text)));
+                running.iter().for_each(|text| sums.said("counts", pool, b"", number(text)));
+                busy.iter().for_each(|(user, text)| sums.said("counts", pool, user, number(text)));
             }
         }
         let pools: HashSet<&[u8]> = pools.iter().map(Vec::as_slice).collect();
         for (pool, user) in self.claims().await? {
-            add(b"", &user, Some(-1));
+            sums.has("active", &user, b"", 1);
             if pools.contains(&*pool) {
-                add(&pool, &user, Some(-1));
-                add(&pool, b"", Some(-1));
+                sums.has("counts", &pool, &user, 1);
+                sums.has("counts", &pool, b"", 1);
             }
         }
-        differences.retain(|_, by| *by != 0);
-        Ok(differences)
+        Ok(())
     }
 
     /// Compares our keys with the table of keys, and sorts out what the other looks need of them.
@@ -563,13 +580,55 @@ impl<'a> Round<'a> {
     }
 }
 
-/// What is told of running jobs: how many of a user in a pool, of all users in a pool, or of a user in all pools.
+/// Entries of which sums are told elsewhere.
+#[derive(Debug, Clone, Copy)]
+enum Book<'a> {
+    /// Claims: how many there are in each of these pools, and of each user.
+    Running(&'a [Vec<u8>]),
+    /// Delayed jobs: how many each line has.
+    Delayed,
+    /// Ended jobs: how many bytes they have.
+    Kept,
+}
+
+/// Something that is told of many entries.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-struct Count {
-    /// Empty for all.
-    pool: Vec<u8>,
-    /// Empty for all.
+struct Sum {
+    /// What looks at it.
+    aspect: &'static str,
+    /// Which item of that.
+    of: Vec<u8>,
+    /// The user in a pool; empty for all.
     user: Vec<u8>,
+}
+
+/// By how much each is more than its entries.
+#[derive(Debug, Default)]
+struct Sums(BTreeMap<Sum, i64>);
+
+impl Sums {
+    /// What is no number differs, whatever there is.
+    fn said(&mut self, aspect: &'static str, of: &[u8], user: &[u8], said: Option<i64>) {
+        self.add(aspect, of, user, said.unwrap_or(i64::MIN));
+    }
+
+    fn has(&mut self, aspect: &'static str, of: &[u8], user: &[u8], has: i64) {
+        self.add(aspect, of, user, has.saturating_neg());
+    }
+
+    fn add(&mut self, aspect: &'static str, of: &[u8], user: &[u8], by: i64) {
+        let sum = self.0.entry(Sum { aspect, of: of.to_vec(), user: user.to_vec() }).or_default();
+        *sum = sum.saturating_add(by);
+    }
+}
+
+fn number(text: &[u8]) -> Option<i64> {
+    std::str::from_utf8(text).ok()?.parse().ok()
+}
+
+/// Of that of which there is none, nothing is told.
+fn positive(text: &[u8]) -> Option<i64> {
+    number(text).filter(|number| *number > 0)
 }
 
 /// What the keys of ours name.

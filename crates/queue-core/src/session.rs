@@ -3,6 +3,7 @@
 //! [`Session::take`] returns [`Claim`]s. A claim is the right to end one taken job; ending it consumes it, so that finishing
 //! twice does not compile. What a stale holder writes changes nothing.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
@@ -10,12 +11,15 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use crate::calls::{Beat, Fields, Finish, Finished, Mark, SessionEnd, TakeReply, Taken, Verdict};
+use crate::calls::{Beat, Capacity, Fields, Finish, Finished, Mark, SessionEnd, TakeReply, Taken, Verdict};
 use crate::error::Error;
 use crate::group::Group;
 use crate::ids::{Fence, JobId, Pool, PoolPattern, SessionId};
 use crate::job::CALL_MAX;
 use crate::store::Store;
+
+/// Most pools that one call gives a capacity.
+const POOLS_PAGE: usize = 200;
 
 /// What a session serves and how it takes.
 #[derive(Debug, Clone)]
@@ -194,13 +198,30 @@ impl Session {
     pub async fn set_capacities(&self, default: u32, pools: &[(Pool, u32)]) -> Result<(), Error> {
         let mut known = self.shared.capacities.lock().await;
         let gone = known.iter().filter(|(pool, _)| !pools.iter().any(|(named, _)| named == pool));
-        let changes: Vec<(Pool, Option<u32>)> = pools
+        let changes: Vec<(Vec<u8>, Capacity)> = pools
             .iter()
-            .map(|(pool, capacity)| (pool.clone(), Some(*capacity)))
-            .chain(gone.map(|(pool, _)| (pool.clone(), None)))
+            .map(|(pool, capacity)| (pool, Capacity::Of(*capacity)))
+            .chain(gone.map(|(pool, _)| (pool, Capacity::Default)))
+            .map(|(pool, capacity)| (pool.as_str().into(), capacity))
             .collect();
+        let store = &self.shared.store;
         self.shared.default_capacity.store(default, Ordering::SeqCst);
-        self.shared.store.set_capacities(&changes).await?;
+        for changes in changes.chunks(POOLS_PAGE) {
+            store.set_capacities(changes).await?;
+        }
+        // Any that was full by the default runs something.
+        let claims = store.keys().claims();
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            let (next, found) = store.scan("HSCAN", &[claims.as_bytes(), &at, b"COUNT", b"500"]).await?;
+            let pool = |claim: &Vec<u8>| claim.split(|byte| *byte == b'\t').nth(2).map(<[u8]>::to_vec);
+            let pools: BTreeSet<Vec<u8>> = found.iter().skip(1).step_by(2).filter_map(pool).collect();
+            let pools: Vec<(Vec<u8>, Capacity)> = pools.into_iter().map(|pool| (pool, Capacity::AsBefore)).collect();
+            for pools in pools.chunks(POOLS_PAGE) {
+                store.set_capacities(pools).await?;
+            }
+            cursor = next;
+        }
         *known = pools.to_vec();
         Ok(())
     }

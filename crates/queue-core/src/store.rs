@@ -547,13 +547,22 @@ impl Store {
         }
     }
 
-    /// The members of a set that others may write too; none if they have made something else of it.
-    pub(crate) async fn members(&self, key: &str) -> Result<Vec<Reply>, Error> {
-        match self.command("SMEMBERS", &[key.as_bytes()]).await {
-            Ok(members) => members.array("SMEMBERS"),
-            Err(error) if error.is_wrong_type() => Ok(Vec::new()),
-            Err(error) => Err(error),
-        }
+    /// One step of a scan: where to go on, unless it is over, and what was found. Nothing where others have made something else of the key.
+    pub(crate) async fn scan(
+        &self,
+        command: &'static str,
+        args: &[&[u8]],
+    ) -> Result<(Option<Vec<u8>>, Vec<Vec<u8>>), Error> {
+        let reply = match self.command(command, args).await {
+            Err(error) if error.is_wrong_type() => return Ok((None, Vec::new())),
+            reply => reply?,
+        };
+        let mut items = reply.array(command)?.into_iter();
+        let (Some(cursor), Some(found)) = (items.next().and_then(Reply::into_bytes), items.next()) else {
+            return Err(Reply::Nil.unexpected(command));
+        };
+        let found = found.array(command)?.into_iter().filter_map(Reply::into_bytes).collect();
+        Ok((Some(cursor).filter(|cursor| cursor != b"0"), found))
     }
 
     /// Listens to channels on a connection of its own, which subscribes again by itself after a reconnect. What was said

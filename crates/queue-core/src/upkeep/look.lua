@@ -325,48 +325,52 @@ local function look_at_job(id, quiet)
   end
 end
 
--- Sums over what single entries say. Larger books are not added up.
-function LOOK.sums()
-  if redis.call('HLEN', K.kept()) <= LONGEST_SEARCHED then
-    local sum, kept = 0, redis.call('HGETALL', K.kept())
-    for i = 1, #kept, 2 do
-      if kept[i] ~= '*' then sum = sum + (tonumber(kept[i + 1]) or 0) end
-    end
-    if sum ~= (tonumber(redis.call('HGET', K.kept(), '*') or 0)) or #kept == 2 then
-      found('sum-wrong', K.kept(), 'the bytes of ended jobs are not what their entries add up to', function()
-        redis.call('HSET', K.kept(), '*', int(sum))
-        if redis.call('HLEN', K.kept()) == 1 then redis.call('DEL', K.kept()) end
-      end)
+-- The sum of bytes of ended jobs, where it seems to be wrong. A larger book is not added up.
+function LOOK.kept()
+  if redis.call('HLEN', K.kept()) > LONGEST_SEARCHED then return end
+  local sum, kept = 0, redis.call('HGETALL', K.kept())
+  for i = 1, #kept, 2 do
+    if kept[i] ~= '*' then sum = sum + (tonumber(kept[i + 1]) or 0) end
+  end
+  if sum ~= (tonumber(redis.call('HGET', K.kept(), '*') or 0)) or #kept == 2 then
+    found('sum-wrong', K.kept(), 'the bytes of ended jobs are not what their entries add up to', function()
+      redis.call('HSET', K.kept(), '*', int(sum))
+      if redis.call('HLEN', K.kept()) == 1 then redis.call('DEL', K.kept()) end
+    end)
+  end
+end
+
+-- Whether a job that counts as delayed is. One whose place in the schedule is lost gets another one.
+local function is_delayed(id)
+  if redis.call('ZSCORE', K.due(), id) then return true end
+  local h = holds(K.job(id), 'hash') and short(id, 'status')
+  return h and h[1] == 'scheduled'
+end
+
+function LOOK.delayed(items)
+  for _, id in ipairs(items) do
+    if redis.call('HEXISTS', K.delayed(), id) == 1 and not is_delayed(id) then
+      found('delayed-stray', id, 'the job counts as delayed, but is not scheduled',
+        function() redis.call('HDEL', K.delayed(), id) end)
     end
   end
-  if redis.call('HLEN', K.delayed()) <= LONGEST_SEARCHED then
-    local counts, delayed = {}, redis.call('HGETALL', K.delayed())
-    for i = 1, #delayed, 2 do
-      local id, line = delayed[i], delayed[i + 1]
-      -- One whose place in the schedule is lost gets another one.
-      local h = holds(K.job(id), 'hash') and short(id, 'status')
-      if redis.call('ZSCORE', K.due(), id) or (h and h[1] == 'scheduled') then
-        counts[line] = (counts[line] or 0) + 1
-      else
-        found('delayed-stray', id, 'the job counts as delayed, but is not scheduled',
-          function() redis.call('HDEL', K.delayed(), id) end)
-      end
-    end
-    local said = redis.call('HGETALL', K.delays())
-    local lines = {}
-    for i = 1, #said, 2 do lines[said[i]] = said[i + 1] end
-    for line in pairs(counts) do lines[line] = lines[line] or '0' end
-    for line, text in pairs(lines) do
-      if text ~= int(counts[line] or 0) then
-        found('sum-wrong', line, 'the line is said to have ' .. text .. ' delayed jobs and has ' .. int(counts[line] or 0),
-          function()
-            if counts[line] then
-              redis.call('HSET', K.delays(), line, int(counts[line]))
-            else
-              redis.call('HDEL', K.delays(), line)
-            end
-          end)
-      end
+end
+
+-- How many delayed jobs lines have, of those where that seems to be wrong. A larger book is not added up.
+function LOOK.delays(items)
+  if redis.call('HLEN', K.delayed()) > LONGEST_SEARCHED then return end
+  local counts, delayed = {}, redis.call('HGETALL', K.delayed())
+  for _, line in ipairs(items) do counts[line] = 0 end
+  for i = 1, #delayed, 2 do
+    local line = delayed[i + 1]
+    if counts[line] and is_delayed(delayed[i]) then counts[line] = counts[line] + 1 end
+  end
+  for line, has in pairs(counts) do
+    local says = redis.call('HGET', K.delays(), line)
+    if (says or '0') ~= int(has) or (says and has == 0) then
+      found('sum-wrong', line, 'the line is said to have ' .. (says or '0') .. ' delayed jobs and has ' .. int(has), function()
+        if has > 0 then redis.call('HSET', K.delays(), line, int(has)) else redis.call('HDEL', K.delays(), line) end
+      end)
     end
   end
 end

@@ -5,12 +5,13 @@
 --   of a finished job is kept in ms, what to look at, then its items:
 --   'keys':     key and the type that it must have, in turn ('' if no key of ours has such a name)
 --   'sessions', 'claims', 'due', 'missing', 'batches', 'jobs', 'finished', 'wip', 'pools', 'parked', 'lines', 'barred', 'uniques',
---   'schedules', 'tracked', 'classes':
+--   'schedules', 'tracked', 'classes', 'delayed':
 --               sessions, ids, ids, entries, ids, ids, ids, users, pools, services, lines, users, unique keys,
---               names, records as `tracker:id`, classes of pools
+--               names, records as `tracker:id`, classes of pools, ids
 --   'numbers': pools, whose own fields are looked at alone
---   'counts', 'active': pools, users, whose counts of running jobs differ from what a walk through the claims has found
---   'leader', 'sums': nothing
+--   'counts', 'active', 'delays', 'kept': pools, users, lines, nothing: what is said of these differs from what a walk through the
+--               entries has found; here all are added up, in one step
+--   'leader': nothing
 -- Reply: 'not_leader', or for each finding {kind, what, sentence, 'reported', 'repairable' or 'repaired'}
 local session, term = ARGV[2], ARGV[3]
 if session ~= '' and not leads(session, term) then return 'not_leader' end

@@ -1,7 +1,10 @@
 //! What readers are shown.
 
-use queue_core::calls::Verdict;
+use std::collections::BTreeSet;
+
+use queue_core::calls::{Fields, Submission, Verdict};
 use queue_core::events::Events;
+use queue_core::ids::{App, Op};
 use queue_core::inspect::{Filter, Inspect};
 use queue_core::model::Status;
 use testkit::end_of;
@@ -43,6 +46,36 @@ async fn a_listing_shows_each_job_once_wherever_it_stands_and_no_secret() {
     rig.state().spoil(Piece::Job("ended"));
     assert_eq!(list(all).await, ["runs", "scheduled"]);
     end(claim, "done").await;
+}
+
+#[tokio::test]
+async fn a_filter_chooses_what_is_read_and_what_waits_elsewhere_costs_nothing() {
+    let rig = Rig::start().await;
+    rig.state().fill_tasks("app", "other", 2_000);
+    for (user, id) in [("ann", "sql-1"), ("bob", "sql-2")] {
+        rig.submit(user, id, "h");
+    }
+    let task = |id: &str, op: &str| {
+        let fields = Fields::new().with("kind", "task").with("app", "app").with("op", op).with("input", "1");
+        Submission { fields, ..submission("ann", id, "h") }
+    };
+    rig.store.enqueue(&most(64, 16_384), &[task("one", "rare"), task("two", "rare")]).await.unwrap();
+    let inspect = Inspect::new(rig.store.clone());
+    let (app, op) = (App::new("app").unwrap(), Op::new("rare").unwrap());
+    let all = Filter::default();
+    for (filter, ids) in [
+        (Filter { op: Some(op.clone()), ..all.clone() }, ["one", "two"]),
+        (Filter { app: Some(app), op: Some(op), ..all.clone() }, ["one", "two"]),
+        (Filter { pool: Some("app.rare".into()), ..all.clone() }, ["one", "two"]),
+        (Filter { pool: Some("sql:h".into()), ..all.clone() }, ["sql-1", "sql-2"]),
+    ] {
+        rig.redis(&["CONFIG", "RESETSTAT"]);
+        let found: BTreeSet<String> =
+            inspect.list(&filter, 100).await.unwrap().into_iter().map(|view| view.id).collect();
+        assert_eq!(found, ids.map(str::to_owned).into(), "{filter:?}");
+        let calls = rig.server.function_calls();
+        assert!(calls <= 4, "{calls} calls for {filter:?}");
+    }
 }
 
 #[tokio::test]
