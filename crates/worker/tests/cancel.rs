@@ -10,7 +10,7 @@ use queue_core::cancel::Cancelled;
 use queue_core::inspect::JobView;
 use support::house::{DATABASE, Gate, House};
 use support::*;
-use testkit::{Proxy, Scratch, Signal, eventually};
+use testkit::{Daemon, Proxy, Scratch, Signal, eventually};
 use worker::execute::sql::databases::{DatabaseSettings, SqliteSettings};
 
 const ENDLESS: &str = "SELECT pg_sleep(600)";
@@ -142,11 +142,10 @@ async fn a_cancel_outlives_the_worker_that_should_have_heard_it() {
     second.stop().await;
 }
 
-#[tokio::test(flavor = "multi_thread")]
-async fn a_cancel_that_comes_after_the_commit_of_a_lost_worker_is_too_late() {
-    let house = House::build().await;
+/// A daemon that has committed a job's first statement, that can't tell anybody, and that is about to be killed.
+async fn committed_by_a_mute_daemon(house: &House, query: &str) -> Daemon {
     let proxy = Proxy::start(house.redis.addr());
-    let first = daemon(&proxy.redis_url(DB), &[]);
+    let daemon = daemon(&proxy.redis_url(DB), &[]);
     let gate = house.gate().await;
     house
         .postgres
@@ -161,23 +160,48 @@ async fn a_cancel_that_comes_after_the_commit_of_a_lost_worker_is_too_late() {
             ),
         )
         .await;
-    house.job("committed", "INSERT INTO effects VALUES ('committed')").push();
+    house.job("committed", query).push();
     let committing = "SELECT 1 FROM pg_stat_activity WHERE query = 'COMMIT' AND wait_event_type = 'Lock'";
     eventually("the commit to wait", async || {
         (!house.postgres.query("postgres", committing).await.is_empty()).then_some(())
     })
     .await;
-    // The worker can't record anything any more.
     proxy.refuse(true);
     proxy.cut();
     gate.open().await;
     eventually("the commit", async || (house.effects("committed").await == 1).then_some(())).await;
+    daemon
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_cancel_that_comes_after_the_commit_of_a_lost_worker_is_too_late() {
+    let house = House::build().await;
+    let first = committed_by_a_mute_daemon(&house, "INSERT INTO effects VALUES ('committed')").await;
     assert_eq!(house.cancel("committed").await, Cancelled::Requested);
     first.kill9();
     let second = Running::start(house.config());
     assert_eq!(house.ended("committed").await.status(), "done");
     assert_eq!(house.effects("committed").await, 1);
     assert_eq!(house.postgres.executed("committed").await.len(), 1);
+    second.stop().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn statements_tell_what_a_lost_worker_did_though_somebody_wrote_that_the_job_is_cancelled() {
+    let house = House::build().await;
+    let query = r#"["INSERT INTO effects VALUES ('committed')", "INSERT INTO effects VALUES ('two')"]"#;
+    let first = committed_by_a_mute_daemon(&house, query).await;
+    house.state().set_field("committed", "status", "cancelled");
+    first.kill9();
+    let second = Running::start(house.config());
+    let view = eventually("what was done to be found out", async || {
+        let view = house.ended("committed").await;
+        view.text("ended_at").is_some().then_some(view)
+    })
+    .await;
+    let statuses: Vec<String> = statements(&view).into_iter().map(|(status, _)| status).collect();
+    assert_eq!((view.status().as_str(), statuses), ("cancelled", vec!["done".to_owned(), "cancelled".into()]));
+    assert_eq!(house.all_effects().await, ["committed"]);
     second.stop().await;
 }
 

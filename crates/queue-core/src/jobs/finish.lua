@@ -35,11 +35,15 @@ while i <= #ARGV do
   else
     local pool = claim.pool
     local says = {}
-    -- Whoever wrote `cancelled` into the hash was told that it is: it ends so, and the statements tell what was done.
+    -- Whoever wrote `cancelled` into the hash was told that it is: it ends so, and the statements tell what was done, once that is known.
     if cancelled_by_hash(id) then
-      if verdict ~= 'final' and verdict ~= 'part' then verdict, ms = 'final', MAX_REJECTED_MS end
+      local trace = try('HGET', K.job(id), 'trace')
       for f = 1, #fields, 2 do
         if fields[f] == 'status' then fields[f + 1] = 'cancelled' end
+        if fields[f] == 'trace' then trace = fields[f + 1] end
+      end
+      if verdict ~= 'final' and verdict ~= 'part' then
+        if is_to_be_settled('cancelled', trace) then verdict = 'back' else verdict, ms = 'final', MAX_REJECTED_MS end
       end
     end
     for f = 1, #fields, 2 do says[fields[f]] = fields[f + 1] end

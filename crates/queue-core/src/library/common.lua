@@ -35,6 +35,10 @@ local function is_over(status, fallback_status)
   return status == 'cancelled' or (fallback_status ~= 'pending' and fallback_status ~= 'running')
 end
 
+-- Somebody has cancelled it by writing its hash, and a lost worker's execution may have taken effect: it stays cancelled, and whoever
+-- takes it next finds out what was done.
+local function is_to_be_settled(status, trace) return status == 'cancelled' and trace and trace ~= '' end
+
 local function covers(pattern, pool)
   if string.sub(pattern, -1) == '*' then
     return string.sub(pool, 1, #pattern - 1) == string.sub(pattern, 1, -2)
@@ -522,7 +526,7 @@ function look(id, line)
     return 'reject', 'its field ' .. field .. ' is ' .. size .. ' bytes long, at most ' .. most .. ' are allowed', true
   end
   if h.user and h.user ~= '' and h.user ~= user then return 'reject', 'it belongs to another user than its queue' end
-  if is_over(h.status, h.fallback_status) then return 'drop', h.status end
+  if is_over(h.status, h.fallback_status) and not is_to_be_settled(h.status, h.trace) then return 'drop', h.status end
   local verdict, detail, is_own = look_inside(id, user, h)
   if verdict then return verdict, detail, is_own end
   if h.kind == 'task' or (FOR_HANDLERS[h.kind] and h.app) then
@@ -914,6 +918,10 @@ end
 -- parts has its text.
 local lost_part
 
+-- Whether somebody has cancelled a claimed job by writing its hash, the only way that foreign cancellers know. Nobody writes
+-- `cancelled` under a claim of ours before it ends.
+local function cancelled_by_hash(id) return try('HGET', K.job(id), 'status') == 'cancelled' end
+
 -- A job whose worker is gone, and so its claim: an unclean end. It goes back to the front of its queue, for whoever takes it next to
 -- settle what was begun; but for one that ends its workers before they can even look at it.
 local function lose(id, claim)
@@ -927,17 +935,13 @@ local function lose(id, claim)
     return place_on(line_of(claim.pool, claim.user), claim.pool)
   end
   local begun = (try('HGET', K.job(id), 'trace') or '') ~= ''
-  if record(id, claim.user, 'user', claim.user, 'status', begun and 'unknown' or 'ignored', 'ended_at', now(),
-    'failed_reason', reason, unpack(fields)) then
+  local status = (cancelled_by_hash(id) and 'cancelled') or (begun and 'unknown') or 'ignored'
+  if record(id, claim.user, 'user', claim.user, 'status', status, 'ended_at', now(), 'failed_reason', reason, unpack(fields)) then
     if try('HGET', K.job(id), 'fallback_status') then record(id, claim.user, 'fallback_status', 'skipped') end
-    file(id, claim.user, begun and 'unknown' or 'ignored', MAX_REJECTED_MS)
+    file(id, claim.user, status, MAX_REJECTED_MS)
   end
   place_on(line_of(claim.pool, claim.user), claim.pool)
 end
-
--- Whether somebody has cancelled a claimed job by writing its hash, the only way that foreign cancellers know. Nobody writes
--- `cancelled` under a claim of ours before it ends.
-local function cancelled_by_hash(id) return try('HGET', K.job(id), 'status') == 'cancelled' end
 
 -- Refuses what is not, or no longer, the leader's to do.
 local function leads(session, term) return redis.call('GET', K.leader()) == session .. '\t' .. term end
@@ -951,7 +955,8 @@ local function promote(id)
     return
   end
   local h = redis.call('HMGET', K.job(id), 'user', 'status', 'fallback_status')
-  if h[2] ~= 'scheduled' then
+  local to_be_settled = h[2] == 'cancelled' and is_to_be_settled(h[2], try('HGET', K.job(id), 'trace'))
+  if h[2] ~= 'scheduled' and not to_be_settled then
     -- Somebody else ended it, and left it without a lifetime.
     if is_over(h[2], h[3]) and redis.call('PTTL', K.job(id)) == -1 then file(id, h[1] or '', h[2], MAX_REJECTED_MS) end
     return
@@ -961,8 +966,9 @@ local function promote(id)
     return
   end
   local line = line_by_hash(id, h[1])
-  if record(id, h[1], 'status', 'pending') and put_first(id, line) then
-    publish(h[1], id, 'pending')
+  local status = to_be_settled and 'cancelled' or 'pending'
+  if record(id, h[1], 'status', status) and put_first(id, line) then
+    publish(h[1], id, status)
     place_and_wake(line)
   end
 end

@@ -1,5 +1,6 @@
 //! Cancelling: the state first, the message second, and one word about who won.
 
+use std::collections::BTreeSet;
 use std::time::Duration;
 
 use queue_core::calls::{Beat, CancelOrder, CancelReply, Fields, Finished, Mark, Verdict};
@@ -241,6 +242,53 @@ async fn a_waiting_job_that_a_lost_worker_may_have_carried_out_is_settled_before
         assert_eq!(canceller(&rig).cancel(&job_id(user)).await.unwrap(), Cancelled::TooLate("done".into()));
         rig.balanced();
     }
+}
+
+/// Seen to go wrong under faults: the record said `cancelled`, and its statement that it ran for ever.
+#[tokio::test]
+async fn what_a_lost_worker_may_have_done_is_found_out_though_somebody_wrote_that_it_is_cancelled() {
+    let rig = Rig::start().await;
+    let (doomed, heir) = (rig.session("sql:*", 4).await, rig.session("sql:*", 4).await);
+    let leadership = rig.lead().await;
+    let cancel = |id: &str| rig.state().set_field(id, "status", "cancelled");
+    for user in ["claimed", "waiting", "scheduled"] {
+        rig.submit(user, user, "h");
+        rig.notice(&[user]).await;
+        let claim = take_one(&doomed).await;
+        assert_eq!(claim.pen().mark(&Fields::new().with("trace", "0 transaction 7")).await.unwrap(), Mark::Held);
+        match user {
+            "claimed" => cancel(user),
+            "scheduled" => {
+                put(claim, Verdict::Later { after_ms: 0 }).await;
+                cancel(user);
+            }
+            _ => {}
+        }
+    }
+    let leader = SessionId::new("leader:1:a").unwrap();
+    rig.store.session_reclaim(doomed.id().as_str(), 0, &leader, leadership.term()).await.unwrap().unwrap();
+    cancel("waiting");
+    assert_eq!(leadership.upkeep(Duration::from_secs(60)).await.unwrap().unwrap().promoted, 1);
+
+    let mut left = BTreeSet::from(["claimed".to_owned(), "waiting".into(), "scheduled".into()]);
+    while !left.is_empty() {
+        let claim = take_one(&heir).await;
+        let user = id(&claim).to_owned();
+        assert!(left.remove(&user), "{user} is taken once more");
+        // The database could not be asked: that is no answer.
+        let unknown = Fields::new().with("status", "scheduled");
+        claim.finish(Verdict::Later { after_ms: 3_600_000 }, Duration::ZERO, unknown, false).await.unwrap();
+        let claim = take_one(&heir).await;
+        let seen = ["status", "trace"].map(|name| claim.job().text(name).unwrap().unwrap_or_default().to_owned());
+        assert_eq!((id(&claim), seen), (&*user, ["cancelled".into(), "0 transaction 7".into()]));
+        let found = Fields::new().with("status", "done").with("trace", "").with("query", "as far as it came");
+        claim.finish(final_verdict(), Duration::ZERO, found, false).await.unwrap();
+        let hash = rig.hash(&user);
+        assert_eq!((&*hash["status"], &*hash["query"]), ("cancelled", "as far as it came"), "{user}");
+        assert!(rig.state().expires_in_ms(Piece::Job(&user)).is_some(), "{user}");
+    }
+    assert!(take(&heir, 4).await.is_empty());
+    rig.balanced();
 }
 
 async fn submit_chain(rig: &Rig, query: Value) -> JobId {

@@ -234,8 +234,8 @@ impl Watch {
         let over = is_over(&record);
         let Some(life) = state.lives.get_mut(id) else { return };
         match &life.ended {
-            // Whoever cancels by plain commands does not say when it ended.
-            Some(([status, fallback, None], at)) if [status, fallback] == [&record[0], &record[1]] => {
+            // Whoever cancels by plain commands does not say when it ended, nor that nothing runs in its stead.
+            Some(([status, _, None], at)) if *status == record[0] => {
                 life.ended = Some((record, *at));
             }
             Some((earlier, at)) if *earlier != record => {

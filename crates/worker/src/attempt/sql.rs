@@ -37,7 +37,8 @@ pub(super) async fn settle(
         Ok(retries) => retries,
         Err(reason) => return Some(failed_as_a_whole(taken, &reason, rules)),
     };
-    let cancel_was_asked = taken.bytes("cancel_requested_at").is_some_and(|value| !value.is_empty());
+    let cancel_was_asked =
+        taken.bytes("cancel_requested_at").is_some_and(|value| !value.is_empty()) || is_cancelled(taken);
     // What a worker that was lost left running must be settled first: its statement may have taken effect.
     let left_behind = left_behind(taken);
     if cancel_was_asked {
@@ -198,8 +199,14 @@ pub(super) async fn settle(
     Some(ending)
 }
 
+/// Whether somebody has written that it is cancelled while a worker had it that is lost: what that one did is still to be found out.
+fn is_cancelled(taken: &Taken) -> bool {
+    taken.bytes("status") == Some(b"cancelled")
+}
+
 fn parse(taken: &Taken) -> Result<SqlJob, String> {
     let status = taken.text("status")?.and_then(|text| text.parse().ok()).unwrap_or(Status::Pending);
+    let status = if is_cancelled(taken) { Status::Running } else { status };
     let fallback_status = taken.text("fallback_status")?.and_then(|text| text.parse().ok());
     SqlJob::parse(
         taken.text("query")?.unwrap_or(""),
