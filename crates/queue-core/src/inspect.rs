@@ -75,7 +75,7 @@ const MORE: &[&str] = &[
 const OTHER_MAX_BYTES: usize = 1_024;
 
 /// Most jobs that one call reads: in brief, and whole, when each may be some MiB.
-const BRIEF_PAGE: usize = 200;
+const BRIEF_PAGE: usize = 50;
 const WHOLE_PAGE: usize = 20;
 
 /// Most ids that are read of a list in one round trip. At least as many as a queue may have for a cancel to take its ids

@@ -19,7 +19,7 @@ const CLOCKS_DIFFER: Duration = Duration::from_secs(1);
 /// A session that was silent for so long is none that lives, though nobody may have ended it.
 const SILENT_FOR: Duration = Duration::from_secs(60);
 /// How many lines one call looks at.
-const LINES_PAGE: usize = 200;
+const LINES_PAGE: usize = 50;
 /// How many pools with something to take [`unserved_pools`] looks at.
 const POOLS_MAX: usize = 10_000;
 /// How many lines it looks at, but one of each pool. Each of the others counts for one job.

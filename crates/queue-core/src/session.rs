@@ -15,8 +15,10 @@ use crate::calls::{Beat, Capacity, Fields, Finish, Finished, Mark, SessionEnd, T
 use crate::error::Error;
 use crate::group::Group;
 use crate::ids::{Fence, JobId, Pool, PoolPattern, SessionId};
-use crate::job::CALL_MAX;
 use crate::store::Store;
+
+/// Most jobs that a worker should take in one call, and most of which it ends in one: Redis does nothing else meanwhile.
+pub const TAKE_MAX: usize = 32;
 
 /// Most pools that one call gives a capacity.
 const POOLS_PAGE: usize = 200;
@@ -112,7 +114,7 @@ impl Session {
         let abandon = CancellationToken::new();
         let finishes = {
             let (store, id, abandon) = (store.clone(), id.clone(), abandon.clone());
-            Group::start(CALL_MAX, move |ends: Vec<(Finish, bool)>| {
+            Group::start(TAKE_MAX, move |ends: Vec<(Finish, bool)>| {
                 let (store, id, abandon) = (store.clone(), id.clone(), abandon.clone());
                 async move { send_finishes(&store, &id, &abandon, ends).await }
             })

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use queue_core::calls::Beat;
 use queue_core::ids::{Fence, JobId, Pool, PoolPattern};
-use queue_core::session::{Batch, Claim, Session, SessionLost};
+use queue_core::session::{Batch, Claim, Session, SessionLost, TAKE_MAX};
 use queue_core::store::Message;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinSet;
@@ -301,7 +301,7 @@ impl Dispatch {
             // What this worker heard of, or has just made room for, is for somebody else to take.
             self.take(0);
         } else if self.free() > 0 {
-            self.take(self.free());
+            self.take(self.free().min(TAKE_MAX));
         }
     }
 
@@ -380,12 +380,15 @@ impl Dispatch {
                     self.next_scan = self.next_scan.min(Instant::now() + due);
                 }
                 let asked = Asked { asked, answered: SystemTime::now() };
-                if !batch.claims.is_empty() {
-                    tracing::debug!(jobs = batch.claims.len(), free = self.free(), "took");
+                let taken = batch.claims.len();
+                if taken > 0 {
+                    tracing::debug!(jobs = taken, free = self.free(), "took");
                 }
                 for claim in batch.claims {
                     self.start(claim, asked);
                 }
+                // There may be more than one call takes.
+                self.hungry |= taken == TAKE_MAX;
                 self.report();
             }
             Ok(Err(SessionLost)) => self.session_lost(),

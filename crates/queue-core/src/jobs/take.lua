@@ -293,7 +293,7 @@ local turn = tonumber(redis.call('GET', K.turn()) or 0) or 0
 
 -- Each class of which this session serves any is read by pages, as far as turns have come: `read` are so many, the `last` of them has
 -- that turn, `in_part` says that not all are served. What is not served is met only where a pattern or names cover a class in part.
-local PAGE, MOST_LISTED = 50, 1000
+local PAGE, MOST_LISTED = math.min(50, 8 + n), 1000
 local reading, count_listed = {}, 0
 
 local function read_on(class)
