@@ -67,7 +67,8 @@ struct Place {
     size: Size,
     redis: RedisServer,
     store: Store,
-    session: Session,
+    /// One runs SQL, the other one tasks: both places measure as much of either.
+    sessions: [Session; 2],
     leadership: Leadership,
     seen: Lengths,
     /// What a call of each kind costs, in µs: of the means of the rounds the least.
@@ -141,24 +142,26 @@ impl Place {
         };
         let store = Store::connect(&config).await?;
         let handlers = HANDLERS.map(|op| PoolPattern::new(format!("bench.{op}")));
-        let sql = PoolPattern::new("sql:*");
-        let served: Vec<PoolPattern> = handlers.into_iter().chain([sql]).collect::<Result<_, _>>()?;
-        let open = async |name: &str| -> anyhow::Result<Session> {
+        let tasks: Vec<PoolPattern> = handlers.into_iter().collect::<Result<_, _>>()?;
+        let sql = vec![PoolPattern::new("sql:*")?];
+        let open = async |name: &str, pools: &[PoolPattern]| -> anyhow::Result<Session> {
             let service = Service {
-                pools: served.clone(),
+                pools: pools.to_vec(),
                 default_capacity: 1_000_000,
                 capacities: Vec::new(),
                 fairness: Fairness::Jobs,
             };
             Ok(Session::open(store.clone(), SessionId::generate(name, 1), service, name, 1).await?)
         };
-        let (session, holder) = (open("measured").await?, open("holder").await?);
+        let sessions = [open("sql", &sql).await?, open("tasks", &tasks).await?];
+        // Of SQL a user runs one at a time in a pool: where users are few, none would be left.
+        let holder = open("holder", &tasks).await?;
         let leads = leader::hold(&store, &SessionId::new("leader:1:a")?, KEEP).await?.context("nobody else leads")?;
         let mut place = Self {
             size,
             redis,
             store,
-            session,
+            sessions,
             leadership: leads.in_haste(),
             seen: Lengths::default(),
             costs: BTreeMap::new(),
@@ -169,9 +172,10 @@ impl Place {
             place.submit(TOGETHER.min(size.jobs - place.submitted)).await?;
         }
         let (ended, running) = (size.jobs / 10, size.jobs / 100);
-        let mut done = 0;
+        let (mut done, mut turn) = (0, 0);
         while done < ended {
-            done += place.work_off(TOGETHER.min(ended - done)).await?.len();
+            done += place.work_off(turn, TAKE_MAX.min(ended - done)).await?.len();
+            turn += 1;
         }
         let mut held = 0;
         while held < running {
@@ -183,18 +187,18 @@ impl Place {
         Ok(place)
     }
 
-    /// Every other one is SQL at one of the hosts, the rest are tasks of a few handlers.
+    /// Two and two: SQL at one of the hosts, and tasks of a few handlers.
     fn job(&self, number: usize) -> anyhow::Result<Submission> {
-        let fields = if number.is_multiple_of(2) {
-            let host = (number / 2 * 7_919 + number / self.size.users) % self.size.pools;
+        let fields = if (number / 2).is_multiple_of(2) {
+            let host = (number / 4 * 7_919 + number / self.size.users) % self.size.pools;
             Fields::new().with("query", "SELECT 1").with("host", format!("h{host}"))
         } else {
-            let op = HANDLERS[number / 2 % HANDLERS.len()];
+            let op = HANDLERS[number / 4 % HANDLERS.len()];
             Fields::new().with("kind", "task").with("app", "bench").with("op", op).with("input", "{}")
         };
         Ok(Submission {
             id: JobId::new(format!("job-{number}"))?,
-            user: User::new(format!("user-{}", number / 2 % self.size.users))?,
+            user: User::new(format!("user-{}", number / 4 % self.size.users))?,
             delay_ms: 0,
             run_at_ms: None,
             fields: fields.with("tags", format!("t{}", number % 7)),
@@ -213,8 +217,8 @@ impl Place {
         Ok(jobs.into_iter().map(|job| job.id).collect())
     }
 
-    async fn take(&self, count: usize) -> anyhow::Result<Vec<Claim>> {
-        let claims = self.session.take(count).await?.context("it is served")?.claims;
+    async fn take(&self, turn: usize, count: usize) -> anyhow::Result<Vec<Claim>> {
+        let claims = self.sessions[turn % 2].take(count).await?.context("it is served")?.claims;
         anyhow::ensure!(
             !claims.is_empty(),
             "nothing was taken, of {} jobs: {:?}",
@@ -237,9 +241,9 @@ impl Place {
         Ok(id)
     }
 
-    async fn work_off(&self, count: usize) -> anyhow::Result<Vec<JobId>> {
+    async fn work_off(&self, turn: usize, count: usize) -> anyhow::Result<Vec<JobId>> {
         let mut ended = Vec::new();
-        for claim in self.take(count).await? {
+        for claim in self.take(turn, count).await? {
             ended.push(Self::end(claim, "done").await?);
         }
         Ok(ended)
@@ -254,7 +258,7 @@ impl Place {
         let retrier = Retrier::new(self.store.clone());
         let mut round = Round::start(&self.redis);
         let mut failed = Vec::new();
-        for _ in 0..calls {
+        for turn in 0..calls {
             let submitted = self.submit(1).await?;
             round.ends(&self.redis, "submit");
             canceller.cancel(&submitted[0]).await?;
@@ -262,9 +266,9 @@ impl Place {
             // As many as are taken.
             self.submit(1).await?;
             round.passes(&self.redis);
-            self.session.beat().await?;
+            self.sessions[turn % 2].beat().await?;
             round.ends(&self.redis, "beat");
-            let claim = self.take(1).await?.remove(0);
+            let claim = self.take(turn, 1).await?.remove(0);
             round.ends(&self.redis, "take");
             claim.pen().mark(&Fields::new().with("progress", "1")).await?;
             round.ends(&self.redis, "mark");
@@ -272,7 +276,7 @@ impl Place {
             round.ends(&self.redis, "finish");
             retrier.retry(&failed[failed.len() - 1..]).await?;
             round.ends(&self.redis, "retry");
-            let claim = self.take(1).await?.remove(0);
+            let claim = self.take(turn, 1).await?.remove(0);
             round.passes(&self.redis);
             canceller.cancel(&claim.job().id).await?;
             round.ends(&self.redis, "cancel, running");
@@ -289,16 +293,18 @@ impl Place {
         for _ in 0..calls.div_ceil(TOGETHER) + 1 {
             self.submit(TOGETHER).await?;
         }
-        let claims = self.take(TAKE_MAX).await?;
-        let ids: Vec<JobId> = claims.iter().map(|claim| claim.job().id.clone()).collect();
-        canceller.cancel_many(&ids).await?;
-        // All at once: the session sends them together.
-        let ends = claims.into_iter().map(|claim| tokio::spawn(Self::end(claim, "failed")));
-        for end in ends.collect::<Vec<_>>() {
-            end.await??;
+        for turn in 0..self.sessions.len() {
+            let claims = self.take(turn, TAKE_MAX).await?;
+            let ids: Vec<JobId> = claims.iter().map(|claim| claim.job().id.clone()).collect();
+            canceller.cancel_many(&ids).await?;
+            // All at once: the session sends them together.
+            let ends = claims.into_iter().map(|claim| tokio::spawn(Self::end(claim, "failed")));
+            for end in ends.collect::<Vec<_>>() {
+                end.await??;
+            }
+            retrier.retry(&ids).await?;
         }
-        retrier.retry(&ids).await?;
-        self.session.set_capacities(1_000_001, &[]).await?;
+        self.sessions[0].set_capacities(1_000_001, &[]).await?;
         self.lead().await?;
         self.look().await?;
         self.redis.raw(&["CONFIG", "SET", "slowlog-log-slower-than", "-1"]);
@@ -348,7 +354,11 @@ impl Place {
             let command = words[0].text().to_ascii_uppercase();
             let name = match &*command {
                 "CONFIG" | "SLOWLOG" => continue,
-                "FCALL" | "FCALL_RO" => names.get(&words[1].text()).map_or(command, |name| (*name).to_owned()),
+                "FCALL" | "FCALL_RO" => {
+                    let name = names.get(&words[1].text()).map_or(&*command, |name| *name);
+                    // What it compares stands among its arguments.
+                    if name == "reconcile" { format!("{name} {}", words[9].text()) } else { name.to_owned() }
+                }
                 _ => command,
             };
             let longest = longest.entry(name).or_default();

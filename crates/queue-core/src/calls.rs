@@ -1,6 +1,7 @@
 //! The calls of the library's functions: each with typed arguments and a typed reply.
 
 use std::borrow::Cow;
+use std::collections::VecDeque;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crate::config::Limits;
@@ -37,6 +38,9 @@ pub(crate) struct Span {
 
 /// How many jobs of an index are looked at in one round trip.
 const NEWEST_PAGE: usize = 200;
+
+/// How many jobs of a session that ends one call gives back.
+const RETURNED_PAGE: usize = 50;
 
 /// Arguments of a call, in order.
 #[derive(Debug, Default)]
@@ -599,10 +603,8 @@ pub enum ScheduleStepped {
 /// How the leader's attempt to end a session went.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum SessionEnd {
-    /// It is gone; this many jobs went back to their queues in this call.
+    /// It is gone; this many jobs went back to their queues.
     Ended(u64),
-    /// This many jobs went back; there are more: call again.
-    More(u64),
     /// It beat again: nothing was done.
     Alive,
 }
@@ -935,16 +937,73 @@ impl Store {
         }
     }
 
-    /// The worker's own end of its session: what it still holds goes back to the queues.
-    pub async fn session_close(&self, session: &SessionId) -> Result<SessionEnd, Error> {
-        let reply = self.call(&SESSION_END, Args::new().text("close").text(session.as_str()).0).await?;
-        session_end(reply)?.map_err(|NotLeader| Error::Reply { function: "session_end", reply: "not_leader".into() })
+    /// The worker's own end of its session: what it still holds goes back to the queues. Returns how many jobs that are.
+    pub async fn session_close(&self, session: &SessionId) -> Result<u64, Error> {
+        let end = || Args::new().text("close").text(session.as_str());
+        match self.session_end(session.as_str(), end).await? {
+            Ok(SessionEnd::Ended(returned)) => Ok(returned),
+            other => Err(Error::Reply { function: "session_end", reply: format!("{other:?}") }),
+        }
     }
 
     /// The leader's end of a session whose beat stood still.
     pub async fn session_reclaim(&self, session: &str, beat: u64, leader: &SessionId, term: u64) -> Led<SessionEnd> {
-        let args = Args::new().text("reclaim").text(session).number(beat).text(leader.as_str()).number(term);
-        session_end(self.call(&SESSION_END, args.0).await?)
+        let end = || Args::new().text("reclaim").text(session).number(beat).text(leader.as_str()).number(term);
+        self.session_end(session, end).await
+    }
+
+    /// A call that holds nobody up gives few jobs back: the first one none, but nothing is taken behind it.
+    async fn session_end(&self, session: &str, end: impl Fn() -> Args + Send + Sync) -> Led<SessionEnd> {
+        let mut pages: Option<VecDeque<Vec<Vec<u8>>>> = None;
+        let mut returned = 0;
+        loop {
+            let page = pages.as_mut().and_then(VecDeque::pop_front).unwrap_or_default();
+            let reply = self.call(&SESSION_END, page.into_iter().fold(end(), Args::text).0).await?;
+            match reply.text() {
+                Some("not_leader") => return Ok(Err(NotLeader)),
+                Some("alive") => return Ok(Ok(SessionEnd::Alive)),
+                _ => {}
+            }
+            let unexpected = reply.unexpected("session_end");
+            let items = reply.array("session_end")?;
+            expect_len(&items, 2, "session_end")?;
+            returned += items[1].int("session_end")? as u64;
+            if items[0].text() != Some("more") {
+                return Ok(Ok(SessionEnd::Ended(returned)));
+            }
+            match &pages {
+                None => {
+                    let held = self.held_by(session).await?;
+                    pages = Some(held.chunks(RETURNED_PAGE).map(<[_]>::to_vec).collect());
+                }
+                Some(pages) if pages.is_empty() => return Err(unexpected),
+                Some(_) => {}
+            }
+        }
+    }
+
+    /// The ids in a session's work list, the one taken last first.
+    async fn held_by(&self, session: &str) -> Result<Vec<Vec<u8>>, Error> {
+        let (work, claims) = (self.keys().work(session), self.keys().claims());
+        let (mut held, mut cursor) = (Vec::new(), Some(b"0".to_vec()));
+        while let Some(at) = cursor {
+            let (next, found) = self.scan("HSCAN", &[work.as_bytes(), &at, b"COUNT", b"200"]).await?;
+            let ids: Vec<Vec<u8>> = found.into_iter().step_by(2).collect();
+            if !ids.is_empty() {
+                let asked: Vec<&[u8]> =
+                    std::iter::once(claims.as_bytes()).chain(ids.iter().map(Vec::as_slice)).collect();
+                let texts = self.command("HMGET", &asked).await?.array("HMGET")?;
+                let fences = texts.into_iter().map(|text| {
+                    let text = text.lossy().unwrap_or_default();
+                    text.split('\t').nth(1).and_then(|fence| fence.parse::<u64>().ok()).unwrap_or_default()
+                });
+                held.extend(fences.zip(ids));
+            }
+            cursor = next;
+        }
+        held.sort_unstable_by(|a, b| b.cmp(a));
+        held.dedup();
+        Ok(held.into_iter().map(|(_, id)| id).collect())
     }
 
     /// Takes, renews or (with no TTL) gives up the leadership.
@@ -1296,18 +1355,6 @@ fn limited(reply: Reply) -> Result<Limited, Error> {
         kept_until_ms: whole(9)?,
         ignored: items[10].clone().texts("read_limits")?,
     })
-}
-
-fn session_end(reply: Reply) -> Led<SessionEnd> {
-    match reply.text() {
-        Some("not_leader") => return Ok(Err(NotLeader)),
-        Some("alive") => return Ok(Ok(SessionEnd::Alive)),
-        _ => {}
-    }
-    let items = reply.array("session_end")?;
-    expect_len(&items, 2, "session_end")?;
-    let count = items[1].int("session_end")? as u64;
-    Ok(Ok(if items[0].text() == Some("more") { SessionEnd::More(count) } else { SessionEnd::Ended(count) }))
 }
 
 /// The names of the fields that a take hands out of a job in a pool.

@@ -154,14 +154,10 @@ impl Leadership {
 
     /// Gives back the jobs of a session whose beat stands still at `beat`. Returns how many, or `None` if it beat again.
     async fn reclaim(&self, session: &str, beat: u64) -> Led<Option<u64>> {
-        let mut returned = 0;
-        loop {
-            match led!(self.store.session_reclaim(session, beat, &self.session, self.term).await) {
-                SessionEnd::More(count) => returned += count,
-                SessionEnd::Ended(count) => return Ok(Ok(Some(returned + count))),
-                SessionEnd::Alive => return Ok(Ok(None)),
-            }
-        }
+        Ok(Ok(match led!(self.store.session_reclaim(session, beat, &self.session, self.term).await) {
+            SessionEnd::Ended(count) => Some(count),
+            SessionEnd::Alive => None,
+        }))
     }
 
     /// Looks at the queues that the index names and that have become longer or shorter since. Where nobody pushes or takes, that is

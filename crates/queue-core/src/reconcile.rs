@@ -29,7 +29,7 @@ use crate::store::Store;
 const SCAN_COUNT: &[u8] = b"500";
 
 /// Most items that one call compares; of jobs that stand in no place fewer, for each may need a search through a queue.
-const PAGE: usize = 100;
+const PAGE: usize = 50;
 const JOBS_PAGE: usize = 10;
 /// How often a sum is compared with its entries, both of which change all the time, before it is added up anew.
 const LOOKS_AT_SUMS: usize = 3;
@@ -297,6 +297,7 @@ impl<'a> Round<'a> {
         let sessions: Vec<Vec<u8>> =
             ours.sessions.into_iter().chain(sessions).collect::<BTreeSet<_>>().into_iter().collect();
         led!(self.look("sessions", &sessions));
+        led!(self.held_by(&sessions));
         led!(self.walk("due", "ZSCAN", &keys.due()));
         led!(self.walk("missing", "ZSCAN", &keys.missing()));
         led!(self.walk("batches", "ZSCAN", &keys.batches()));
@@ -327,17 +328,44 @@ impl<'a> Round<'a> {
     async fn look(&mut self, aspect: &'static str, items: &[Vec<u8>]) -> Led<()> {
         let page = if aspect == "jobs" { JOBS_PAGE } else { PAGE };
         for page in items.chunks(page) {
-            let compared = self.store.reconcile(self.repair, self.leader, self.retention_ms, aspect, page);
-            match self.paced(compared).await {
-                Ok(Ok(found)) => {
-                    for finding in found {
-                        self.findings.push(Finding::read(finding)?);
-                    }
+            led!(self.compare(aspect, page));
+        }
+        Ok(Ok(()))
+    }
+
+    async fn compare(&mut self, aspect: &'static str, items: &[Vec<u8>]) -> Led<()> {
+        let compared = self.store.reconcile(self.repair, self.leader, self.retention_ms, aspect, items);
+        match self.paced(compared).await {
+            Ok(Ok(found)) => {
+                for finding in found {
+                    self.findings.push(Finding::read(finding)?);
                 }
-                Ok(Err(NotLeader)) => return Ok(Err(NotLeader)),
-                // The look at the key table has told of it; the rest can be compared all the same.
-                Err(error) if error.is_wrong_type() => {}
-                Err(error) => return Err(error),
+            }
+            Ok(Err(NotLeader)) => return Ok(Err(NotLeader)),
+            // The look at the key table has told of it; the rest can be compared all the same.
+            Err(error) if error.is_wrong_type() => {}
+            Err(error) => return Err(error),
+        }
+        Ok(Ok(()))
+    }
+
+    /// Looks at what stands in the work lists of sessions, and at what they are asked to cancel.
+    async fn held_by(&mut self, sessions: &[Vec<u8>]) -> Led<()> {
+        for session in sessions {
+            let name = String::from_utf8_lossy(session);
+            let (work, cancels) = (self.store.keys().work(&name), self.store.keys().cancels(&name));
+            // A work list says of each id in which take it came.
+            for (aspect, command, key, every) in [("work", "HSCAN", work, 2), ("cancels", "SSCAN", cancels, 1)] {
+                let mut cursor = Some(b"0".to_vec());
+                while let Some(at) = cursor {
+                    let (next, found) = self.step(command, &[key.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
+                    let ids: Vec<Vec<u8>> = found.into_iter().step_by(every).collect();
+                    for page in ids.chunks(PAGE) {
+                        let items: Vec<Vec<u8>> = std::iter::once(session).chain(page).cloned().collect();
+                        led!(self.compare(aspect, &items));
+                    }
+                    cursor = next;
+                }
             }
         }
         Ok(Ok(()))

@@ -11,7 +11,7 @@ use std::time::Duration;
 use tokio::sync::Mutex;
 use tokio_util::sync::CancellationToken;
 
-use crate::calls::{Beat, Capacity, Fields, Finish, Finished, Mark, SessionEnd, TakeReply, Taken, Verdict};
+use crate::calls::{Beat, Capacity, Fields, Finish, Finished, Mark, TakeReply, Taken, Verdict};
 use crate::error::Error;
 use crate::group::Group;
 use crate::ids::{Fence, JobId, Pool, PoolPattern, SessionId};
@@ -241,14 +241,7 @@ impl Session {
 
     /// Ends the registration; what is still held goes back to the queues.
     pub async fn close(&self) -> Result<u64, Error> {
-        let mut returned = 0;
-        loop {
-            match self.shared.store.session_close(&self.shared.id).await? {
-                SessionEnd::More(count) => returned += count,
-                SessionEnd::Ended(count) => return Ok(returned + count),
-                SessionEnd::Alive => return Ok(returned),
-            }
-        }
+        self.shared.store.session_close(&self.shared.id).await
     }
 
     /// Stops waiting for Redis to answer the finishes under way.

@@ -111,45 +111,58 @@ function LOOK.leader()
   end
 end
 
+-- Whether a session has a claim to a job.
+local function has_claim(name, id)
+  local claim = claim_of(id)
+  return claim and claim.session == name
+end
+
+-- What stands in a session's work list: it, and ids.
+function LOOK.work(items)
+  local name = items[1]
+  local is_alive = lives(name)
+  for i = 2, #items do
+    local id = items[i]
+    if not has_claim(name, id) then
+      -- That the session is gone is a finding of its own.
+      if is_alive then
+        found('work-unclaimed', id, 'the job stands in the work list of session ' .. name .. ', which has no claim to it',
+          function() drop_work(name, id) end)
+      elseif this.comparing.repairs then
+        apart(id, '', drop_work, name, id)
+      end
+    end
+  end
+  if not is_alive and this.comparing.repairs and redis.call('HLEN', K.work(name)) == 0 then redis.call('SREM', K.sessions(), name) end
+end
+
+-- What a session is asked to cancel: it, and ids.
+function LOOK.cancels(items)
+  local name = items[1]
+  if not lives(name) then return end
+  for i = 2, #items do
+    local id = items[i]
+    if not has_claim(name, id) then
+      found('cancel-stray', id, 'session ' .. name .. ' is asked to cancel the job, but has no claim to it',
+        function() redis.call('SREM', K.cancels(name), id) end)
+    end
+  end
+end
+
 function LOOK.sessions(items)
   for _, name in ipairs(items) do
     local listed = redis.call('SISMEMBER', K.sessions(), name) == 1
-    local work = redis.call('HKEYS', K.work(name))
     if lives(name) then
       if not listed then
         found('session-unlisted', name, 'the session lives, but does not stand among the sessions: nobody would see its death',
           function() redis.call('SADD', K.sessions(), name) end)
       end
-      for _, id in ipairs(work) do
-        local claim = claim_of(id)
-        if not claim or claim.session ~= name then
-          found('work-unclaimed', id, 'the job stands in the work list of session ' .. name .. ', which has no claim to it',
-            function() drop_work(name, id) end)
-        end
-      end
-      for _, id in ipairs(redis.call('SMEMBERS', K.cancels(name))) do
-        local claim = claim_of(id)
-        if not claim or claim.session ~= name then
-          found('cancel-stray', id, 'session ' .. name .. ' is asked to cancel the job, but has no claim to it',
-            function() redis.call('SREM', K.cancels(name), id) end)
-        end
-      end
-    elseif listed or redis.call('EXISTS', K.session(name), K.work(name), K.cancels(name)) > 0 then
+    elseif listed or redis.call('HLEN', K.work(name)) > 0 or redis.call('EXISTS', K.session(name), K.cancels(name)) > 0 then
+      -- What it has claimed has gone back as claims without a session; what else stands in its work list is looked at next.
       found('session-gone', name, 'the session has no registration, but others of its keys are left; its jobs go back',
         function()
-          local jobs = {}
-          for _, id in ipairs(work) do
-            local claim = sound_claim(id)
-            if claim and claim.session == name then
-              jobs[#jobs + 1] = {id, claim}
-            else
-              drop_work(name, id)
-            end
-          end
-          table.sort(jobs, function(a, b) return tonumber(a[2].fence) > tonumber(b[2].fence) end)
-          for _, job in ipairs(jobs) do end_claim(job[1], job[2]) end
-          redis.call('DEL', K.session(name), K.work(name), K.cancels(name))
-          redis.call('SREM', K.sessions(), name)
+          redis.call('DEL', K.session(name), K.cancels(name))
+          if redis.call('HLEN', K.work(name)) == 0 then redis.call('SREM', K.sessions(), name) end
         end)
     end
   end
