@@ -39,6 +39,9 @@ pub(crate) struct Span {
 /// How many jobs of an index are looked at in one round trip.
 const NEWEST_PAGE: usize = 200;
 
+/// How often a user of whom more is to be looked at than one call bears is looked at in a row.
+const LOOKS_AT_USER: usize = 10;
+
 /// How many jobs of a session that ends one call gives back.
 const RETURNED_PAGE: usize = 50;
 
@@ -648,12 +651,32 @@ impl Store {
 
     /// Looks at the queues of users; returns how many of them became ready.
     pub async fn notice(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
-        Ok(self.call(&ADMIT, users.to_vec()).await?.int("admit")? as u64)
+        self.look_at(&ADMIT, users).await
     }
 
     /// The same for the leader, also while memory is full.
     pub async fn look(&self, users: &[Vec<u8>]) -> Result<u64, Error> {
-        Ok(self.call(&ADMIT_WHEN_FULL, users.to_vec()).await?.int("admit_when_full")? as u64)
+        self.look_at(&ADMIT_WHEN_FULL, users).await
+    }
+
+    async fn look_at(&self, function: &'static crate::library::Function, mut users: &[Vec<u8>]) -> Result<u64, Error> {
+        let (mut ready, mut again) = (0, 0);
+        while !users.is_empty() {
+            let args = std::iter::once(Vec::new()).chain(users.iter().cloned()).collect();
+            let reply = self.call(function, args).await?;
+            if let Reply::Int(count) = reply {
+                // An earlier library has looked at them all.
+                return Ok(ready + count as u64);
+            }
+            let numbers = reply.array(function.name)?;
+            expect_len(&numbers, 2, function.name)?;
+            ready += numbers[0].int(function.name)? as u64;
+            let looked_at = numbers[1].int(function.name)? as usize;
+            again = if looked_at == 0 { again + 1 } else { 0 };
+            // One who has pushed very much is looked at again the next time.
+            users = &users[looked_at.max(usize::from(again >= LOOKS_AT_USER)).min(users.len())..];
+        }
+        Ok(ready)
     }
 
     /// Looks at lines of tasks; returns how many of their users became ready.
@@ -958,7 +981,7 @@ impl Store {
         let mut returned = 0;
         loop {
             let page = pages.as_mut().and_then(VecDeque::pop_front).unwrap_or_default();
-            let reply = self.call(&SESSION_END, page.into_iter().fold(end(), Args::text).0).await?;
+            let reply = self.call(&SESSION_END, page.into_iter().fold(end().text(""), Args::text).0).await?;
             match reply.text() {
                 Some("not_leader") => return Ok(Err(NotLeader)),
                 Some("alive") => return Ok(Ok(SessionEnd::Alive)),

@@ -222,6 +222,8 @@ keys! {
     /// The leader's word that memory is nearly full: bytes used and the mark above which nothing new is accepted. Lives for
     /// some seconds unless renewed.
     full = "drayman:{tag}full", String;
+    /// When a worker was lost while it ran a job, whatever the job's hash says of that. Lives for a day.
+    lost(job) = "drayman:{tag}lost:{}", String;
     /// A mark that stands in the stream to the replicas behind all that was written before it. Lives for a minute.
     confirming = "drayman:{tag}confirming", String;
     /// A job that an application runs itself, by `tracker:id`: `status` and `code`, `codes`, `keep_ms`, `create_at`, `update_at`, `lock`,

@@ -102,6 +102,27 @@ impl RedisServer {
         counts.sum()
     }
 
+    /// From here on notes how long each function holds it up.
+    #[track_caller]
+    pub fn watch_calls(&self) {
+        self.raw(&["CONFIG", "SET", "slowlog-max-len", "100000"]);
+        self.raw(&["CONFIG", "SET", "slowlog-log-slower-than", "1000"]);
+        self.raw(&["SLOWLOG", "RESET"]);
+    }
+
+    /// The function that did for longest since, and how long; none that took a millisecond at most.
+    #[track_caller]
+    pub fn longest_call(&self) -> Option<(Duration, String)> {
+        let Value::Array(calls) = self.raw(&["SLOWLOG", "GET", "-1"]) else { return None };
+        let told = calls.iter().filter_map(|call| {
+            let Value::Array(call) = call else { return None };
+            let words = call[3].texts();
+            let took = Duration::from_micros(u64::try_from(call[2].int()).ok()?);
+            words[0].eq_ignore_ascii_case("FCALL").then(|| (took, words[1].clone()))
+        });
+        told.max()
+    }
+
     /// `redis://127.0.0.1:<port>/0`.
     pub fn url(&self) -> String {
         self.url_db(0)

@@ -460,6 +460,13 @@ impl State {
         self.set(Piece::Job(id), &[(name, value)]);
     }
 
+    /// Has it look as if so many workers had been lost while they ran a job.
+    #[track_caller]
+    pub fn lose_workers_of(&self, id: &str, count: &str) {
+        self.set_field(id, "unclean", count);
+        self.ask(&["SET", &format!("drayman:lost:{id}"), "once", "EX", "3600"]);
+    }
+
     /// What a user has waiting where any producer may push it, the next first.
     #[track_caller]
     pub fn waiting(&self, user: &str) -> Vec<String> {

@@ -118,7 +118,7 @@ local function end_release(batch, retention_ms, is_again)
   if cursor then
     local line = line_by_hash(batch, user)
     local queue = queue_of(line, band_of(batch))
-    if is_again then redis.call('LREM', queue, 0, batch) end
+    if is_again then take_out(queue, batch) end
     redis.call('LPUSH', queue, batch)
     index(line)
     place_and_wake(line)

@@ -1,7 +1,8 @@
 -- Ends a session and gives its jobs back to the front of their queues.
 -- ARGV: 'close', session: the worker itself leaves; or
 --       'reclaim', session, beat, leader's session, leader's term: the leader saw this beat stand still for a lifetime
---   then ids of jobs that it holds, some of them at most: the one taken last first, so that the one taken first ends up foremost
+--   then '' and ids of jobs that it holds, fifty of them at most: the one taken last first, so that the one taken first ends up foremost.
+--   Earlier programs say neither: then it is looked here what it holds
 -- Reply: {'ended' or 'more', number of jobs given back}, or 'alive' (the beat went on), or 'not_leader'. 'more': it takes nothing any more,
 --   and holds jobs still
 local how, session, beat = ARGV[1], ARGV[2], ARGV[3]
@@ -15,9 +16,19 @@ local s = redis.call('HMGET', K.session(session), 'service', 'parked')
 redis.call('HSET', K.session(session), 'dead', now())
 if s[1] then unpark(session, s[2] or s[1]) end
 
+local first, ids = how == 'close' and 3 or 6, {}
+if ARGV[first] then
+  ids = {unpack(ARGV, first + 1)}
+else
+  local fences = {}
+  ids = redis.call('HKEYS', K.work(session))
+  for _, id in ipairs(ids) do fences[id] = tonumber((claim_of(id) or {}).fence) or 0 end
+  table.sort(ids, function(a, b) return fences[a] > fences[b] end)
+  ids = {unpack(ids, 1, math.min(#ids, 1000))}
+end
+
 local count = 0
-for i = how == 'close' and 3 or 6, #ARGV do
-  local id = ARGV[i]
+for _, id in ipairs(ids) do
   local claim = claim_of(id)
   if claim and claim.session == session then
     if how == 'close' then recharge(claim, 0) end

@@ -156,6 +156,9 @@ end
 -- By pool, the users that this take has passed over.
 local passed_users = {}
 
+-- So many ids a take looks at; of a user whose turn has come a hundred more, if they can't run.
+local MOST_LOOKED = 300 + 2 * n
+
 -- The pools that were asked in this take, with what has moved in them and is not written yet: `count` jobs, the virtual time
 -- `v`, the turn `pass`.
 local asked = {}
@@ -181,7 +184,7 @@ local function write_down(pool)
 end
 
 -- One job of a pool: true and the pool's next turn. False if the pool has none to give; 'blocked' if it has and may not, 'full' if
--- this session has no room for more of it, 'more' if a hundred users had nothing (any more) and others stand behind them.
+-- this session has no room for more of it, 'more' if so much was met that can't run as one call bears, and others stand behind that.
 -- A session that runs a suspect leaves others of that kind alone: their users keep their places for other sessions. So many
 -- are passed over as no pool should ever have, lest users behind them wait for the end of that suspect.
 local function take_one(pool, pass)
@@ -208,7 +211,7 @@ local function take_one(pool, pass)
   local known = passed_users[pool] or {}
   passed_users[pool] = known
   local passed_over, empty = 0, 0
-  while empty < 100 do
+  while empty < 100 and this.looked < MOST_LOOKED do
     if passed_over >= 1000 then return 'blocked' end
     local first = redis.call('ZRANGE', K.ready(pool), passed_over, passed_over, 'WITHSCORES')
     local user, start = first[1], tonumber(first[2])
@@ -220,7 +223,7 @@ local function take_one(pool, pass)
         empty = empty + 1
       else
         local id, actual, h, queue, has_bands = head(line)
-        local suspected = id and actual == pool and unclean_in(h.unclean) >= SUSPECT_AFTER
+        local suspected = id and actual == pool and unclean_in(h.unclean) >= SUSPECT_AFTER and was_lost(id)
         if suspected and runs_suspect() then
           known[user] = true
         else

@@ -5,6 +5,7 @@
 -- services   the services that were taken apart in this call
 -- moves      the lines to which ids have moved from others, for `place` to see to
 -- missed     how many ids without a hash were met
+-- looked     how many ids of lines were looked at
 -- moved_on   what is written at the end: the virtual times of pools, and the greatest turn
 -- comparing  what a comparison of keys has found (look.lua)
 -- suspects   the jobs that sessions run as suspects; `cancelling`, whether they are asked to cancel any
@@ -13,7 +14,7 @@ local this
 local function begin(prefix)
   local clock = redis.call('TIME')
   local now_us = clock[1] * 1000000 + clock[2]
-  this = {prefix = prefix, now_us = now_us, now_ms = math.floor(now_us / 1000), services = {}, moves = {}, missed = 0,
+  this = {prefix = prefix, now_us = now_us, now_ms = math.floor(now_us / 1000), services = {}, moves = {}, missed = 0, looked = 0,
     moved_on = {v = {}, turn = 0}, suspects = {}, cancelling = {}}
 end
 

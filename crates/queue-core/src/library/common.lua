@@ -29,6 +29,14 @@ local function try(...)
   return reply
 end
 
+-- Takes an id out of a list that others write, too. A long one is nobody's work: of that only the front is searched.
+local LONG_LIST = 1000
+local function take_out(list, id)
+  local length = try('LLEN', list) or 0
+  if length > LONG_LIST and not try('LPOS', list, id, 'MAXLEN', LONG_LIST) then return end
+  try('LREM', list, length > LONG_LIST and 1 or 0, id)
+end
+
 -- Nothing more will run: the status is final, and so is that of the job-level fallback where the status waits for one.
 local function is_over(status, fallback_status)
   if not FINAL[status] then return false end
@@ -261,8 +269,9 @@ end
 local function enter_books(id, ended_ms, retention_ms, more_bytes)
   redis.call('ZADD', K.finished(), int(ended_ms), id)
   redis.call('ZADD', K.expiring(), int(this.now_ms + retention_ms), id)
-  -- A server may forbid the question: then records count by their number alone.
-  local bytes = (try('MEMORY', 'USAGE', K.job(id), 'SAMPLES', '0') or 0) + (more_bytes or 0)
+  -- A server may forbid the question: then records count by their number alone. Of a hash that somebody has made large it is an estimate.
+  local samples = (try('HLEN', K.job(id)) or 0) <= 1000 and '0' or '5'
+  local bytes = (try('MEMORY', 'USAGE', K.job(id), 'SAMPLES', samples) or 0) + (more_bytes or 0)
   if redis.call('HSETNX', K.kept(), id, bytes) == 0 then
     local before = tonumber(redis.call('HGET', K.kept(), id))
     redis.call('HSET', K.kept(), id, bytes)
@@ -506,6 +515,7 @@ end
 -- 'moves' with the line to which it belongs, or 'reject' with the reason and whether the hash is the user's own. Sizes are
 -- asked before anything is read.
 function look(id, line)
+  this.looked = this.looked + 1
   local kind, user = parts_of(line)
   if not is_id(id) then return 'reject', 'its id is not made of letters, digits and _ . : -' end
   if redis.call('HEXISTS', K.claims(), id) == 1 then return 'drop' end
@@ -813,7 +823,7 @@ local function release(id, claim, pools, users)
   end
   if redis.call('HINCRBY', K.active(), claim.user, -1) <= 0 then redis.call('HDEL', K.active(), claim.user) end
   if is_sql(claim.pool) then
-    try('LREM', K.wip(claim.user), 0, id)
+    take_out(K.wip(claim.user), id)
     if redis.call('EXISTS', K.wip(claim.user)) == 0 then try('SREM', K.wip_users(), claim.user) end
   end
   if not pools then return make_room({[claim.pool] = 1}, {[claim.user] = true}) end
@@ -922,11 +932,16 @@ local lost_part
 -- `cancelled` under a claim of ours before it ends.
 local function cancelled_by_hash(id) return try('HGET', K.job(id), 'status') == 'cancelled' end
 
+-- A worker was lost while it ran the job. Anybody may write into its hash how many were: our own word is one more key.
+local function note_lost(id) redis.call('SET', K.lost(id), now(), 'PX', 86400000) end
+local function was_lost(id) return redis.call('EXISTS', K.lost(id)) == 1 end
+
 -- A job whose worker is gone, and so its claim: an unclean end. It goes back to the front of its queue, for whoever takes it next to
 -- settle what was begun; but for one that ends its workers before they can even look at it.
 local function lose(id, claim)
   if redis.call('TYPE', K.job(id)).ok ~= 'hash' then return put_back(id, claim, {}) end
   local unclean = unclean_of(id) + 1
+  note_lost(id)
   local fields = {'unclean', int(unclean), 'lost_worker', claim.session, 'history', history_with(K.job(id),
     {unclean = true, worker = claim.session, ended_at = now(), error = 'its worker was lost'})}
   if unclean < MAX_UNCLEAN then return put_back(id, claim, fields) end

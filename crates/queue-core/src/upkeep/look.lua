@@ -54,6 +54,7 @@ end
 
 -- Fields that say: an execution began, and nobody knows its end.
 local function unclean(id, lost_worker)
+  note_lost(id)
   return {'unclean', int(unclean_of(id) + 1), 'lost_worker', lost_worker}
 end
 
@@ -62,7 +63,7 @@ local function is_unsettled(fence, settled) return fence and fence ~= '' and fen
 
 -- Gives back a job whose claim, if it had one, is lost.
 local function return_lost(id, user, fields)
-  try('LREM', K.wip(user), 0, id)
+  take_out(K.wip(user), id)
   if redis.call('EXISTS', K.wip(user)) == 0 then try('SREM', K.wip_users(), user) end
   local kind = parts_of(line_by_hash(id, user))
   put_back(id, {user = user, pool = kind == 'sql' and 'sql:' or kind}, fields)
@@ -469,7 +470,7 @@ function LOOK.wip(items)
         local is_due = redis.call('ZSCORE', K.due(), id)
         if claimant or is_due or (status ~= 'running' and (ended or quiet or in_queue(id, try('HGET', K.job(id), 'user') or user))) then
           found('wip-stray', id, 'the list of work in progress of ' .. user .. ' names the job, which nobody works on',
-            function() try('LREM', wip, 0, id) end)
+            function() take_out(wip, id) end)
         end
       end
     end

@@ -6,7 +6,7 @@ use std::time::Duration;
 use queue_core::calls::{Finished, Mark, SessionEnd, Verdict};
 use queue_core::cancel::{Cancelled, Canceller};
 use queue_core::ids::{JobId, SessionId};
-use queue_core::session::Session;
+use queue_core::session::{Claim, Session};
 
 use crate::support::*;
 
@@ -290,6 +290,113 @@ async fn an_id_in_another_users_queue_does_its_owner_no_harm() {
     let rejected = rig.rejected();
     assert_eq!(rejected, [("bystander".into(), "it belongs to another user than its queue".into())]);
     rig.balanced();
+}
+
+/// Pushes so many values to a list, or sets so many fields.
+fn fill(rig: &Rig, command: &[&str], values: impl Iterator<Item = String>) {
+    let values: Vec<String> = values.collect();
+    for values in values.chunks(50_000) {
+        let words: Vec<&str> = command.iter().copied().chain(values.iter().map(String::as_str)).collect();
+        rig.redis(&words);
+    }
+}
+
+/// What others may make as long or as many as they like, each by its name, and how many ms no call must take that meets it: many times what
+/// one takes, and much less than one that goes through all of it.
+const HUGE: [(&str, u64); 5] = [
+    ("a list of what nobody works on", 500),
+    ("the list of one whose jobs run", 200),
+    ("one id again and again", 200),
+    ("a record", 60),
+    ("suspects", 200),
+];
+
+fn make_huge(rig: &Rig, what: &str) {
+    match what {
+        "a list of what nobody works on" => {
+            fill(rig, &["RPUSH", "batch:wip:user:eve"], (0..300_000).map(|i| format!("x{i}")));
+            rig.redis(&["SADD", "batch:wip:users", "eve"]);
+        }
+        "the list of one whose jobs run" => {
+            fill(rig, &["RPUSH", "batch:wip:user:bystander"], (0..2_000_000).map(|i| format!("x{i}")));
+        }
+        "one id again and again" => {
+            rig.redis(&["HSET", "batch:jobs:task", "kind", "task", "app", "app", "op", "op"]);
+            for eve in 0..25 {
+                let user = format!("eve{eve}");
+                fill(rig, &["LPUSH", &format!("batch:queue:{user}")], (0..20_000).map(|_| "task".to_owned()));
+                rig.redis(&["SADD", "batch:indexes:queue", &user]);
+            }
+        }
+        "a record" => {
+            submit(rig, b"eve", b"wide", &[(b"status", b"done")]);
+            fill(rig, &["HSET", "batch:jobs:wide"], (0..2_000_000).map(|i| format!("f{i}")));
+        }
+        "suspects" => {
+            for eve in 0..1_100 {
+                let user = format!("eve{eve}");
+                submit(rig, user.as_bytes(), user.as_bytes(), &[(b"unclean", b"5"), (b"host", b"h0")]);
+            }
+        }
+        _ => unreachable!("{what}"),
+    }
+}
+
+/// Ends jobs at the same time, so that a call ends many.
+async fn end_together(claims: &mut Vec<Claim>) {
+    let ends = claims.drain(..).map(|claim| tokio::spawn(end(claim, "done")));
+    for end in ends.collect::<Vec<_>>() {
+        assert_eq!(end.await.unwrap(), Finished::Ended);
+    }
+}
+
+#[tokio::test]
+async fn what_is_huge_holds_nobody_up() {
+    for (what, most_ms) in HUGE {
+        let (rig, session) = rig().await;
+        make_huge(&rig, what);
+        let leadership = rig.lead().await;
+        let (mut longest, mut endless) = (Vec::new(), None);
+        for round in 0..3 {
+            rig.server.watch_calls();
+            if what == "a record" {
+                // Ended, it is ended once more.
+                rig.redis(&["PERSIST", "batch:jobs:wide"]);
+                rig.redis(&["LPUSH", "batch:queue:eve", "wide"]);
+            }
+            scan_index(&leadership).await.unwrap();
+            for host in 0..32 {
+                rig.submit("bystander", &format!("bystander-{round}-{host}"), &format!("h{host}"));
+            }
+            rig.notice(&["bystander"]).await;
+            let (mut served, mut bystanders) = (0, Vec::new());
+            while served + bystanders.len() < 32 {
+                let claims = take(&session, 32).await;
+                assert!(!claims.is_empty() || !bystanders.is_empty(), "{what}: the bystander has no turn");
+                let is_last = claims.is_empty();
+                for claim in claims {
+                    if id(&claim).starts_with("bystander") {
+                        bystanders.push(claim);
+                    } else if endless.is_none() {
+                        // It goes on for as long as its author likes.
+                        endless = Some(claim);
+                    } else {
+                        assert_eq!(end(claim, "done").await, Finished::Ended);
+                    }
+                }
+                if is_last {
+                    served += bystanders.len();
+                    end_together(&mut bystanders).await;
+                }
+            }
+            end_together(&mut bystanders).await;
+            look(&rig).await;
+            longest.push(rig.server.longest_call());
+        }
+        // One call is long because the machine is busy with others, but not in each round.
+        let least = longest.into_iter().min().flatten();
+        assert!(least.as_ref().is_none_or(|(took, _)| *took < Duration::from_millis(most_ms)), "{what}: {least:?}");
+    }
 }
 
 #[tokio::test]

@@ -20,6 +20,7 @@ const MAY_STAY: &[&str] = &[
     "drayman:classes", // as long as there are pools of them
     "drayman:debt:",   // one number for each user that was served last: what it owes
     "drayman:pace:",   // expires
+    "drayman:lost:",   // expires
     "batch:rejected",  // trimmed
     "limits:batch:",   // the operators'
 ];
@@ -92,8 +93,10 @@ async fn nothing_is_left_of_jobs_that_ended_and_were_kept_long_enough() {
     let left: Vec<String> =
         rig.dump().into_keys().filter(|key| !MAY_STAY.iter().any(|may| key.starts_with(may))).collect();
     assert_eq!(left, Vec::<String>::new());
-    for key in rig.redis(&["KEYS", "drayman:pace:*"]).texts() {
-        assert!(rig.redis(&["PTTL", &key]).int() > 0, "{key} has an end");
+    for keys in ["drayman:pace:*", "drayman:lost:*"] {
+        for key in rig.redis(&["KEYS", keys]).texts() {
+            assert!(rig.redis(&["PTTL", &key]).int() > 0, "{key} has an end");
+        }
     }
 }
 

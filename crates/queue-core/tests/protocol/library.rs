@@ -8,7 +8,9 @@ use std::sync::Arc;
 use queue_core::calls::{Enqueued, Finished};
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::ids::{JobId, User};
-use queue_core::library::{CANCEL, Effect, FINISH, Library, RETRY, RIGHTS, SUBMIT, TABLE, Version};
+use queue_core::library::{
+    ADMIT, CANCEL, Effect, FINISH, Function, Library, RETRY, RIGHTS, SESSION_END, SUBMIT, TABLE, Version,
+};
 use queue_core::producer::{Database, NewJob, Producer};
 use queue_core::{Error, Store};
 use testkit::{RedisServer, Value};
@@ -275,6 +277,29 @@ async fn a_call_that_is_none_is_refused_with_what_is_missing() {
     let Value::Error(said) = rig.server.raw_db(DB, &["FCALL", &name, "1", "drayman:", "99"]) else { panic!() };
     assert_eq!(said, format!("OLDER {OURS}"));
     assert_eq!(rig.dump(), before);
+}
+
+/// They name no jobs that a session holds, and don't ask how far a look has come.
+#[tokio::test]
+async fn programs_of_an_earlier_build_are_answered_in_their_words() {
+    let rig = Rig::start().await;
+    let call = |function: &Function, args: &[&str]| {
+        let name = function.qualified(OURS);
+        rig.redis(&[&["FCALL", &name, "1", "drayman:", "0"][..], args].concat())
+    };
+    let session = rig.session("sql:*", 8).await;
+    for user in ["alice", "bob"] {
+        rig.submit(user, &format!("{user}-1"), "h");
+        rig.submit(user, &format!("{user}-2"), "g");
+    }
+    assert_eq!(call(&ADMIT, &["alice", "bob", "nobody"]).int(), 2);
+    let claims = take(&session, 8).await;
+    assert_eq!(claims.len(), 4);
+    let term = rig.lead().await.term().to_string();
+    let reply = call(&SESSION_END, &["reclaim", session.id().as_str(), "0", "leader:1:a", &term]);
+    assert_eq!(reply, Value::Array(vec![Value::Bulk(b"ended".to_vec()), Value::Int(4)]));
+    assert_eq!(["alice", "bob"].map(|user| rig.queue(user)), [["alice-1", "alice-2"], ["bob-1", "bob-2"]]);
+    rig.balanced();
 }
 
 /// A loop over arguments would stand still, and Redis with it.

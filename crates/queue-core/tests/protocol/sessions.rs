@@ -317,7 +317,7 @@ async fn a_session_runs_one_suspect_at_a_time_so_that_neighbours_are_not_blamed(
     let rig = Rig::start().await;
     for (user, unclean) in [("alice", "2"), ("bob", "3"), ("cem", "1"), ("dan", "junk")] {
         rig.submit(user, user, "h");
-        rig.state().set_field(user, "unclean", unclean);
+        rig.state().lose_workers_of(user, unclean);
         rig.notice(&[user]).await;
     }
     let (one, two) = (rig.session("sql:*", 8).await, rig.session("sql:*", 8).await);
@@ -371,7 +371,7 @@ async fn many_suspects_keep_nobody_behind_them_from_a_turn() {
     for n in 0..200 {
         let user = format!("suspect{n}");
         rig.submit(&user, &user, "h");
-        rig.state().set_field(&user, "unclean", "2");
+        rig.state().lose_workers_of(&user, "2");
         rig.notice(&[user.as_str()]).await;
     }
     rig.submit("zoe", "zoe", "h");
@@ -414,7 +414,7 @@ async fn a_suspect_whose_claim_got_lost_does_not_keep_its_session_from_others() 
     let session = rig.session("sql:*", 8).await;
     for user in ["alice", "bob"] {
         rig.submit(user, user, "h");
-        rig.state().set_field(user, "unclean", "2");
+        rig.state().lose_workers_of(user, "2");
         rig.notice(&[user]).await;
     }
     let lost = take_one(&session).await;

@@ -252,6 +252,7 @@ pub const LAYOUT: &[KeyRule] = &[
     ("drayman:exporting", "hash"),
     ("drayman:full", "string"),
     ("drayman:confirming", "string"),
+    ("drayman:lost:{}", "string"),
 ];
 
 /// The row of a key and its parameter.
@@ -312,6 +313,7 @@ pub fn leftovers(redis: &RedisServer, jobs: &BTreeSet<String>, workers: &[String
             | "drayman:leader"
             | "drayman:pace:{}"
             | "drayman:confirming"
+            | "drayman:lost:{}"
             | "drayman:flow_instance:{}" => lives_ms > 0,
             "drayman:session:{}" => sessions.contains(parameter) && field("dead")?.is_nil(),
             "drayman:pool:{}" => {
