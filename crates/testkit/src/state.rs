@@ -118,6 +118,8 @@ pieces! {
     Version = "drayman:version";
     /// The leader's word that memory is nearly full.
     NoRoom = "drayman:full";
+    /// What a submission that replicas are to confirm writes behind all that others have written.
+    Confirming = "drayman:confirming";
     /// A schedule.
     Schedule(name: &'a str) = "drayman:schedule:{name}";
     /// The order of the schedules.
@@ -182,7 +184,10 @@ impl Piece<'_> {
 
     /// Whether it is a text, so that another text would not spoil it.
     fn is_text(self) -> bool {
-        matches!(self, Piece::Unique(_) | Piece::Leader | Piece::Version | Piece::NoRoom | Piece::PausedAll)
+        matches!(
+            self,
+            Piece::Unique(_) | Piece::Leader | Piece::Version | Piece::NoRoom | Piece::PausedAll | Piece::Confirming
+        )
     }
 }
 

@@ -88,6 +88,28 @@ async fn a_submission_says_how_many_replicas_have_it_and_too_few_is_no_plain_yes
 }
 
 #[tokio::test]
+async fn a_job_that_another_connection_wrote_is_confirmed_by_no_replica_that_lacks_it() {
+    let set = Set::start();
+    let (writer, other) = (set.producer(2).await, set.producer(2).await);
+    // Replicas have all that the other connection has written until now, and nothing that it writes at its start follows the job.
+    assert_eq!(other.enqueue(job("before")).await.unwrap(), Confirmed::Enough { submitted: queued("before"), by: 2 });
+    set.replicas[0].pause();
+    assert_eq!(writer.enqueue(job("a")).await.unwrap(), Confirmed::TooFew { submitted: queued("a"), by: 1, wanted: 2 });
+    set.primary.state(DB).lose(Piece::Confirming);
+    assert_eq!(other.enqueue(job("a")).await.unwrap(), Confirmed::TooFew { submitted: there("a"), by: 1, wanted: 2 });
+    // WAIT of Valkey 9 counts only for what its own connection wrote, that of Redis 7.0 for all before it: there the confirmation alone
+    // does not show that this connection has written anything.
+    assert!(set.primary.state(DB).has(Piece::Confirming));
+    set.replicas[0].resume();
+    let confirmed = eventually("the replica to catch up", async || match other.enqueue(job("a")).await.unwrap() {
+        Confirmed::Enough { submitted, by: 2 } => Some(submitted),
+        _ => None,
+    });
+    assert_eq!(confirmed.await, there("a"));
+    assert!(set.replicas[0].state(DB).has(Piece::Job("a")));
+}
+
+#[tokio::test]
 async fn many_submissions_share_one_confirmation_and_keep_their_own_errors() {
     let set = Set::start();
     let producer = set.producer(2).await;
