@@ -635,3 +635,20 @@ async fn put_done(rig: &Rig, session: &Session, claim: &queue_core::session::Cla
     };
     assert_eq!(rig.store.finish(session.id(), false, &[finish]).await.unwrap(), [Finished::Ended]);
 }
+
+#[tokio::test]
+async fn what_was_set_aside_is_kept_to_the_newest_ten_thousand_however_many_come() {
+    let rig = Rig::start().await;
+    let users: Vec<String> = (0..120).map(|number| format!("u{number}")).collect();
+    for user in &users {
+        let ids: Vec<String> = (0..100).map(|number| format!("{user} {number}")).collect();
+        rig.state().foreign().submit_many(user, &ids, &[("host", "h")]);
+    }
+    for users in users.chunks(20) {
+        rig.notice(&users.iter().map(String::as_str).collect::<Vec<_>>()).await;
+    }
+    assert!(!rig.state().is_any_waiting());
+    let rejected = rig.rejected();
+    assert!((10_000..10_500).contains(&rejected.len()), "{} of 12,000 are kept", rejected.len());
+    assert_eq!(rejected.last().unwrap().0, "u119 99");
+}
