@@ -2,7 +2,7 @@
 
 use queue_core::Error;
 use queue_core::ids::SessionId;
-use queue_core::overview::unserved_pools;
+use queue_core::overview::{look, unserved_pools};
 
 use crate::support::*;
 
@@ -49,6 +49,23 @@ async fn pools_that_nobody_serves_are_seen_where_takes_look() {
     rig.state().lose(Piece::Tasks("ann", "Bank.pay", Priority::Normal));
     rig.state().list_ready("Bank.pay", "nobody", 5);
     assert_eq!(unserved(&rig).await, [seen("Bank.pay", 1, 1, true)]);
+}
+
+#[tokio::test]
+async fn a_session_is_silent_since_its_last_beat_and_not_since_its_start() {
+    let rig = Rig::start().await;
+    let session = rig.session("Bank.*", 8).await;
+    push(&rig, "ann", "t1", &["kind", "task", "app", "Bank", "op", "pay"]);
+    rig.notice(&["ann"]).await;
+    let long_ago = [("started_at", "2024-01-01T00:00:00.000Z"), ("beat_at", "2024-01-01T00:00:00.000Z")];
+    rig.state().set(Piece::Session(session.id().as_str()), &long_ago);
+    let silent_ms = async || look(&rig.store).await.unwrap().sessions[0].silent_ms.unwrap();
+    assert!(silent_ms().await > 86_400_000);
+    assert_eq!(unserved(&rig).await, [("Bank.pay".into(), 1, 1, false)]);
+    session.beat().await.unwrap();
+    let silent = silent_ms().await;
+    assert!(silent < 60_000, "it beat {silent} ms ago");
+    assert_eq!(unserved(&rig).await, [], "who beats serves its pools");
 }
 
 #[tokio::test]
