@@ -7,6 +7,7 @@ use queue_core::calls::{Finished, Verdict};
 use queue_core::leader::Lengths;
 
 use crate::support::*;
+use crate::wakeups::{parked, woken};
 
 fn orders() -> Vec<[usize; 4]> {
     let mut all = Vec::new();
@@ -271,6 +272,23 @@ async fn a_host_that_a_foreign_worker_schedules_is_left_to_it_until_it_lets_go()
     leadership.hold_host_locks(ttl, vec!["ours".to_owned()]).await.unwrap().unwrap();
     assert_eq!(rig.redis(&["GET", "batch:locks:ours"]).text(), "drayman:leader:1:a");
     assert!(rig.redis(&["PTTL", "batch:locks:ours"]).int() <= 5_000);
+}
+
+#[tokio::test]
+async fn who_waits_hears_that_a_foreign_worker_has_let_go_of_a_host() {
+    let rig = Rig::start().await;
+    let leadership = rig.lead().await;
+    rig.state().foreign().lock_host("theirs", "some-token");
+    rig.submit("alice", "a1", "theirs");
+    rig.notice(&["alice"]).await;
+    let (session, mut ear) = parked(&rig, "sql:*").await;
+    let hosts = async || leadership.active_hosts().await.unwrap();
+    assert_eq!(leadership.hold_host_locks(PATIENCE, hosts().await).await.unwrap(), Ok(vec!["theirs".to_owned()]));
+    assert_eq!(woken(&rig, &session, &mut ear).await, 0);
+    rig.state().foreign().unlock_host("theirs");
+    assert_eq!(leadership.hold_host_locks(PATIENCE, hosts().await).await.unwrap(), Ok(vec![]));
+    assert_eq!(woken(&rig, &session, &mut ear).await, 1);
+    assert_eq!(id(&take_one(&session).await), "a1");
 }
 
 #[tokio::test]

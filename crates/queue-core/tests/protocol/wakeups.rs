@@ -1,6 +1,7 @@
 //! Messages make things sooner; looking makes them right.
 
 use queue_core::Store;
+use queue_core::calls::SessionEnd;
 use queue_core::config::{Limits, RedisConfig};
 use queue_core::ids::{App, Op, PoolPattern, User};
 use queue_core::model::task::Payload;
@@ -112,6 +113,29 @@ async fn what_becomes_free_wakes_another_where_the_finisher_will_not_take() {
         .unwrap();
     assert_eq!(woken(&rig, &narrow, &mut ear).await, 1);
     assert_eq!(id(&take_one(&narrow).await), "b1");
+}
+
+#[tokio::test]
+async fn what_an_ended_session_leaves_wakes_another_whether_it_closed_or_was_lost() {
+    let rig = Rig::start().await;
+    let term = rig.lead().await.term();
+    for how in ["closed", "lost"] {
+        let leaving = rig.session("sql:*", 4).await;
+        rig.store.enqueue(&most(64, 16_384), &[submission("alice", how, "h")]).await.unwrap();
+        let _claim = take_one(&leaving).await;
+        let (other, mut ear) = parked(&rig, "sql:*").await;
+        if how == "closed" {
+            leaving.close().await.unwrap();
+        } else {
+            let leader = "leader:1:a".parse().unwrap();
+            let reply = rig.store.session_reclaim(leaving.id().as_str(), 0, &leader, term).await.unwrap();
+            assert_eq!(reply, Ok(SessionEnd::Ended(1)));
+        }
+        assert_eq!(woken(&rig, &other, &mut ear).await, 1, "{how}");
+        let claim = take_one(&other).await;
+        assert_eq!(id(&claim), how);
+        end(claim, "done").await;
+    }
 }
 
 #[tokio::test]

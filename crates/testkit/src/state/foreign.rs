@@ -97,6 +97,12 @@ impl Foreign<'_> {
         self.0.ask(&["SET", &host_lock(host), token]);
     }
 
+    /// Lets go of that lock.
+    #[track_caller]
+    pub fn unlock_host(&self, host: &str) {
+        self.0.ask(&["DEL", &host_lock(host)]);
+    }
+
     /// Who holds that lock.
     #[track_caller]
     pub fn host_lock(&self, host: &str) -> Option<String> {
