@@ -371,6 +371,25 @@ async fn a_rate_keeps_nobody_else_waiting_and_tells_when_it_allows_more() {
 }
 
 #[tokio::test]
+async fn a_longer_period_counts_what_has_started_in_the_shorter_one() {
+    let rig = rig_with_clock().await;
+    let session = rig.session("*", 1_000).await;
+    limits(&rig).set_user(&user("ann"), rate_of_user("1/10m")).await.unwrap();
+    limits(&rig).set_pool(&pool("app.y"), rate_of_pool("1/10m")).await.unwrap();
+    enqueue_many(&rig, "ann", "app.x", 2).await;
+    enqueue_many(&rig, "bob", "app.y", 2).await;
+    assert_eq!(take(&session, 100).await.len(), 2);
+    limits(&rig).set_user(&user("ann"), rate_of_user("1/1h")).await.unwrap();
+    limits(&rig).set_pool(&pool("app.y"), rate_of_pool("1/1h")).await.unwrap();
+    // Nobody looks before the shorter period is over.
+    rig.server.shift_clock(601);
+    assert_eq!(ids(&take(&session, 100).await), Vec::<&str>::new());
+    rig.server.shift_clock(3_601);
+    assert_eq!(take(&session, 100).await.len(), 2);
+    agreed(&rig).await;
+}
+
+#[tokio::test]
 async fn a_clock_that_is_set_back_prolongs_no_rate() {
     let rig = rig_with_clock().await;
     rig.server.shift_clock(3_600);
