@@ -9,7 +9,7 @@ use std::time::Duration;
 use proptest::prelude::*;
 use queue_core::calls::{Fields, Verdict};
 use queue_core::ids::Pool;
-use queue_core::session::{Claim, Fairness, Session};
+use queue_core::session::{Claim, Fairness, Service, Session};
 use testkit::end_of;
 
 use crate::support::*;
@@ -145,6 +145,26 @@ async fn a_run_that_takes_longer_than_all_others_is_charged_for_what_it_took_and
     let v = rig.state().virtual_time("sql:h");
     let start = rig.state().start_tags("sql:h")["slow"];
     assert!((start - v).abs() <= 2e6, "it starts {} s behind", (start - v) / 1e6);
+}
+
+#[tokio::test]
+async fn what_a_run_took_moves_the_turn_of_a_user_who_waits_for_another() {
+    let rig = Rig::start().await;
+    let session = open(&rig.store, Service { fairness: Fairness::Time, ..service("app.x", 1) }).await;
+    // A handler may run several jobs of a user: so the slow one stands for its next turn while its first job runs.
+    for (user, jobs) in [("slow", 2), ("quick", 5)] {
+        for number in 0..jobs {
+            let mut job = submission(user, &format!("{user}-{number}"), "");
+            job.fields = Fields::new().with("kind", "task").with("app", "app").with("op", "x").with("input", "1");
+            rig.store.enqueue(&most(64, 16_384), &[job]).await.unwrap();
+        }
+    }
+    assert_eq!(run(take_one(&session).await, 100_000_000).await, "slow");
+    let mut order = Vec::new();
+    for _ in 0..6 {
+        order.push(run(take_one(&session).await, 1_000_000).await);
+    }
+    assert_eq!(order, ["quick", "quick", "quick", "quick", "quick", "slow"]);
 }
 
 #[derive(Clone, Debug)]
@@ -322,6 +342,22 @@ async fn a_pool_with_a_number_of_its_own_keeps_to_it_and_so_does_each_user() {
     let claims = take(&session, 100).await;
     let of_one = claims.iter().filter(|claim| claim.job().user.as_str() == "one").count();
     assert_eq!(of_one, 3, "the pool's own limit for each user");
+    rig.balanced();
+}
+
+#[tokio::test]
+async fn a_full_pool_gives_its_next_job_as_soon_as_it_may_have_more() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 1).await;
+    enqueue(&rig, &["ann", "bob", "cyd"].map(|user| (user, user.to_owned()))).await;
+    let mut held = take(&session, 4).await;
+    let pool = Pool::of_host("h").unwrap();
+    for (default, own) in [(2, vec![]), (2, vec![(pool, 3)])] {
+        assert_eq!(rig.state().turns(), Vec::<String>::new(), "who is full stands in no list");
+        session.set_capacities(default, &own).await.unwrap();
+        held.extend(take(&session, 4).await);
+    }
+    assert_eq!(ids(&held), ["ann", "bob", "cyd"]);
     rig.balanced();
 }
 
