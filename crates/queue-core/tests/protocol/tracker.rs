@@ -587,6 +587,27 @@ async fn the_history_tells_of_each_attempt_and_stays_small() {
 }
 
 #[tokio::test]
+async fn as_many_short_attempts_leave_the_history_as_a_long_one_needs() {
+    let rig = Rig::start().await;
+    let tracker = tracker(&rig);
+    tracker.create("j", NewRecord::default()).await.unwrap();
+    let fail = async |error: &str| tracker.start("j", options()).await.unwrap().fail(error).await.unwrap();
+    let (mut short, mut failed) = (Vec::new(), 0);
+    // Until the oldest makes way for the newest.
+    while short.len() == failed {
+        fail("x").await;
+        failed += 1;
+        short = record(&tracker, "j").await.history;
+    }
+    fail(&"x".repeat(1_000)).await;
+    let size = rig.state().field_of(Piece::Tracked("invoices", "j"), "history").unwrap().len();
+    assert!(size <= 32 * 1024, "{size} bytes");
+    let history = record(&tracker, "j").await.history;
+    assert!(history.len() < short.len() - 1, "{} after {}", history.len(), short.len());
+    assert_eq!(history[..history.len() - 1], short[short.len() + 1 - history.len()..]);
+}
+
+#[tokio::test]
 async fn records_stay_unless_their_tracker_says_how_long() {
     let rig = Rig::start().await;
     let tracker = tracker(&rig);
@@ -617,6 +638,20 @@ async fn records_stay_unless_their_tracker_says_how_long() {
     assert_eq!(rig.state().tracked("invoices")["succeeded"], ["stays"]);
     assert!(!rig.state().has(Piece::TrackedExpiring("invoices")));
     assert!(tracker.create("done", NewRecord::default()).await.unwrap());
+}
+
+#[tokio::test]
+async fn a_record_that_is_made_anew_has_no_place_of_the_one_that_expired() {
+    let rig = Rig::start().await;
+    let tracker = tracker(&rig).keep(Duration::from_millis(1));
+    tracker.create("j", NewRecord::default()).await.unwrap();
+    tracker.start("j", options()).await.unwrap().succeed().await.unwrap();
+    let has_record = || rig.state().has(Piece::Tracked("invoices", "j"));
+    eventually("the record expires", async || (!has_record()).then_some(())).await;
+    assert_eq!(rig.state().tracked("invoices")["succeeded"], ["j"], "its place outlives it");
+    assert!(tracker.create("j", NewRecord::default()).await.unwrap());
+    let places: Vec<_> = rig.state().tracked("invoices").into_iter().collect();
+    assert_eq!(places, [("pending".to_owned(), vec!["j".to_owned()])]);
 }
 
 #[tokio::test]
