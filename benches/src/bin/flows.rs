@@ -235,7 +235,7 @@ async fn measure(options: Options) -> anyhow::Result<()> {
         let before = cpu_seconds(server)?;
         let begun = Instant::now();
         // What has not ended keeps no record that expires.
-        while open(&store, options.steps).await? > 0 {
+        while open(&redis, options.steps) > 0 {
             ensure!(begun.elapsed() < LIMIT, "the flows do not end");
             tokio::time::sleep(Duration::from_millis(20)).await;
         }
@@ -373,11 +373,9 @@ async fn wait(flows: &Flows, id: &str) -> anyhow::Result<()> {
 }
 
 /// How many flows have not ended.
-async fn open(store: &Store, steps: usize) -> anyhow::Result<i64> {
-    let keys = store.keys();
-    let launched = store.command("ZCARD", &[keys.flows().as_bytes()]).await?.int("ZCARD")?;
-    // Each flow that has ended stands there with its steps, and nothing else does.
-    let ended = store.command("ZCARD", &[keys.finished().as_bytes()]).await?.int("ZCARD")?;
-    let claims = store.command("HLEN", &[keys.claims().as_bytes()]).await?.int("HLEN")?;
-    Ok((launched - ended / (steps as i64 + 1)).max(claims))
+fn open(redis: &RedisServer, steps: usize) -> usize {
+    let state = redis.state(DB);
+    // Each flow that has ended stands among the ended jobs with its steps, and nothing else does.
+    let ended = state.count_finished() as usize / (steps + 1);
+    state.flows().len().saturating_sub(ended).max(state.running())
 }

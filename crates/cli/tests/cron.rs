@@ -137,5 +137,5 @@ fn what_can_be_no_schedule_is_refused_before_anything_is_stored() {
     let task = ["add", "s", "--cron", "@daily", "--user", "ana", "--app", "shop", "--op", "tidy", "1"];
     let ran = cron(&server, &[&task[..], &["--deadline", "2027-01-01T00:00:00Z"]].concat());
     assert!(ran.code == 2 && ran.err.contains("a recurring job takes no --deadline"), "{ran:?}");
-    assert!(server.dump_db(DB).keys().all(|key| !key.contains("schedule")));
+    assert!(!server.state(DB).has(Piece::Schedules) && !server.state(DB).has(Piece::Schedule("s")));
 }

@@ -37,6 +37,8 @@ fn sources(package: &str, target: &str) -> String {
 fn each_seeded_fault_applies_and_names_who_has_to_find_it() {
     let root = root();
     let mut count = 0;
+    let told = fs::read_to_string(root.join("crates/testkit/faults/README.md")).unwrap();
+    let (_, table) = told.split_once("fault  ").expect("a table");
     for entry in fs::read_dir(root.join("crates/testkit/faults")).unwrap() {
         let path = entry.unwrap().path();
         if path.extension().is_none_or(|extension| extension != "patch") {
@@ -45,6 +47,7 @@ fn each_seeded_fault_applies_and_names_who_has_to_find_it() {
         count += 1;
         let text = fs::read_to_string(&path).unwrap();
         let name = path.file_stem().unwrap().to_string_lossy();
+        assert!(table.lines().any(|line| line.starts_with(&format!("{name} "))), "the last table tells of {name}");
         let (head, _) = text.split_once("\n--- ").unwrap_or_else(|| panic!("{name} is no patch"));
         let said = |what: &str| head.lines().filter_map(|line| line.strip_prefix(what)).collect::<Vec<_>>();
         assert_eq!(said("Breaks: ").len(), 1, "{name} says which promise it breaks");
@@ -77,9 +80,13 @@ fn each_seeded_fault_applies_and_names_who_has_to_find_it() {
 /// Builds unless the sources say `bad`; its one test passes while they say `good`.
 const CARGO: &str = r#"#!/bin/sh
 case "$*" in
-*--no-run*) ! grep -q bad source ;;
-*) if grep -q slow source; then echo $$ > "$SLOW"; exec sleep 600; fi
-   if grep -q good source; then
+*--no-run*) ! grep -q bad source.lua ;;
+*) if grep -q slow source.lua; then echo $$ > "$SLOW"; exec sleep 600; fi
+   case "$*" in
+   *library::*) passes="! grep -q nonsense source.lua" ;;
+   *) passes="grep -q good source.lua" ;;
+   esac
+   if eval "$passes"; then
        echo 'test result: ok. 1 passed; 0 failed; 0 ignored'
    else
        echo 'test result: FAILED. 0 passed; 1 failed; 0 ignored'
@@ -99,12 +106,12 @@ impl Repository {
             fs::create_dir_all(folder.join("scripts")).unwrap();
             fs::copy(root().join("scripts").join(script), folder.join("scripts").join(script)).unwrap();
         }
-        fs::write(folder.join("source"), "good\n").unwrap();
+        fs::write(folder.join("source.lua"), "good\n").unwrap();
         fs::write(folder.join(".gitignore"), "target/\n").unwrap();
         fs::create_dir_all(folder.join("crates/testkit/faults")).unwrap();
         for (name, before, after) in faults {
             let patch = format!(
-                "Breaks: nothing\nFound by: queue-core any a::test\n\n--- a/source\n+++ b/source\n@@ -1 +1 @@\n-{before}\n+{after}\n"
+                "Breaks: nothing\nFound by: queue-core any a::test\n\n--- a/source.lua\n+++ b/source.lua\n@@ -1 +1 @@\n-{before}\n+{after}\n"
             );
             fs::write(folder.join(format!("crates/testkit/faults/{name}.patch")), patch).unwrap();
         }
@@ -150,8 +157,8 @@ impl Repository {
     /// Neither what is the developer's nor the copy shows a trace of any fault.
     fn is_untouched(&self) {
         assert_eq!(self.git(&["status", "--porcelain"]), "");
-        assert_eq!(fs::read_to_string(self.0.path().join("source")).unwrap(), "good\n");
-        assert_eq!(fs::read_to_string(self.0.path().join("target/seeded-faults/tree/source")).unwrap(), "good\n");
+        assert_eq!(fs::read_to_string(self.0.path().join("source.lua")).unwrap(), "good\n");
+        assert_eq!(fs::read_to_string(self.0.path().join("target/seeded-faults/tree/source.lua")).unwrap(), "good\n");
     }
 }
 
@@ -159,9 +166,13 @@ impl Repository {
 fn a_fault_is_found_by_a_test_that_fails_and_by_nothing_else() {
     let (output, text) = Repository::new(&[("one", "good", "wrong"), ("two", "good", "worse")]).run();
     assert!(output.status.success() && text.contains("all 2 are found"), "{text}");
-    for (after, why) in [("bad", "it does not build"), ("good all the same", "a::test: good")] {
+    for (after, why) in [
+        ("bad", "it does not build"),
+        ("good all the same", "a::test: good"),
+        ("nonsense", "the library does not load: found"),
+    ] {
         let (output, text) = Repository::new(&[("one", "good", "wrong"), ("two", "good", after)]).run();
-        assert!(!output.status.success() && text.contains(&format!("NOT FOUND: {why}")), "{after}: {text}");
+        assert!(!output.status.success() && text.contains("NOT FOUND: ") && text.contains(why), "{after}: {text}");
         assert!(text.contains("1 of 2 are not found"), "{text}");
     }
     let (output, text) = Repository::new(&[("one", "good", "wrong"), ("two", "other", "wrong")]).run();

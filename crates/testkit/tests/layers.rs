@@ -79,8 +79,19 @@ const NAME_KEYS: &[&str] = &[
 /// Tests that are about the keys themselves say so in their first line, and change with them.
 const ABOUT_KEYS: &str = "//! Layout: ";
 
-/// Whether a line of code holds the beginning of a key, or looks for keys by how they begin.
+/// Whether a line of code holds the beginning of a key, looks for keys by what they hold, or asks the product which they are.
 fn names_a_key(line: &str) -> bool {
+    // Where messages come, and what a call says that all keys begin with.
+    let told = ["wake(", "cancel(", "announcements(", "prefix("];
+    let asks = line
+        .split("store.keys()")
+        .skip(1)
+        .any(|rest| !told.iter().any(|word| rest.trim_start_matches('.').starts_with(word)));
+    let holds =
+        ["contains(\"", "ends_with(\"", "starts_with(\""].iter().any(|holds| line.contains(&format!("key.{holds}")));
+    if asks || holds {
+        return true;
+    }
     let ours = |rest: &str| rest.trim_start_matches('{').starts_with(|first: char| first.is_ascii_lowercase());
     let looks = ["\"KEYS\"", "\"SCAN\"", "\"MATCH\"", "\"batch:\"", "\"limits:\""];
     let published = ["jobs:", "queue:", "queues:", "indexes:", "wip:", "locks:", "rejected", "users"];

@@ -6,10 +6,13 @@ mod support;
 use std::time::Duration;
 
 use queue_core::inspect::{Inspect, JobView};
+use support::house::Gate;
 use support::*;
 use testkit::{Daemon, Postgres, Proxy, RedisServer, Signal, eventually};
 
 const DATABASE: &str = "crash";
+const AT_THE_GATE: &str = "wait_event_type = 'Lock' AND query LIKE '%pg_advisory%'";
+const COMMITTING: &str = "wait_event_type = 'Lock' AND query = 'COMMIT'";
 
 struct House {
     redis: RedisServer,
@@ -26,17 +29,19 @@ impl House {
         postgres
             .query(
                 DATABASE,
-                "CREATE TABLE effects (what text);
+                &format!(
+                    "CREATE TABLE effects (what text);
                  CREATE FUNCTION enter(what text) RETURNS void LANGUAGE plpgsql AS $$ BEGIN
                    IF NOT pg_try_advisory_xact_lock(42) THEN RAISE 'two backends at a time'; END IF;
                    INSERT INTO effects VALUES (what);
                  END $$;
-                 CREATE FUNCTION slow_commit() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-                   PERFORM pg_sleep(current_setting('crash.commit_seconds', true)::float); RETURN NULL;
+                 CREATE FUNCTION late() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+                   IF current_setting('crash.waits', true) = 'yes' THEN PERFORM {}; END IF; RETURN NULL;
                  END $$;
-                 CREATE CONSTRAINT TRIGGER slow_commit AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED
-                   FOR EACH ROW EXECUTE FUNCTION slow_commit();
-                 ALTER DATABASE crash SET crash.commit_seconds = '0'",
+                 CREATE CONSTRAINT TRIGGER late AFTER INSERT ON effects DEFERRABLE INITIALLY DEFERRED
+                   FOR EACH ROW EXECUTE FUNCTION late()",
+                    Gate::PASS
+                ),
             )
             .await;
         let inspect = Inspect::new(store(&redis).await);
@@ -54,6 +59,17 @@ impl House {
 
     async fn effects(&self) -> usize {
         self.postgres.query(DATABASE, "SELECT what FROM effects").await.len()
+    }
+
+    /// Closed until it is opened: [`Gate::PASS`] in a statement waits for it.
+    async fn gate(&self) -> Gate {
+        Gate::shut(&self.postgres, DATABASE, 4711).await
+    }
+
+    /// Whether commits of what begins from now on wait for the gate.
+    async fn commits_wait(&self, waits: bool) {
+        let waits = if waits { "yes" } else { "no" };
+        self.postgres.query("postgres", &format!("ALTER DATABASE {DATABASE} SET crash.waits = '{waits}'")).await;
     }
 
     /// Waits until a backend of ours does something.
@@ -92,11 +108,15 @@ impl House {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_before_its_commit_the_statement_runs_again_and_counts_once() {
     let house = House::build().await;
+    let gate = house.gate().await;
     let first = house.worker();
-    house.push("before-commit", "SELECT enter('x'); SELECT pg_sleep(2)");
-    house.backend_in("query LIKE '%pg_sleep(2)%'").await;
+    house.push("before-commit", &format!("SELECT enter('x'); SELECT {}", Gate::PASS));
+    house.backend_in(AT_THE_GATE).await;
     first.kill9();
     let _second = house.worker();
+    eventually("another execution", async || (house.postgres.executed("before-commit").await.len() == 2).then_some(()))
+        .await;
+    gate.open().await;
     let view = house.assert_done_once("before-commit").await;
     assert_eq!(view.text("unclean").as_deref(), Some("1"));
     assert_eq!(house.postgres.executed("before-commit").await.len(), 2);
@@ -105,27 +125,31 @@ async fn killed_before_its_commit_the_statement_runs_again_and_counts_once() {
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_during_its_commit_the_statement_counts_once() {
     let house = House::build().await;
-    house.postgres.query("postgres", "ALTER DATABASE crash SET crash.commit_seconds = '4'").await;
+    let gate = house.gate().await;
+    house.commits_wait(true).await;
     let first = house.worker();
     house.push("during-commit", "SELECT enter('x')");
-    house.backend_in("query = 'COMMIT'").await;
+    house.backend_in(COMMITTING).await;
     first.kill9();
-    house.postgres.query("postgres", "ALTER DATABASE crash SET crash.commit_seconds = '0'").await;
+    house.commits_wait(false).await;
     let _second = house.worker();
+    gate.open().await;
     house.assert_done_once("during-commit").await;
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn killed_right_after_its_commit_the_statement_is_recognised_and_not_run_again() {
     let house = House::build().await;
-    house.postgres.query("postgres", "ALTER DATABASE crash SET crash.commit_seconds = '2'").await;
+    let gate = house.gate().await;
+    house.commits_wait(true).await;
     let proxy = Proxy::start(house.redis.addr());
     let first = daemon(&proxy.redis_url(DB), &[]);
     house.push("after-commit", "SELECT enter('x')");
-    house.backend_in("query = 'COMMIT'").await;
+    house.backend_in(COMMITTING).await;
     // From here on the worker can't record anything.
     proxy.refuse(true);
     proxy.cut();
+    gate.open().await;
     eventually("the commit", async || (house.effects().await == 1).then_some(())).await;
     first.kill9();
     let _second = house.worker();
@@ -138,9 +162,11 @@ async fn stopped_for_longer_than_its_session_the_worker_loses_the_job_and_its_la
     let house = House::build().await;
     let first = house.worker();
     first.wait_for_line("serving");
-    house.push("stopped", "SELECT enter('x'); SELECT pg_sleep(1)");
-    house.backend_in("query LIKE '%pg_sleep(1)%'").await;
+    let gate = house.gate().await;
+    house.push("stopped", &format!("SELECT enter('x'); SELECT {}", Gate::PASS));
+    house.backend_in(AT_THE_GATE).await;
     first.signal(Signal::SIGSTOP);
+    gate.open().await;
     let second = house.worker();
     let view = house.assert_done_once("stopped").await;
     let winner = view.text("worker").expect("the record names the worker");
@@ -186,15 +212,18 @@ async fn stopped_before_its_statement_the_worker_finds_its_claim_gone_and_runs_n
 #[tokio::test(flavor = "multi_thread")]
 async fn another_transaction_that_got_its_id_after_a_crash_of_the_server_is_not_taken_for_it() {
     let house = House::build().await;
-    house.postgres.query("postgres", "CHECKPOINT; ALTER DATABASE crash SET crash.commit_seconds = '600'").await;
+    house.postgres.query("postgres", "CHECKPOINT").await;
+    let gate = house.gate().await;
+    house.commits_wait(true).await;
     let worker = house.worker();
     house.push("crashed", "SELECT enter('x')");
-    house.backend_in("query = 'COMMIT'").await;
+    house.backend_in(COMMITTING).await;
     // It asks what became of its transaction only once another one has its id.
     worker.signal(Signal::SIGSTOP);
     house.postgres.restart();
+    drop(gate);
     // Commits with the id that the crash set free.
-    house.postgres.query("postgres", "ALTER DATABASE crash SET crash.commit_seconds = '0'").await;
+    house.commits_wait(false).await;
     worker.signal(Signal::SIGCONT);
     let view = ended(&house.inspect, "crashed").await;
     let reason = view.text("failed_reason").unwrap_or_default();

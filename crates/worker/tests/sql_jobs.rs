@@ -233,10 +233,12 @@ async fn four_workers_never_exceed_a_capacity() {
 #[tokio::test(flavor = "multi_thread")]
 async fn statements_end_at_the_least_of_their_limits() {
     let house = House::build().await;
-    let mut config = house.config();
-    config.sql.statement_timeout = Duration::from_secs(2);
-    config.capacity.default = 16.try_into().unwrap();
-    let worker = Running::start(config);
+    let with_limit = |limit: Duration| {
+        let mut config = house.config();
+        config.sql.statement_timeout = limit;
+        config.capacity.default = 16.try_into().unwrap();
+        Running::start(config)
+    };
     let sleep = "SELECT pg_sleep(600)";
     let entry = |timeout: u64| serde_json::json!({ "query": [{ "query": sleep, "timeout": timeout }] }).to_string();
     house.state().set(Piece::Limits("short"), &[("timeout", "100")]);
@@ -244,30 +246,39 @@ async fn statements_end_at_the_least_of_their_limits() {
     house.state().set(Piece::Limits("none"), &[("timeout", "0")]);
     // Each statement alone is within the limit, all of them together are not.
     let many = ["SELECT pg_sleep(0.5)"; 10].join("; ");
-    let worker_limit = Duration::from_secs(2);
+    let (hour, worker_limit) = (Duration::from_secs(3_600), Duration::from_secs(2));
     let short = Duration::from_millis(100);
-    let cases = [
-        ("global", "ann", sleep.to_owned(), worker_limit),
-        ("of-user", "short", sleep.to_owned(), short),
-        ("of-user-zero", "none", sleep.to_owned(), worker_limit),
-        ("of-statement", "long", entry(100), short),
-        ("of-statement-zero", "bob", entry(0), worker_limit),
-        ("of-statement-over-global", "cem", entry(3_600_000), worker_limit),
-        ("of-statement-over-user", "short", entry(3_600_000), short),
-        ("several", "dan", format!("{}; {many}", effect("several")), worker_limit),
-        ("several-bare", "eve", format!("COMMIT; {many}"), worker_limit),
+    // Of no other limit one sees an end.
+    let by_their_own = [
+        ("of-user", "short", sleep.to_owned()),
+        ("of-statement", "long", entry(100)),
+        ("of-statement-over-user", "short", entry(3_600_000)),
     ];
-    for (id, user, query, _) in &cases {
-        house.job(id, query).of(user).push();
-    }
-    for (id, _, _, limit) in &cases {
-        let view = house.ended(id).await;
-        let ended = (view.status(), view.text("failed_reason"));
-        assert_eq!(ended, ("failed".to_owned(), Some(TIMED_OUT.to_owned())), "{id}");
-        let ran = view.ran(0).expect("both times");
-        assert!(ran + Duration::from_millis(20) >= *limit, "{id}: {ran:?}");
-        assert!(*limit == worker_limit || ran < worker_limit, "{id}: {ran:?}");
-    }
+    let by_the_workers = [
+        ("global", "ann", sleep.to_owned()),
+        ("of-user-zero", "none", sleep.to_owned()),
+        ("of-statement-zero", "bob", entry(0)),
+        ("of-statement-over-global", "cem", entry(3_600_000)),
+        ("several", "dan", format!("{}; {many}", effect("several"))),
+        ("several-bare", "eve", format!("COMMIT; {many}")),
+    ];
+    let end_by = async |limit: Duration, cases: &[(&str, &str, String)]| {
+        for (id, user, query) in cases {
+            house.job(id, query).of(user).push();
+        }
+        for (id, ..) in cases {
+            let view = house.ended(id).await;
+            let ended = (view.status(), view.text("failed_reason"));
+            assert_eq!(ended, ("failed".to_owned(), Some(TIMED_OUT.to_owned())), "{id}");
+            let ran = view.ran(0).expect("both times");
+            assert!(ran + Duration::from_millis(20) >= limit, "{id}: {ran:?}");
+        }
+    };
+    let patient = with_limit(hour);
+    end_by(short, &by_their_own).await;
+    patient.stop().await;
+    let worker = with_limit(worker_limit);
+    end_by(worker_limit, &by_the_workers).await;
     // A user's own limit stands for the worker's, also where it is longer.
     house.job("longer", "SELECT pg_sleep(2.2)").of("long").push();
     assert_eq!(house.ended("longer").await.status(), "done");

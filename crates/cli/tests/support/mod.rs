@@ -3,7 +3,7 @@
 // Each test program uses its own part of this.
 #![allow(dead_code)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
@@ -12,6 +12,8 @@ use queue_core::Store;
 use queue_core::calls::{Fields, Finished, Verdict};
 use queue_core::config::{RedisConfig, Url};
 use queue_core::ids::{PoolPattern, SessionId};
+use queue_core::inspect::{Filter, Inspect};
+use queue_core::model::Status;
 use queue_core::session::{Claim, Fairness, Service, Session};
 use testkit::{Daemon, RedisServer};
 
@@ -139,7 +141,9 @@ impl Running {
 }
 
 pub async fn store(server: &RedisServer) -> Store {
-    let config = RedisConfig { url: Url::new(server.url_db(DB)), ..RedisConfig::default() };
+    // A server that stands still for a while is no fault of what is tested.
+    let command_timeout = Duration::from_secs(60);
+    let config = RedisConfig { url: Url::new(server.url_db(DB)), command_timeout, ..RedisConfig::default() };
     Store::connect(&config).await.unwrap()
 }
 
@@ -160,9 +164,10 @@ pub async fn worker_of(store: &Store, pools: &[&str]) -> Session {
 
 /// Takes the one job that there is to take. What foreign producers have pushed is noticed first.
 pub async fn take_one(store: &Store, session: &Session) -> Claim {
-    let users = store.command("SMEMBERS", &[store.keys().queued_users().as_bytes()]).await.unwrap();
-    let users: Vec<Vec<u8>> = users.texts("SMEMBERS").unwrap().into_iter().map(String::into_bytes).collect();
-    store.notice(&users).await.unwrap();
+    let waiting = Filter { status: Some(Status::Pending), ..Filter::default() };
+    let jobs = Inspect::new(store.clone()).list(&waiting, 100).await.unwrap();
+    let users: BTreeSet<Vec<u8>> = jobs.iter().map(|job| job.user().into_bytes()).collect();
+    store.notice(&users.into_iter().collect::<Vec<_>>()).await.unwrap();
     let mut claims = session.take(10).await.unwrap().unwrap().claims;
     assert_eq!(claims.len(), 1, "{claims:?}");
     claims.remove(0)

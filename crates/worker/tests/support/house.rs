@@ -112,18 +112,12 @@ impl House {
 
     /// Closed until it is opened: [`Gate::PASS`] in a statement waits for it.
     pub async fn gate(&self) -> Gate {
-        self.gate_of(4711).await
+        Gate::shut(&self.postgres, DATABASE, 4711).await
     }
 
     /// One more, which [`Gate::PASS_2`] waits for.
     pub async fn gate_2(&self) -> Gate {
-        self.gate_of(4712).await
-    }
-
-    async fn gate_of(&self, lock: u32) -> Gate {
-        let client = self.postgres.client(DATABASE).await.expect("PostgreSQL answers");
-        client.batch_execute(&format!("SELECT pg_advisory_lock({lock})")).await.expect("a lock");
-        Gate { client }
+        Gate::shut(&self.postgres, DATABASE, 4712).await
     }
 
     pub fn command(&self, args: &[&str]) -> Value {
@@ -154,6 +148,12 @@ impl Gate {
     /// For statements of one row; many may wait at once and all pass together.
     pub const PASS: &str = "pg_advisory_xact_lock_shared(4711)";
     pub const PASS_2: &str = "pg_advisory_xact_lock_shared(4712)";
+
+    pub async fn shut(postgres: &Postgres, database: &str, lock: u32) -> Self {
+        let client = postgres.client(database).await.expect("PostgreSQL answers");
+        client.batch_execute(&format!("SELECT pg_advisory_lock({lock})")).await.expect("a lock");
+        Self { client }
+    }
 
     pub async fn open(self) {
         self.client.batch_execute("SELECT pg_advisory_unlock_all()").await.expect("the lock is ours");

@@ -84,7 +84,9 @@ pub fn push(server: &RedisServer, id: &str, user: &str, query: &str, target: &Ta
 }
 
 pub async fn store(server: &RedisServer) -> Store {
-    Store::connect(&redis_config(server)).await.expect("redis answers")
+    // A server that stands still for a while is no fault of what is tested.
+    let config = RedisConfig { command_timeout: Duration::from_secs(60), ..redis_config(server) };
+    Store::connect(&config).await.expect("redis answers")
 }
 
 /// Waits until nothing more of a job will run.
