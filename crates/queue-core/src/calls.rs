@@ -674,7 +674,11 @@ impl Store {
             let looked_at = numbers[1].int(function.name)? as usize;
             again = if looked_at == 0 { again + 1 } else { 0 };
             // One who has pushed very much is looked at again the next time.
-            users = &users[looked_at.max(usize::from(again >= LOOKS_AT_USER)).min(users.len())..];
+            let passed = if again == LOOKS_AT_USER { 1 } else { looked_at.min(users.len()) };
+            if passed > 0 {
+                again = 0;
+            }
+            users = &users[passed..];
         }
         Ok(ready)
     }

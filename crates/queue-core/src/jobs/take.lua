@@ -1,4 +1,4 @@
--- Takes up to n jobs for a session: of the pools that have some, the one whose turn it is, and in it the ready user with the
+-- Takes up to n jobs for a session, and no more than a hundred: of the pools that have some, the one whose turn it is, and in it the ready user with the
 -- least virtual time.
 -- ARGV: session, service, take number, n, default capacity, fairness ('jobs' or 'time'), then pools of which the session has room
 --   for only so many, and how many, in turn
@@ -7,7 +7,8 @@
 --        job, …}, a job being {id, user, pool, fence, the user's timeout in ms or '', value of each of the FIELDS of its
 --        kind or nil}
 -- The same take number again returns the same jobs, so a lost reply loses nothing.
-local session, service, take, n = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local session, service, take, asked_for = ARGV[1], ARGV[2], ARGV[3], tonumber(ARGV[4])
+local n = math.min(asked_for, 100)
 local default_capacity, fairness = tonumber(ARGV[5]), ARGV[6]
 
 local room = {}
@@ -425,5 +426,5 @@ if taken < n then
   end
 end
 tell_due()
-if unfinished then reply[2] = '0' end
+if unfinished or (taken == n and asked_for > n) then reply[2] = '0' end
 return reply

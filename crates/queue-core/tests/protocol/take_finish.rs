@@ -132,6 +132,23 @@ async fn one_call_ends_many_jobs_each_with_its_own_answer() {
 }
 
 #[tokio::test]
+async fn one_call_takes_no_more_than_a_hundred_and_says_that_there_may_be_more() {
+    let rig = Rig::start().await;
+    let session = open(&rig.store, service("sql:*", 1_000)).await;
+    let jobs: Vec<_> = (0..150).map(|i| submission(&format!("u{i}"), &format!("j{i}"), "h")).collect();
+    for jobs in jobs.chunks(100) {
+        rig.store.enqueue(&most(64, 16_384), jobs).await.unwrap();
+    }
+    let mut claims = Vec::new();
+    for (taken, due_in) in [(100, Some(Duration::ZERO)), (50, None)] {
+        let batch = session.take(1_000).await.unwrap().unwrap();
+        assert_eq!((batch.claims.len(), batch.due_in), (taken, due_in));
+        claims.extend(batch.claims);
+    }
+    rig.balanced();
+}
+
+#[tokio::test]
 async fn finishes_asked_for_during_a_round_trip_go_out_together() {
     let rig = Rig::start().await;
     let proxy = Proxy::start(rig.server.addr());
