@@ -292,6 +292,7 @@ impl<'a> Round<'a> {
         led!(self.look("numbers", &ours.pools));
         led!(self.sums(Book::Running(&ours.pools)));
         led!(self.look("pools", &ours.pools));
+        led!(self.busy_in(&ours.pools));
         led!(self.walk("claims", "HSCAN", &keys.claims()));
         let sessions = self.set_members(&keys.sessions()).await?;
         let sessions: Vec<Vec<u8>> =
@@ -355,18 +356,50 @@ impl<'a> Round<'a> {
             let name = String::from_utf8_lossy(session);
             let (work, cancels) = (self.store.keys().work(&name), self.store.keys().cancels(&name));
             // A work list says of each id in which take it came.
-            for (aspect, command, key, every) in [("work", "HSCAN", work, 2), ("cancels", "SSCAN", cancels, 1)] {
-                let mut cursor = Some(b"0".to_vec());
-                while let Some(at) = cursor {
-                    let (next, found) = self.step(command, &[key.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
-                    let ids: Vec<Vec<u8>> = found.into_iter().step_by(every).collect();
-                    for page in ids.chunks(PAGE) {
-                        let items: Vec<Vec<u8>> = std::iter::once(session).chain(page).cloned().collect();
-                        led!(self.compare(aspect, &items));
-                    }
-                    cursor = next;
+            led!(self.members_of("work", session, "HSCAN", &work, 2));
+            led!(self.members_of("cancels", session, "SSCAN", &cancels, 1));
+        }
+        Ok(Ok(()))
+    }
+
+    /// Looks at the users who have jobs that run in a pool, where there are many: those of others are looked at with their pool.
+    async fn busy_in(&mut self, pools: &[Vec<u8>]) -> Led<()> {
+        for page in pools.chunks(PAGE) {
+            let counts = page.iter().map(|pool| async {
+                let busy = self.store.keys().busy(&String::from_utf8_lossy(pool));
+                match self.store.command("HLEN", &[busy.as_bytes()]).await {
+                    Err(error) if error.is_wrong_type() => Ok((busy, 0)),
+                    reply => Ok::<_, Error>((busy, reply?.int("HLEN")? as usize)),
+                }
+            });
+            let counts = future::try_join_all(counts).await?;
+            for (pool, (busy, count)) in page.iter().zip(counts) {
+                if count > PAGE {
+                    led!(self.members_of("busy", pool, "HSCAN", &busy, 2));
                 }
             }
+        }
+        Ok(Ok(()))
+    }
+
+    /// Looks at all members of what somebody has, of a hash at every second text: a page of them each call.
+    async fn members_of(
+        &mut self,
+        aspect: &'static str,
+        owner: &[u8],
+        command: &'static str,
+        key: &str,
+        every: usize,
+    ) -> Led<()> {
+        let mut cursor = Some(b"0".to_vec());
+        while let Some(at) = cursor {
+            let (next, found) = self.step(command, &[key.as_bytes(), &at, b"COUNT", SCAN_COUNT]).await?;
+            let members: Vec<Vec<u8>> = found.into_iter().step_by(every).collect();
+            for page in members.chunks(PAGE) {
+                let items: Vec<Vec<u8>> = std::iter::once(owner.to_vec()).chain(page.iter().cloned()).collect();
+                led!(self.compare(aspect, &items));
+            }
+            cursor = next;
         }
         Ok(Ok(()))
     }

@@ -7,6 +7,7 @@ do
 local QUIET_S = MISSING_MS / 1000
 -- Longer queues are not searched.
 local LONGEST_SEARCHED = 100000
+local BUSY_AT_ONCE = 50
 
 local function found(kind, what, sentence, repair)
   local own = this.comparing
@@ -559,12 +560,23 @@ function LOOK.counts(items)
   end
 end
 
+-- The users of whom jobs run in a pool: it, and they.
+function LOOK.busy(items)
+  local pool = items[1]
+  local limit = redis.call('HGET', K.pool(pool), NUMBERS[3])
+  for i = 2, #items do
+    local runs = tonumber(redis.call('HGET', K.busy(pool), items[i])) or 0
+    if runs > 0 then compare_ready(pool, items[i], runs, limit and number_in(limit, -math.huge, math.huge)) end
+  end
+end
+
 function LOOK.pools(items)
   for _, pool in ipairs(items) do
     local key = K.pool(pool)
     local p = redis.call('HMGET', key, unpack(NUMBERS))
     local function number(i) return p[i] and number_in(p[i], -math.huge, math.huge) end
-    local flat = redis.call('HGETALL', K.busy(pool))
+    -- Of many the caller names them, a page of them each time.
+    local flat = redis.call('HLEN', K.busy(pool)) <= BUSY_AT_ONCE and redis.call('HGETALL', K.busy(pool)) or {}
     for i = 1, #flat, 2 do
       compare_ready(pool, flat[i], tonumber(flat[i + 1]) or 0, number(3))
     end

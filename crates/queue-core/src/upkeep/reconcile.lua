@@ -9,6 +9,7 @@
 --               sessions, ids, ids, entries, ids, ids, ids, users, pools, services, lines, users, unique keys,
 --               names, records as `tracker:id`, classes of pools, ids
 --   'work', 'cancels': a session, and ids that it holds or is asked to cancel
+--   'busy': a pool of which many users have jobs that run, and some of them
 --   'numbers': pools, whose own fields are looked at alone
 --   'counts', 'active', 'delays', 'kept': pools, users, lines, nothing: what is said of these differs from what a walk through the
 --               entries has found; here all are added up, in one step

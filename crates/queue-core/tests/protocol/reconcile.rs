@@ -611,3 +611,22 @@ fn after_any_damage_and_a_repair_every_job_ends() {
         });
     });
 }
+
+#[tokio::test]
+async fn who_is_ready_beyond_its_limit_is_found_among_many_whose_jobs_run() {
+    let rig = Rig::start().await;
+    let session = rig.session("sql:*", 200).await;
+    let jobs: Vec<_> = (0..120).map(|i| submission(&format!("u{i}"), &format!("j{i}"), "h")).collect();
+    for jobs in jobs.chunks(100) {
+        rig.store.enqueue(&most(64, 16_384), jobs).await.unwrap();
+    }
+    let mut claims = take(&session, 100).await;
+    claims.extend(take(&session, 100).await);
+    assert_eq!(claims.len(), 120);
+    rig.state().list_ready("sql:h", "u77", 1);
+    let found = reconcile::repair(&rig.store, KEEP).await.unwrap();
+    let found: Vec<_> = found.iter().map(|finding| (finding.kind, &*finding.what, finding.fate)).collect();
+    assert_eq!(found, [(Kind::ReadyBeyondLimit, "u77", Fate::Repaired)]);
+    assert_eq!(reconcile::check(&rig.store, KEEP).await.unwrap(), []);
+    rig.balanced();
+}
