@@ -224,7 +224,7 @@ local function take_one(pool, pass)
         empty = empty + 1
       else
         local id, actual, h, queue, has_bands = head(line)
-        local suspected = id and actual == pool and unclean_in(h.unclean) >= SUSPECT_AFTER and was_lost(id)
+        local suspected = id and actual == pool and unclean_in(h.unclean) >= SUSPECT_AFTER and redis.call('EXISTS', K.lost(id)) == 1
         if suspected and runs_suspect() then
           known[user] = true
         else

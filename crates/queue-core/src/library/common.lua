@@ -30,11 +30,10 @@ local function try(...)
 end
 
 -- Takes an id out of a list that others write, too. A long one is nobody's work: of that only the front is searched.
-local LONG_LIST = 1000
 local function take_out(list, id)
-  local length = try('LLEN', list) or 0
-  if length > LONG_LIST and not try('LPOS', list, id, 'MAXLEN', LONG_LIST) then return end
-  try('LREM', list, length > LONG_LIST and 1 or 0, id)
+  local is_long = (try('LLEN', list) or 0) > 1000
+  if is_long and not try('LPOS', list, id, 'MAXLEN', 1000) then return end
+  try('LREM', list, is_long and 1 or 0, id)
 end
 
 -- Nothing more will run: the status is final, and so is that of the job-level fallback where the status waits for one.
@@ -934,7 +933,6 @@ local function cancelled_by_hash(id) return try('HGET', K.job(id), 'status') == 
 
 -- A worker was lost while it ran the job. Anybody may write into its hash how many were: our own word is one more key.
 local function note_lost(id) redis.call('SET', K.lost(id), now(), 'PX', 86400000) end
-local function was_lost(id) return redis.call('EXISTS', K.lost(id)) == 1 end
 
 -- A job whose worker is gone, and so its claim: an unclean end. It goes back to the front of its queue, for whoever takes it next to
 -- settle what was begun; but for one that ends its workers before they can even look at it.

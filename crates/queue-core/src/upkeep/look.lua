@@ -7,7 +7,6 @@ do
 local QUIET_S = MISSING_MS / 1000
 -- Longer queues are not searched.
 local LONGEST_SEARCHED = 100000
-local BUSY_AT_ONCE = 50
 
 local function found(kind, what, sentence, repair)
   local own = this.comparing
@@ -113,6 +112,8 @@ function LOOK.leader()
   end
 end
 
+do
+
 -- Whether a session has a claim to a job.
 local function has_claim(name, id)
   local claim = claim_of(id)
@@ -149,6 +150,8 @@ function LOOK.cancels(items)
         function() redis.call('SREM', K.cancels(name), id) end)
     end
   end
+end
+
 end
 
 function LOOK.sessions(items)
@@ -576,7 +579,7 @@ function LOOK.pools(items)
     local p = redis.call('HMGET', key, unpack(NUMBERS))
     local function number(i) return p[i] and number_in(p[i], -math.huge, math.huge) end
     -- Of many the caller names them, a page of them each time.
-    local flat = redis.call('HLEN', K.busy(pool)) <= BUSY_AT_ONCE and redis.call('HGETALL', K.busy(pool)) or {}
+    local flat = redis.call('HLEN', K.busy(pool)) <= 50 and redis.call('HGETALL', K.busy(pool)) or {}
     for i = 1, #flat, 2 do
       compare_ready(pool, flat[i], tonumber(flat[i + 1]) or 0, number(3))
     end

@@ -113,7 +113,8 @@ async fn records_that_expire_by_themselves_leave_the_books_as_they_go() {
     })
     .await;
     assert_eq!(rig.state().finished().len(), 2);
-    assert!(!rig.state().has(Piece::Job("short")));
+    // It may outlive its entry by the millisecond that the call took.
+    eventually("the record to go", async || (!rig.state().has(Piece::Job("short"))).then_some(())).await;
     rig.balanced();
     // What the sweep removes leaves them, too.
     rig.state().set_field("long", "updated_at", "2001-01-01T00:00:00.000Z");
